@@ -1,0 +1,5852 @@
+"""Runs workflows of language-model calls, written as a YAML (or JSON) graph of steps. One file, no dependencies.
+
+    name: hello
+    steps:
+      - id: greet
+        type: llm
+        provider: openai
+        model: gpt-4o-mini
+        prompt: "Say hello to {{inputs.name}}"
+        output: greeting
+
+    $ python -m llm_orchestrator run hello.yaml --set name=Alice --offline
+
+    workflow = Workflow.from_file("hello.yaml")
+    result = WorkflowExecutor(workflow, inputs={"name": "Alice"}).run()
+    print(result["greet"].outputs["greeting"])
+
+The rooms of this file, each built on those above it:
+ 1. this page: names, imports          7. Graph                13. Execution
+ 2. Errors                             8. Retry                14. Store
+ 3. YAML and JSON                      9. HTTP                 15. Events, logging, metrics
+ 4. Templates                         10. Providers            16. Pictures and reports
+ 5. Conditions                        11. Vector stores        17. Command line
+ 6. Workflow                          12. Step handlers
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import json
+import os
+import re
+import sys
+import threading
+import time
+from bisect import bisect_right
+from collections import ChainMap
+from collections.abc import Mapping
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuthenticationError",
+    "BadResponseError",
+    "BlockOptions",
+    "CompletionRequest",
+    "CompletionResponse",
+    "Condition",
+    "ConditionError",
+    "DagError",
+    "EchoProvider",
+    "EmbeddingRequest",
+    "EmbeddingResponse",
+    "ExecutionError",
+    "LocalVectorStore",
+    "OpenAIProvider",
+    "OrchestratorError",
+    "PROVIDERS",
+    "ParseError",
+    "Problem",
+    "Provider",
+    "ProviderConnectionError",
+    "ProviderError",
+    "ProviderTimeoutError",
+    "RateLimitError",
+    "RetryPolicy",
+    "RunResult",
+    "RunTimeoutError",
+    "Step",
+    "StepResult",
+    "Template",
+    "TemplateError",
+    "ValidationError",
+    "Workflow",
+    "WorkflowDAG",
+    "WorkflowExecutor",
+    "load_yaml",
+]
+
+TYPE_CHECKING = False  # the name is enough for type checkers, and `typing` is slow to import
+if TYPE_CHECKING:
+    import argparse
+    import asyncio
+    import logging
+    from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Sequence
+    from typing import Any
+else:
+    Any = object  # for `dict[str, Any]` as a base class
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Errors
+# What goes wrong, as one family: every error says what was wrong, where, and what would be right.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class OrchestratorError(Exception):
+    """Base of every error that this module raises for bad input, a bad answer or a failed run."""
+
+    @property
+    def message(self) -> str:
+        """The error in one or more lines of text, without the class name."""
+        return str(self)
+
+
+class ParseError(OrchestratorError):
+    """YAML or JSON text that cannot be read. `line` and `column` count from 1; str() shows the line and a caret."""
+
+    def __init__(self, reason: str, text: str = "", position: int = 0, source: str = "") -> None:
+        self.reason, self.source = reason, source
+        self.line = text.count("\n", 0, position) + 1
+        start = text.rfind("\n", 0, position) + 1
+        self.column = position - start + 1
+        end = text.find("\n", start)
+        self.source_line = text[start:] if end < 0 else text[start:end]
+        super().__init__(reason)
+
+    def __str__(self) -> str:
+        return f"{self.source or '<text>'}:{self.line}:{self.column}: {self.reason}" + _caret(self.source_line, self.column)
+
+
+def _caret(source_line: str, column: int) -> str:
+    """The source line with a caret under `column` (from 1), cut to a window of 100 characters; "" for no line."""
+    start = max(0, column - 60)
+    window = source_line[start : start + 100].replace("\t", " ")
+    window = "".join(character if character.isprintable() else "?" for character in window)
+    return f"\n    {window}\n    {' ' * (column - 1 - start)}^" if window.strip() else ""
+
+
+class TemplateError(OrchestratorError):
+    """A template that does not compile, or a value it needs that is missing. `line` and `column` count from 1."""
+
+    def __init__(self, reason: str, source: str = "", position: int = 0) -> None:
+        self.reason = reason
+        self.line = source.count("\n", 0, position) + 1
+        self.column = position - source.rfind("\n", 0, position)
+        super().__init__(f"{reason} (line {self.line}, column {self.column})" if source else reason)
+
+
+class ConditionError(TemplateError):
+    """A condition that does not parse, or that compares what cannot be compared."""
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    """`, did you mean 'prompt'?` for the nearest of the known words, or nothing."""
+    import difflib
+
+    nearest = difflib.get_close_matches(str(word)[:100], list(known), n=1)
+    return f", did you mean {nearest[0]!r}?" if nearest else ""
+
+
+class Problem:
+    """One thing that is wrong with a workflow: a message and its place.
+
+    `path` leads to it from the top of the document (keys and indexes); `line` and `column` count from 1 and are None
+    when there is no text. `severity` is "error" or "warning". str() reads `wf.yaml:12:5: message`.
+    """
+
+    __slots__ = ("column", "custom", "cycle", "line", "message", "path", "severity", "source")
+
+    def __init__(
+        self,
+        message: str,
+        path: tuple[Any, ...] = (),
+        line: int | None = None,
+        column: int | None = None,
+        source: str = "workflow",
+        severity: str = "error",
+    ) -> None:
+        self.message, self.path, self.line, self.column = message, path, line, column
+        self.source, self.severity = source, severity
+        self.cycle: list[str] | None = None
+        self.custom: tuple[str, str] | None = None  # (argument, name) of what only a run can know
+
+    def __str__(self) -> str:
+        place = f"{self.source}:{self.line}:{self.column}" if self.line else self.source
+        return f"{place}: {'warning: ' if self.severity == 'warning' else ''}{self.message}"
+
+    def __repr__(self) -> str:
+        return f"Problem({str(self)!r})"
+
+
+class ValidationError(OrchestratorError):
+    """A workflow, its inputs or an argument is wrong. `problems` lists everything that was found, in order."""
+
+    def __init__(self, problems: Iterable[Problem] | str) -> None:
+        self.problems = [Problem(problems)] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class DagError(ValidationError):
+    """The steps depend on each other in a circle. `cycle` names them: ["a", "b", "a"]."""
+
+    def __init__(self, problems: Iterable[Problem] | str, cycle: list[str]) -> None:
+        super().__init__(problems)
+        self.cycle = cycle
+
+
+class ExecutionError(OrchestratorError):
+    """A step could not do its work. `step_id` is its full id; `retryable` says whether another attempt may help."""
+
+    def __init__(self, reason: str, step_id: str | None = None, retryable: bool = False) -> None:
+        super().__init__(reason)
+        self.step_id, self.retryable = step_id, retryable
+
+
+class RunTimeoutError(OrchestratorError):
+    """The whole run took longer than its `timeout_seconds`."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. YAML and JSON
+# Text comes in, plain values go out: exactly what YAML 1.2 (core schema) or JSON says, or a ParseError with its place.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML and JSON: text or bytes come in, plain values go out: dict, list, str, int, float, bool, None.
+# Each text is read exactly as YAML 1.2 (core schema) or JSON defines it, or refused with a ParseError at its place,
+# in linear time. The reader is a recursive descent over (text, position); regular expressions find where things end.
+# ---------------------------------------------------------------------------------------------------------------------
+_MAX_DEPTH = 100  # collections within collections
+_MAX_DIGITS = 4300  # of a number: int() is quadratic, and newer Pythons refuse more
+_TOO_LARGE = 10**_MAX_DIGITS
+_MAX_KEY = 1024  # characters of a key up to its colon, by the specification
+_MAX_EXPANSION = 1_000_000  # nodes reached through aliases; a text counts one more for every 100 characters
+
+_USUAL = bytes(range(32, 127)) + b"\t\n"
+_CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # refused anywhere
+_ODD = re.compile("[\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")  # allowed in quotes only
+_BYTE_ORDER_MARKS = (
+    (b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")
+)
+
+# The expressions repeat character sets and never groups, except over a bounded stretch: a repeated group costs memory
+# for each round. The text ends with a newline, so that `text[position + 1]` is there for every character of a line.
+_FIRST = r"""[^ \t\n\-?:,\[\]{}#&*!|>'"%@`]"""  # starts a plain scalar wherever it stands
+_WORD, _DOUBLE, _SINGLE = r"([A-Za-z_][\w.-]{0,1000})", r'"([^"\\\n]*)"', r"'([^'\n]*)'"
+_BLOCK_VALUE = rf"(?:(-?{_FIRST}(?:[^:#\n]*[^:#\n \t])?)|{_DOUBLE}|{_SINGLE})(?:[ \t]+#[^\n]*|[ \t]*)\n( *)(?=[^ \t\n#])"
+_FLOW_VALUE = rf"(?:(-?{_FIRST}(?:[^:#,\[\]{{}}\n]*[^:#,\[\]{{}}\n \t])?)|{_DOUBLE}|{_SINGLE}) *"
+# A whole line, or a whole item of a flow collection, in the forms that nearly all have.
+_BLOCK_ENTRY = re.compile(rf"{_WORD}:(?: +{_BLOCK_VALUE}|(?=[ \t\n]))").match
+_BLOCK_ITEM = re.compile(rf"- +{_BLOCK_VALUE}").match
+_FLOW_ENTRY = re.compile(rf"\s*(?:{_WORD}: +|{_DOUBLE} *: *)(?:{_FLOW_VALUE}([,}}])|(?=[\[{{]))".replace(r"\s", " ")).match
+_FLOW_ITEM = re.compile(rf" *{_FLOW_VALUE}([,\]])").match
+_NEVER = re.compile("(?!)").match
+
+_BLOCK_PLAIN = re.compile(rf"{_FIRST}|[-?:](?=[^ \t\n])").match
+_BLOCK_STOP = re.compile(r"\n|:(?=[ \t\n])|(?<=[ \t])#").search
+_FLOW_PLAIN = re.compile(rf"{_FIRST}|[-?:](?=[^ \t\n,\[\]{{}}])").match
+_FLOW_STOP = re.compile(r"[\n,\[\]{}]|:(?=[ \t\n,\[\]{}])|(?<=[ \t])#").search
+_WORD_KEY = re.compile(rf"{_WORD}:(?=[ \t\n])").match
+_KEY = re.compile(  # any implicit key of a block mapping; matched over _MAX_KEY characters at most
+    rf"""(?P<properties>(?:[&!][^ \t\n]*[ \t]+)*)
+    (?:\*(?P<alias>[^ \t\n,\[\]{{}}]+)(?=[ \t\n])
+      |"[^"\\\n]*(?:\\.[^"\\\n]*)*" | '[^'\n]*(?:''[^'\n]*)*'
+      |(?P<plain>(?:(?:{_FIRST}|[-?:](?=[^ \t\n]))[^:\#\n]*(?:(?::(?=[^ \t\n])|(?<![ \t])\#)[^:\#\n]*)*)?))
+    [ \t]*:(?=[ \t\n])""",
+    re.VERBOSE,
+).match
+_DASH, _QUESTION, _COLON = ("- ", "-\n", "-\t"), ("? ", "?\n", "?\t"), (": ", ":\n", ":\t")
+_SPACES, _WHITE, _BLANK = re.compile(" *").match, re.compile(r"[ \t]*").match, re.compile(r"[ \t\n]*").match
+_EMPTY_LINES = re.compile(r"[ \n]*").match
+_PROPERTY = re.compile(r"(?:&[^ \t\n,\[\]{}]+|!<[^ \t\n>]*>|![^ \t\n,\[\]{}]*)(?=[ \t\n,\]}])").match
+_ALIAS = re.compile(r"\*([^ \t\n,\[\]{}]+)").match
+_BLOCK_HEADER = re.compile(r"[|>](?:([1-9])?([-+])?|([-+])([1-9]))(?:[ \t]+(?:#[^\n]*)?)?\n").match
+_MARKER = re.compile(r"\n(?:---|\.\.\.)(?=[ \t\n])").search
+_DIRECTIVE = re.compile(
+    r"%(?:(YAML)[ \t]+1\.[0-9]+(?=[ \t\n])|TAG[ \t]+(!(?:[0-9A-Za-z-]*!)?)[ \t]+([^ \t\n]+)"
+    r"|(?!(?:YAML|TAG)[ \t\n])[^ \t\n][^\n]*)"
+).match
+_ESCAPE = re.compile(
+    r"\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})"
+    r"|(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))|(.))",
+    re.DOTALL,
+)
+_ESCAPES = dict(zip('0abtnvfre "/\\N_LP\t\n', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029\t\n'))
+
+_YAML_WORDS: dict[str, Any] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), float("inf")),
+    **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), float("-inf")),
+    **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
+}
+_NOT_TEXT = frozenset("0123456789+-.~tTfFnN")  # the first characters of all plain scalars that are not text
+_YAML_NUMBER = re.compile(
+    r"([-+]?[0-9]+)|0o([0-7]+)|0x([0-9a-fA-F]+)|([-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?)"
+).fullmatch
+_CORE = "tag:yaml.org,2002:"
+_TAGS = {"null": type(None), "bool": bool, "int": int, "float": float, "str": str, "seq": list, "map": dict}
+_MERGE = object()  # stands for the key `<<` while its mapping is read
+
+
+def load_yaml(text: str | bytes) -> Any:
+    """The value of a YAML 1.2 document (core schema); None for an empty one. JSON text is YAML too.
+
+    Bytes are UTF-8, or UTF-16 or UTF-32 with a byte order mark. Raises ParseError for everything that is not exactly
+    one such document, and for what is refused: tags outside the core schema, complex keys, duplicate keys, nesting
+    deeper than 100, numbers of more than 4300 digits, aliases that expand to more than a million nodes.
+    """
+    text = _decoded(text)
+    try:
+        return _YamlReader(text).document()
+    except RecursionError:
+        raise ParseError("nested too deeply for the stack that is left", text) from None
+
+
+def _load_json(text: str | bytes) -> Any:
+    """The value of a JSON text (RFC 8259) under the limits of `load_yaml`; raises ParseError."""
+    text = _decoded(text)
+    try:
+        if "NaN" in text or "Infinity" in text:  # which the module takes for numbers
+            json.loads(text.replace("NaN", "N_N").replace("Infinity", "I_finity"))
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_int=_whole_number, parse_float=_real_number)
+    except json.JSONDecodeError as error:
+        raise ParseError(f"not JSON: {error.msg}", text, error.pos) from None
+    except (ValueError, RecursionError) as error:
+        load_yaml(text)  # JSON is YAML, and the YAML reader knows the place
+        raise ParseError(str(error), text) from None
+    for escape in _ESCAPE.finditer(text) if "\\ud" in text or "\\uD" in text else ():
+        if escape[4] and 0xD800 <= int(escape[4], 16) <= 0xDFFF:
+            raise ParseError("half of a surrogate pair", text, escape.start())
+    level, depth = [value], 0
+    while level and text.count("[") + text.count("{") > _MAX_DEPTH:
+        collections = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))]
+        level, depth = [child for collection in collections for child in collection], depth + 1
+        if depth > _MAX_DEPTH and collections:
+            load_yaml(text)
+    return value
+
+
+def _positions(text: str) -> dict[tuple[str | int, ...], tuple[int, int]]:
+    """The (line, column), from 1, of each mapping key and list item, by path such as ("steps", 1, "prompt").
+
+    For YAML and JSON text. Never raises: where the text cannot be read, it has the places up to there.
+    """
+    marks: dict[tuple[str | int, ...], int] = {}
+    try:
+        text = _decoded(text)
+        _YamlReader(text, marks).document()
+    except (ParseError, RecursionError):
+        pass
+    starts = [0, *(newline.end() for newline in re.finditer("\n", text))]
+    lines = {path: bisect_right(starts, position) for path, position in marks.items()}
+    return {path: (line, marks[path] - starts[line - 1] + 1) for path, line in lines.items()}
+
+
+def _decoded(text: str | bytes) -> str:
+    """The text without a byte order mark and with "\\n" line ends; refuses what neither YAML nor JSON may hold."""
+    if isinstance(text, (bytes, bytearray, memoryview)):
+        raw = bytes(text)
+        codec = next((name for mark, name in _BYTE_ORDER_MARKS if raw.startswith(mark)), "utf-8")
+        try:
+            text = raw.decode(codec)
+        except UnicodeDecodeError as error:
+            before = raw[: error.start].decode(codec, "replace")
+            raise ParseError(f"not {codec.upper()} text: byte 0x{raw[error.start]:02x}", before, len(before)) from None
+    elif not isinstance(text, str):
+        raise ParseError(f"expected text, not {type(text).__name__}")
+    text = text[1:] if text.startswith("\ufeff") else text
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    control = None if text.isascii() and not text.encode().translate(None, _USUAL) else _CONTROL.search(text)
+    if control:
+        raise ParseError(f"the character U+{ord(control[0]):04X} is not allowed in text", text, control.start())
+    return text
+
+
+def _resolved(raw: str) -> Any:
+    """The value of a plain scalar by the core schema. Raises ValueError for a number that is too long."""
+    if raw in _YAML_WORDS:
+        return _YAML_WORDS[raw]
+    decimal, octal, hexadecimal, real = number.groups() if (number := _YAML_NUMBER(raw)) else (None,) * 4
+    if decimal:
+        return _whole_number(decimal)
+    if octal or hexadecimal:
+        value = int(octal, 8) if octal else int(hexadecimal, 16)
+        _short("9" * (_MAX_DIGITS + (value >= _TOO_LARGE)))
+        return value
+    return _real_number(real) if real else raw
+
+
+def _whole_number(raw: str) -> int:
+    return int(_short(raw))
+
+
+def _real_number(raw: str) -> float:
+    return float(_short(raw))
+
+
+def _short(number: str) -> str:
+    if len(number) > _MAX_DIGITS and len(number.lstrip("+-")) > _MAX_DIGITS:
+        raise ValueError(f"a number of more than {_MAX_DIGITS} digits")
+    return number
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(mapping := dict(pairs)) < len(pairs):
+        raise ValueError("duplicate key")
+    return mapping
+
+
+class _Anchor:
+    """An anchored value, and what an alias to it costs: the nodes it stands for, and how deep they nest."""
+
+    complete, value, size, height = False, None, 1, 0
+
+
+class _YamlReader:
+    """Reads one document. Methods take a position and return the value there and the position behind it.
+
+    Block methods return the position of the next content, which is the first of its line; `indent` is then the number
+    of spaces before it (-1 at the end of the text), and `tabbed` tells whether tabs follow those.
+    """
+
+    def __init__(self, text: str, marks: dict[tuple[str | int, ...], int] | None = None) -> None:
+        self.source, self.padded = text, not text.endswith("\n")
+        self.text = text + "\n" if self.padded else text
+        self.indent, self.tabbed, self.expansion = 0, False, 0
+        self.handles = {"!": "!", "!!": _CORE}
+        self.anchors: dict[str, _Anchor] = {}
+        self.shared: dict[int, _Anchor] = {}  # anchored collections by id()
+        self.marks = marks
+        self.path: tuple[str | int, ...] = ()  # of the last key or item, if marks are kept
+        self.parents: list[tuple[str | int, ...]] = []  # the path of each open collection
+        self.odd = [] if text.isascii() and "\x7f" not in text else [match.start() for match in _ODD.finditer(text)]
+        self.quoted_odd: set[int] = set()
+        # The expressions for simple entries know nothing of marks and odd characters.
+        simple = marks is None and not self.odd
+        self.block_entry, self.block_item = (_BLOCK_ENTRY, _BLOCK_ITEM) if simple else (_NEVER, _NEVER)
+        self.flow_entry, self.flow_item = (_FLOW_ENTRY, _FLOW_ITEM) if simple else (_NEVER, _NEVER)
+
+    def error(self, reason: str, position: int) -> ParseError:
+        return ParseError(reason, self.source, min(position, len(self.source)))
+
+    def document(self) -> Any:
+        """The value of the only document in the text."""
+        start, column = self.prologue()
+        self.cut(start)
+        value, position = self.block_node(start, -1, column)
+        if self.indent >= 0:
+            raise self.error("the document ends before this", position)
+        for position in self.odd:
+            if position not in self.quoted_odd:
+                raise self.error(f"the character U+{ord(self.source[position]):04X} needs quotes", position)
+        return value
+
+    def prologue(self) -> tuple[int, int]:
+        """Reads the directives. Returns where the document starts, and the column there: -1 behind `---`."""
+        text, directives = self.text, set()
+        position = self.next_line(0)
+        while self.indent == 0 and not self.tabbed:
+            end = position + 3
+            if text[position] == "%":
+                directive = _DIRECTIVE(text, position)
+                name = directive[1] or directive[2] or position if directive else "%"
+                if not directive or name in directives:
+                    raise self.error("a directive that is not valid here", position)
+                if directive[2]:
+                    self.handles[directive[2]] = directive[3]
+                directives.add(name)
+                end = directive.end()
+            elif text[end : end + 1] not in (" ", "\t", "\n") or text[position:end] not in ("---", "..."):
+                break
+            elif text[position] == "-":
+                return end, -1
+            elif directives:
+                break
+            position = self.rest_of_line(end)
+        if directives:
+            raise self.error("directives need a '---' line below them", position)
+        return text.rfind("\n", 0, position) + 1, 0
+
+    def cut(self, start: int) -> None:
+        """Ends the text before the marker that ends the document; refuses a second document."""
+        text = self.text
+        marker = _MARKER(text, max(start - 1, 0)) if "\n---" in text or "\n..." in text else None
+        if marker:
+            position, self.indent, self.tabbed = marker.start() + 1, 0, False
+            while self.indent >= 0:
+                if self.indent or not text.startswith("...", position) or text[position + 3] not in " \t\n":
+                    raise self.error("several documents in one text are not supported", position)
+                position = self.rest_of_line(position + 3)
+            self.text, self.padded = text[: marker.start() + 1], False
+
+    # Lines and white space
+
+    def rest_of_line(self, position: int) -> int:
+        """The position of the next content; refuses anything but a comment in the rest of this line."""
+        text = self.text
+        end = _WHITE(text, position).end()
+        if text[end] == ":":
+            raise self.error("'key: value' cannot stand here: it needs a line of its own, or quotes if it is text", end)
+        if text[end] != "\n" and (text[end] != "#" or text[end - 1] not in " \t"):
+            raise self.error("unexpected text", end)
+        return self.next_line(end)
+
+    def next_line(self, position: int) -> int:
+        """The position of the next content behind white space and comments; sets `indent` and `tabbed`."""
+        text = self.text
+        position = _BLANK(text, position).end()
+        while text.startswith("#", position):
+            position = _BLANK(text, text.find("\n", position)).end()
+        if position == len(text):
+            self.indent, self.tabbed = -1, False
+            return position
+        start = text.rfind("\n", 0, position) + 1
+        tab = text.find("\t", start, position)
+        self.indent, self.tabbed = (position if tab < 0 else tab) - start, tab >= 0
+        return position
+
+    def space(self, position: int, indent: int) -> int:
+        """The position of the next content in a flow collection, whose lines are indented by `indent` or more."""
+        text, start = self.text, position
+        position = _BLANK(text, position).end()
+        while text.startswith("#", position) and text[position - 1] in " \t\n":
+            position = _BLANK(text, text.find("\n", position)).end()
+        if position == len(text):
+            raise self.error("a '[' or '{' is not closed", start)
+        line = text.rfind("\n", start, position) + 1 if indent else 0
+        if line:
+            spaces = _SPACES(text, line).end() - line
+            # The one liberty taken, as by all common loaders: a closing bracket may be indented like its parent.
+            if spaces < indent and not (text[position] in "]}" and spaces == indent - 1 == position - line):
+                raise self.error("this line needs more indentation than the parent of its '[' or '{'", position)
+        return position
+
+    # Collections
+
+    def enter(self, kind: str, tag: str, position: int) -> None:
+        """Counts a collection that starts; `leave` is `parents.pop()`."""
+        self.parents.append(self.path)
+        if len(self.parents) > _MAX_DEPTH:
+            raise self.error(f"nesting deeper than {_MAX_DEPTH}", position)
+        if tag not in ("", "!", kind):
+            raise self.error(f"this is no value for the tag !!{tag}", position)
+
+    def mark(self, key: Any, position: int) -> None:
+        """Notes where a key or an item of the innermost collection is, if that was asked for."""
+        if self.marks is not None:
+            self.path = (*self.parents[-1], key)
+            self.marks[self.path] = position
+
+    def block_node(
+        self, position: int, parent: int, column: int, hanging: bool = False, tag: str = "", anchor: _Anchor | None = None
+    ) -> tuple[Any, int]:
+        """The node behind an indicator or behind properties, in a collection that is indented by `parent`.
+
+        A block collection may start on the same line if `column`, the position's own, is not -1. A list on the lines
+        below may be indented like its parent if `hanging`.
+        """
+        text, start = self.text, position
+        position = _WHITE(text, position).end()
+        if text[position : position + 1] in "\n#":
+            position = self.next_line(position)
+            column = -1 if self.tabbed else self.indent
+            if self.indent <= parent and not (hanging and column == parent and text.startswith(_DASH, position)):
+                return self.scalar("", True, tag, anchor, start), position
+        elif column >= 0:
+            column = -1 if text.find("\t", start, position) >= 0 else column + position - start
+        first = text[position]
+        indicator = first in "-?:" and text[position + 1] in " \t\n"
+        value: Any
+        if indicator and column < 0:
+            raise self.error(f"'{first}' cannot start a list or mapping here", position)
+        if indicator and first == "-":
+            value, position = self.block_sequence(position, column, tag)
+        elif indicator or (
+            column >= 0 and (_WORD_KEY(text, position) or _KEY(text, position, position + _MAX_KEY + 2))
+        ):
+            value, position = self.block_mapping(position, column, tag)
+        elif first in "&!":
+            tag, anchor, position = self.properties(position, tag, anchor)
+            return self.block_node(position, parent, -1, hanging, tag, anchor)
+        elif first in "|>":
+            value, end = self.block_scalar(position, parent)
+            return self.scalar(value, False, tag, anchor, position), end
+        else:
+            value, end, _ = self.flow_node(position, parent + 1, False, tag, anchor)
+            if isinstance(value, (dict, list)) and text.startswith(":", _WHITE(text, end).end()):
+                raise self.error("a key that is a list or a mapping is not supported", position)
+            return value, self.rest_of_line(end)
+        return self.anchored(value, anchor), position
+
+    def block_sequence(self, position: int, indent: int, tag: str) -> tuple[list[Any], int]:
+        """A block list whose dashes are at column `indent`."""
+        text = self.text
+        result: list[Any] = []
+        self.enter("seq", tag, position)
+        while True:
+            item = self.block_item(text, position)
+            if item and len(item[4]) <= indent:
+                result.append(self.simple(item, 1))
+                position, self.indent, self.tabbed = item.end(), len(item[4]), False
+            else:
+                self.mark(len(result), position)
+                value, position = self.block_node(position + 1, indent, indent + 1)
+                result.append(value)
+            if self.indent != indent or self.tabbed or not text.startswith(_DASH, position):
+                break
+        self.check_indentation(position, indent)
+        self.parents.pop()
+        return result, position
+
+    def block_mapping(self, position: int, indent: int, tag: str) -> tuple[dict[Any, Any], int]:
+        """A block mapping whose keys are at column `indent`."""
+        text, block_entry = self.text, self.block_entry
+        result: dict[Any, Any] = {}
+        self.enter("map", tag, position)
+        while True:
+            entry = block_entry(text, position)
+            if not entry:
+                position = self.block_entry_of_any_kind(position, indent, result)
+            else:
+                key, plain, double, single, spaces = entry.groups()
+                if key in _YAML_WORDS:
+                    key = _YAML_WORDS[key]
+                if key in result:
+                    raise self.duplicate(key, position)
+                if spaces is None or len(spaces) > indent:
+                    result[key], position = self.block_node(entry.end(1) + 1, indent, -1, True)
+                else:
+                    result[key] = plain if plain and plain[0] not in _NOT_TEXT else self.simple(entry, 2)
+                    position = entry.end()
+                    if len(spaces) == indent:
+                        continue
+                    self.indent, self.tabbed = len(spaces), False
+            if self.indent != indent or self.tabbed:
+                break
+        self.check_indentation(position, indent)
+        self.parents.pop()
+        return (self.merged(result) if _MERGE in result else result), position
+
+    def block_entry_of_any_kind(self, position: int, indent: int, result: dict[Any, Any]) -> int:
+        """Reads one entry of a block mapping into `result`."""
+        text, start = self.text, position
+        explicit = text.startswith(_QUESTION, position)
+        if explicit:
+            content = _WHITE(text, position + 1).end()
+            key, position = self.block_node(position + 1, indent, indent + 1, True)
+        else:
+            match = _KEY(text, position, position + _MAX_KEY + 2)
+            if not match:
+                raise self.error("expected 'key: value' here", position)
+            position, content = match.end(), match.end("properties")
+            tag, anchor, end = self.properties(start, "", None)
+            if end != content:
+                raise self.error("unexpected text behind an anchor or a tag", end)
+            if match["plain"] is None:
+                key = self.flow_node(content, 0, False, tag, anchor)[0]
+            else:
+                key = self.scalar(match["plain"].rstrip(" \t"), True, tag, anchor, content)
+        key = self.checked_key(key, result, start, content)
+        self.mark(key, start)
+        value = None
+        if not explicit:
+            value, position = self.block_node(position, indent, -1, True)
+        elif self.indent == indent and not self.tabbed and text.startswith(_COLON, position):
+            value, position = self.block_node(position + 1, indent, indent + 1, True)
+        result[key] = value if key is not _MERGE else self.sources(value, start)
+        return position
+
+    def check_indentation(self, position: int, indent: int) -> None:
+        """Refuses a line, behind a block collection at `indent`, that belongs to no collection."""
+        if self.indent > indent or (self.indent == indent and self.tabbed):
+            reason = "a tab cannot indent this line" if self.tabbed else "more indentation than the lines above have"
+            raise self.error(reason, position)
+
+    def flow_node(
+        self, position: int, indent: int, flow: bool = True, tag: str = "", anchor: _Anchor | None = None
+    ) -> tuple[Any, int, int]:
+        """A plain or quoted scalar, an alias or a flow collection, whose further lines are indented by `indent` or more.
+
+        In a flow collection (`flow`) it may have properties. Returns where the content behind them starts as well.
+        """
+        text = self.text
+        while flow and text[position] in "&!":
+            tag, anchor, position = self.properties(position, tag, anchor)
+            position = self.space(position, indent)
+        first, start = text[position], position
+        value: Any
+        if first == "*":
+            value, position = self.alias(position, tag, anchor)
+        elif first in "[{":
+            value, position = (self.flow_sequence if first == "[" else self.flow_mapping)(position, indent, tag)
+            self.anchored(value, anchor)
+        else:
+            if first in "\"'":
+                value, position = self.quoted(position, indent)
+            elif (_FLOW_PLAIN if flow else _BLOCK_PLAIN)(text, position):
+                value, position = self.plain(position, indent, _FLOW_STOP if flow else _BLOCK_STOP)
+            elif flow and first in ",]}:" and (tag or anchor):
+                value = ""
+            else:
+                raise self.error(f"'{first}' cannot start a value: put text into quotes", position)
+            value = self.scalar(value, first not in "\"'", tag, anchor, start)
+        return value, position, start
+
+    def flow_sequence(self, position: int, indent: int, tag: str) -> tuple[list[Any], int]:
+        text, flow_item = self.text, self.flow_item
+        result: list[Any] = []
+        self.enter("seq", tag, position)
+        while text[position] != "]":
+            item = flow_item(text, position + 1)
+            if item:
+                result.append(self.simple(item, 1))
+                position = item.end() - 1
+                continue
+            start = self.space(position + 1, indent)
+            if text[start] == "]":
+                position = start
+                break
+            self.mark(len(result), start)
+            node = self.flow_key(start, indent)
+            colon = position = self.space(node[1], indent)
+            value, explicit = node[0], text.startswith(_QUESTION, start)
+            if text[colon] == ":" or explicit:
+                if not explicit and (colon - start > _MAX_KEY or text.find("\n", start, colon) >= 0):
+                    raise self.error(f"a key in a list stands on one line with its ':', within {_MAX_KEY} characters", colon)
+                self.enter("map", "", start)
+                pair: dict[Any, Any] = {}
+                position = self.flow_pair(start, node, indent, pair)
+                value = self.merged(pair) if _MERGE in pair else pair
+                self.parents.pop()
+            result.append(value)
+            if text[position] not in ",]":
+                raise self.error("expected ',' or ']'", position)
+        self.parents.pop()
+        return result, position + 1
+
+    def flow_mapping(self, position: int, indent: int, tag: str) -> tuple[dict[Any, Any], int]:
+        text, flow_entry = self.text, self.flow_entry
+        result: dict[Any, Any] = {}
+        self.enter("map", tag, position)
+        while text[position] != "}":
+            entry = flow_entry(text, position + 1)
+            if entry:
+                word, key, plain, double, single, end = entry.groups()
+                if key is None:
+                    key = _YAML_WORDS[word] if word in _YAML_WORDS else word
+                if key in result:
+                    raise self.duplicate(key, _SPACES(text, position + 1).end())
+                position = entry.end() - 1
+                if end:
+                    result[key] = plain if plain and plain[0] not in _NOT_TEXT else self.simple(entry, 3)
+                    continue
+                result[key], position, _ = self.flow_node(position + 1, indent)
+                position = self.space(position, indent)
+            else:
+                position = self.space(position + 1, indent)
+                if text[position] == "}":
+                    break
+                position = self.flow_pair(position, self.flow_key(position, indent), indent, result)
+            if text[position] not in ",}":
+                raise self.error("expected ',' or '}'", position)
+        self.parents.pop()
+        return (self.merged(result) if _MERGE in result else result), position + 1
+
+    def flow_key(self, position: int, indent: int) -> tuple[Any, int, int]:
+        """What `flow_node` returns, for a node that may be a key: behind `? `, or nothing before a colon."""
+        text, explicit = self.text, self.text.startswith(_QUESTION, position)
+        if explicit:
+            position = self.space(position + 1, indent)
+        if (explicit and text[position] in ",]}") or (text[position] == ":" and not _FLOW_PLAIN(text, position)):
+            return None, position, position
+        return self.flow_node(position, indent)
+
+    def flow_pair(self, start: int, node: tuple[Any, int, int], indent: int, result: dict[Any, Any]) -> int:
+        """Reads the value for the key that starts at `start` into `result`; None where there is no colon."""
+        text, value = self.text, None
+        key = self.checked_key(node[0], result, start, node[2])
+        self.mark(key, start)
+        position = self.space(node[1], indent)
+        if text[position] == ":":
+            colon, position = position, self.space(position + 1, indent)
+            if text[position] not in ",]}":
+                if position == colon + 1 and text[node[2]] not in "\"'":
+                    raise self.error("expected white space behind ':'", position)
+                value, position, _ = self.flow_node(position, indent)
+                position = self.space(position, indent)
+        result[key] = value if key is not _MERGE else self.sources(value, start)
+        return position
+
+    def checked_key(self, key: Any, result: dict[Any, Any], start: int, content: int) -> Any:
+        """The key, or _MERGE for a plain `<<`; refuses collections and duplicates."""
+        text = self.text
+        if isinstance(key, (dict, list)):
+            raise self.error("a key that is a list or a mapping is not supported", start)
+        if key == "<<" and text[content] not in "\"'":
+            if not text.startswith("<<", content) or (content > start and text[start] != "?"):
+                raise self.error("a merge key (<<) has no anchor, tag or alias", start)
+            key = _MERGE
+        if key in result:
+            raise self.duplicate(key, start)
+        return key
+
+    def duplicate(self, key: Any, position: int) -> ParseError:
+        return self.error(f"duplicate key {'<<' if key is _MERGE else key!r}"[:200], position)
+
+    def sources(self, value: Any, position: int) -> list[dict[Any, Any]]:
+        """The mappings that a merge key names."""
+        mappings = value if isinstance(value, list) else [value]
+        if all(isinstance(mapping, dict) for mapping in mappings):
+            return mappings
+        raise self.error("a merge key (<<) needs a mapping or a list of mappings", position)
+
+    def merged(self, result: dict[Any, Any]) -> dict[Any, Any]:
+        """The mapping with its merge key carried out: its own entries win, then those of earlier sources."""
+        sources = [*reversed(result.pop(_MERGE)), result]
+        joined = {key: value for source in sources for key, value in source.items()}
+        if len({(type(key), key) for source in sources for key in source}) > len(joined):
+            raise self.error("merged keys that differ in YAML, but not in Python, such as 1 and true", 0)
+        return joined
+
+    # Scalars
+
+    def simple(self, match: re.Match[str], group: int) -> Any:
+        """The value of the scalar in three groups: plain, in double quotes, in single quotes."""
+        plain = match[group]
+        if plain is None:
+            return match[group + 2] if match[group + 1] is None else match[group + 1]
+        return self.plain_value(plain, match.start(group)) if plain[0] in _NOT_TEXT else plain
+
+    def plain_value(self, raw: str, position: int) -> Any:
+        try:
+            return _resolved(raw)
+        except ValueError as error:
+            raise self.error(str(error), position) from None
+
+    def scalar(self, raw: str, plain: bool, tag: str, anchor: _Anchor | None, position: int) -> Any:
+        """The value of a scalar, by its properties."""
+        value: Any = raw
+        if tag not in ("", "str", "!") or (plain and not tag and (not raw or raw[0] in _NOT_TEXT)):
+            value = self.plain_value(raw, position)
+            if tag == "float" and type(value) is int and raw[:2] not in ("0o", "0x"):
+                value = float(raw)
+            if tag and type(value) is not _TAGS[tag]:
+                raise self.error(f"this is no value for the tag !!{tag}", position)
+        return self.anchored(value, anchor)
+
+    def plain(self, position: int, indent: int, find_stop: Callable[[str, int], Any]) -> tuple[str, int]:
+        text = self.text
+        end = find_stop(text, position).start()
+        pieces = [text[position:end].rstrip(" \t")]
+        while text[end] == "\n":
+            start = _BLANK(text, end).end()
+            line = text.rfind("\n", end, start) + 1
+            if start == len(text) or text[start] == "#" or _SPACES(text, line).end() - line < indent:
+                break
+            stop = find_stop(text, start).start()
+            if stop == start or (text.find("\t", end, line) >= 0 and _short_line(text[end:line].split("\n"), indent)):
+                break
+            breaks = text.count("\n", end, start)
+            pieces += "\n" * (breaks - 1) or " ", text[start:stop].rstrip(" \t")
+            end = stop
+        return "".join(pieces), end
+
+    def quoted(self, position: int, indent: int) -> tuple[str, int]:
+        text, quote, start = self.text, self.text[position], position + 1
+        end, searched = text.find(quote, start), start
+        while end >= 0 and (text[end + 1] == "'" if quote == "'" else _ends_in_escape(text[searched:end])):
+            searched = end + 1 + (quote == "'")
+            end = text.find(quote, searched)
+        if end < 0:
+            raise self.error(f"the quote {quote} is not closed", position)
+        raw = text[start:end]
+        if self.odd:
+            self.quoted_odd.update(match.start() for match in _ODD.finditer(text, start, end))
+        if "\n" in raw:
+            lines = raw.split("\n")
+            if _short_line([*lines[1:-1], lines[-1] + quote], indent):
+                raise self.error("a line of this quoted text needs more indentation than its parent", position)
+            raw = _folded_quoted(lines, quote == '"')
+        if quote == "'":
+            return raw.replace("''", "'"), end + 1
+        try:
+            return _ESCAPE.sub(_unescaped, raw) if "\\" in raw else raw, end + 1
+        except ValueError:
+            for escape in _ESCAPE.finditer(text, start, end):
+                try:
+                    _unescaped(escape)
+                except ValueError as error:
+                    raise self.error(str(error), escape.start()) from None
+            raise
+
+    def block_scalar(self, position: int, parent: int) -> tuple[str, int]:
+        """A literal (|) or folded (>) scalar in a collection that is indented by `parent`."""
+        text, header = self.text, _BLOCK_HEADER(self.text, position)
+        digit = (header[1] or header[4]) if header else None
+        if not header or (digit and parent < 0):
+            raise self.error(f"expected nothing but a line end and indented lines of text behind '{text[position]}'", position)
+        chomping, start = header[2] or header[3], header.end()
+        first = _EMPTY_LINES(text, start).end()
+        line = text.rfind("\n", 0, first) + 1  # the first with content
+        indent = parent + int(digit) if digit else first - line
+        if digit or (indent > parent and first < len(text)):
+            if not digit and " " * (indent + 1) in text[start:line]:
+                raise self.error("a blank line above this text has more spaces than the text", first)
+            below = _block_end(indent)(text, start - 1) if indent else None
+            end = below.start() + 1 if below else len(text)
+        else:
+            end, indent = (line, first) if first < len(text) else (first, first)
+        if text.startswith("\t", _SPACES(text, end).end()):
+            raise self.error("a tab cannot indent this line", end)
+        lines = [line[indent:] for line in text[start:end].split("\n")]
+        if self.padded and end == len(text) > start:
+            if text[text.rfind("\n", 0, end - 1) + 1 : end].strip(" \n"):
+                lines.pop()
+            elif chomping == "+" or (lines[-2] and not chomping):
+                raise self.error("the last line of this text is blank, but not ended", end)
+        content = "\n".join(lines)
+        body = content.rstrip("\n")
+        kept = len(content) if chomping == "+" else len(body) + (1 if body and not chomping else 0)
+        return (_folded_block(body.split("\n")) if text[position] == ">" else body) + content[len(body):kept], self.next_line(end)
+
+    # Properties and aliases
+
+    def properties(self, position: int, tag: str, anchor: _Anchor | None) -> tuple[str, _Anchor | None, int]:
+        """The tag and the anchor on this line, added to those given; the position is that of the next content."""
+        text = self.text
+        while text[position] in "&!":
+            match = _PROPERTY(text, position)
+            if not match or (tag if text[position] == "!" else anchor):
+                raise self.error("a second anchor or tag for one value" if match else "not an anchor or a tag", position)
+            if text[position] == "!":
+                tag = self.core_tag(match[0], position)
+            else:
+                anchor = self.anchors[match[0][1:]] = _Anchor()
+            position = _WHITE(text, match.end()).end()
+        return tag, anchor, position
+
+    def core_tag(self, written: str, position: int) -> str:
+        """The name of a core tag, without its prefix, or `!`."""
+        handle = written[: written.find("!", 1) + 1] or "!"
+        name = written[2:-1] if written.startswith("!<") else self.handles.get(handle, "") + written[len(handle) :]
+        if written != "!" and (not name.startswith(_CORE) or name[len(_CORE) :] not in _TAGS):
+            raise self.error(f"the tag {written[:80]} is not supported", position)
+        return name[len(_CORE) :] or written
+
+    def alias(self, position: int, tag: str, anchor: _Anchor | None) -> tuple[Any, int]:
+        match = _ALIAS(self.text, position)
+        known = self.anchors.get(match[1]) if match else None
+        if not match or not known or tag or anchor:
+            raise self.error("an alias with an anchor or a tag" if known else "an alias without an anchor before it", position)
+        self.expansion += known.size
+        if not known.complete or self.expansion > _MAX_EXPANSION or len(self.parents) + known.height > _MAX_DEPTH:
+            raise self.error("an alias that contains itself, or nests too deeply, or expands to too many nodes", position)
+        return known.value, match.end()
+
+    def anchored(self, value: Any, anchor: _Anchor | None) -> Any:
+        if anchor:
+            anchor.size, anchor.height = self.measured(value)
+            anchor.value, anchor.complete = value, True
+            self.shared[id(value)] = anchor
+        return value
+
+    def measured(self, value: Any) -> tuple[int, int]:
+        """The number of nodes that a value expands to, and how deep it nests."""
+        if not isinstance(value, (dict, list)):
+            return 1 + len(value) // 100 if isinstance(value, str) else 1, 0
+        if id(value) in self.shared:
+            return self.shared[id(value)].size, self.shared[id(value)].height
+        children = [self.measured(child) for child in ([*value, *value.values()] if isinstance(value, dict) else value)]
+        return 1 + sum(size for size, _ in children), 1 + max((height for _, height in children), default=0)
+
+
+def _short_line(lines: list[str], indent: int) -> bool:
+    """Whether one of the lines, blank or not, has something other than spaces before column `indent`."""
+    return indent > 0 and any(len(line) > (spaces := _SPACES(line).end()) < indent for line in lines)
+
+
+def _ends_in_escape(raw: str) -> bool:
+    return (len(raw) - len(raw.rstrip("\\"))) % 2 == 1
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    """The character for an escape in double quotes."""
+    high, low, *codes, character = escape.groups()
+    if high:
+        return chr(0x10000 + ((int(high, 16) - 0xD800) << 10) + int(low, 16) - 0xDC00)
+    if character:
+        if character not in _ESCAPES:
+            raise ValueError(f"\\{character} is not an escape that YAML has; a backslash itself is \\\\")
+        return _ESCAPES[character]
+    code = int(codes[0] or codes[1] or codes[2], 16)
+    if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+        raise ValueError(f"{escape.group()} is not a character")
+    return chr(code)
+
+
+def _folded_quoted(lines: list[str], double: bool) -> str:
+    """The text of a quoted scalar on several lines: one line break is a space, more are one less."""
+    pieces, breaks, joint = [], 0, " "
+    for number, line in enumerate(lines):
+        if number:
+            line, breaks = line.lstrip(" \t"), breaks + 1
+        stripped, escaped = line.rstrip(" \t"), False
+        if number == len(lines) - 1:
+            stripped = line
+        elif double and _ends_in_escape(stripped):
+            escaped = stripped == line  # otherwise the backslash escapes a blank
+            stripped = stripped[:-1] if escaped else line[: len(stripped) + 1]
+        if stripped or escaped or number in (0, len(lines) - 1):
+            pieces.append(("\n" * (breaks - 1) or joint) + stripped if number else stripped)
+            breaks, joint = 0, "" if escaped else " "
+    return "".join(pieces)
+
+
+def _folded_block(lines: list[str]) -> str:
+    """The text of a folded scalar: as in quotes, but breaks next to blank-led lines stay."""
+    pieces, breaks, spaced, first = [], 0, False, True
+    for line in lines:
+        if not line:
+            breaks += 1
+            continue
+        was_spaced, spaced = spaced, line[0] in " \t"
+        if first:
+            pieces.append("\n" * breaks)
+        elif spaced or was_spaced:
+            pieces.append("\n" * (breaks + 1))
+        else:
+            pieces.append("\n" * breaks or " ")
+        pieces.append(line)
+        breaks, first = 0, False
+    return "".join(pieces)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_end(indent: int) -> Callable[[str, int], Any]:
+    """Finds the line break before the first line with content that is indented by less than `indent`."""
+    return re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search
+
+
+# What a plain scalar may be so that every YAML 1.1 and 1.2 loader reads it as the same text.
+_PLAIN_TEXT = re.compile("[A-Za-z0-9_/(<$\xa1-\u1fff][^\x00-\x1f\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]*").fullmatch
+_PLAIN_TRAPS = re.compile(r"(?i)[0-9][0-9_.:exoa-f+\-tz ]*|y|n|yes|no|on|off|true|false|null|<<").fullmatch
+_LITERAL = re.compile("[^\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]*").fullmatch
+_SURROGATE = re.compile("[\ud800-\udfff]").search
+_UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
+
+
+def _dump_yaml(value: Any) -> str:
+    """The value as a YAML document in block style that `load_yaml` reads back as the same value.
+
+    For dict, list, tuple, str, int, float, bool and None, nested up to 100 deep; raises OrchestratorError for others.
+    """
+    try:
+        return _yaml_node(value, 0, 0) + "\n"
+    except RecursionError:
+        raise OrchestratorError("nested too deeply for the stack that is left") from None
+
+
+def _yaml_node(value: Any, column: int, depth: int) -> str:
+    """The node for a place at that column; its lines below the first are indented to it."""
+    if isinstance(value, (dict, list, tuple)) and depth >= _MAX_DEPTH:
+        raise OrchestratorError(f"cannot write YAML that nests deeper than {_MAX_DEPTH}")
+    line = "\n" + " " * column
+    if isinstance(value, dict) and value:
+        return line.join(_yaml_entry(key, child, column, depth) for key, child in value.items())
+    if isinstance(value, (list, tuple)) and value:
+        return line.join("- " + _yaml_node(child, column + 2, depth + 1) for child in value)
+    if isinstance(value, str) and "\n" in value and value.strip(" \t\n") and _LITERAL(value):
+        indicator = "2" if value.lstrip("\n")[0] in " \t" else ""
+        if column or not indicator:
+            body = value.rstrip("\n")
+            chomping = "-" if body == value else "" if len(value) == len(body) + 1 else "+"
+            lines = value.split("\n") if body == value else value[:-1].split("\n")
+            pad = "\n" + " " * (column or 2)
+            return f"|{indicator}{chomping}" + "".join(pad + text if text else "\n" for text in lines)
+    return _yaml_scalar(value)
+
+
+def _yaml_entry(key: Any, value: Any, column: int, depth: int) -> str:
+    written = _yaml_scalar(key)
+    if len(written) > _MAX_KEY:
+        written = f"? {written}\n{' ' * column}"
+    nested = isinstance(value, (dict, list, tuple)) and value
+    gap = "\n" + " " * (column + 2) if nested else " "
+    return f"{written}:{gap}{_yaml_node(value, column + 2, depth + 1)}"
+
+
+def _yaml_scalar(value: Any) -> str:
+    """A scalar or an empty collection on one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        if _PLAIN_TEXT(value) and not _PLAIN_TRAPS(value) and not (
+            ": " in value or " #" in value or value.endswith((" ", ":"))
+        ):
+            return value
+        if _SURROGATE(value):
+            raise OrchestratorError("cannot write half of a surrogate pair as YAML")
+        return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", json.dumps(value, ensure_ascii=False))
+    if isinstance(value, int) and abs(value) < 10**_MAX_DIGITS:
+        return int.__repr__(value)
+    if isinstance(value, float):
+        written = float.__repr__(value)
+        if written[-1] in "fn":
+            return written.replace("inf", ".inf").replace("nan", ".nan")
+        return written if "." in written else written.replace("e", ".0e")
+    if isinstance(value, (dict, list, tuple)) and not value:
+        return "{}" if isinstance(value, dict) else "[]"
+    raise OrchestratorError(f"cannot write a {type(value).__name__} as YAML")
+
+
+def _to_json(value: Any, indent: int | None = None, sort_keys: bool = False) -> str:
+    """A value as JSON text; numbers that JSON lacks (nan, inf) are null, as in JavaScript."""
+    separators = (",", ":") if indent is None else (",", ": ")
+    try:
+        return json.dumps(
+            value, ensure_ascii=False, allow_nan=False, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+    except ValueError:
+        return json.dumps(
+            _finite(value), ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+
+def _finite(value: Any) -> Any:
+    """The value with null in place of nan and inf."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Templates
+# Text comes in, a compiled Template goes out; it is parsed once and rendered often.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# ======================================================================================================================
+# Templates: text -> compiled closures -> text or a value. Handlebars without HTML escaping, in two spellings, {{x}} and
+# <<x>>. The source is scanned into texts and tags, the lines of stand-alone tags are taken out, and each tag becomes a
+# closure `read(this, frame)`. Linear in the source; paths reach keys and indexes only; values are never rendered again.
+# ======================================================================================================================
+
+_MAX_NESTING = 100
+_NAME = r"""[^\s!"#%-,./;->@\[-^`{-~]+"""
+_STEP = rf"(?:{_NAME}|\[[^\]\\]*(?:\\\]?[^\]\\]*)*\])"
+_QUOTED = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
+_PATH = rf"@?(?:(?:\.\.?/)+(?={_STEP})|\.\.?(?:/\.\.?)*)?(?:{_STEP}(?:[./]{_STEP}|\[\d+\])*)?"
+_TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))")
+_STEPS = re.compile(rf"\.\.?(?=/|\Z)|{_STEP}")
+_PIPE, _EQUALS = re.compile(r"\s*\|"), re.compile(r"\s*=")
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+_WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "undefined": None}
+_OPENER = re.compile(r"\{\{|<<")
+_TAG = re.compile(r"(\{\{\{\{|\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
+_REGION_END = re.compile(r"<<|\n")
+_TAG_ENDS = {
+    key: re.compile(pattern)
+    for key, pattern in {
+        "{{": r"\s*(~?)\}\}(?!\})", "{{{": r"\s*\}(~?)\}\}", "<<": r"\s*(~?)>>", "<<<": r"\s*>(~?)>>",
+        "{{{{": r"\s*()\}\}\}\}", "(": r"\s*()\)", "{{!": r"(~?)\}\}", "{{!--": r"--(~?)\}\}", "<<!": "(~?)>>",
+        "<<!--": "--(~?)>>",
+    }.items()
+}  # fmt: skip
+_RAW_TAG = re.compile(rf"\{{\{{\{{\{{(?:/({_NAME})\}}\}}\}}\}}|(?=[^/]))")
+_STANDALONE = frozenset(("#", "^", "/", "else", ">", "#>", "#*", "!"))
+
+
+class _Malformed(Exception):
+    """(reason, position): a tag that does not read as one; an error in {{ }}, plain text in << >>."""
+
+
+class _Tag:
+    """One tag: its sign ("" for a value), white space control, and its parts as nodes."""
+
+    __slots__ = ("arguments", "end", "head", "indent", "left", "named", "names", "position", "right", "sign")
+
+    def __init__(self, sign: str, position: int, left: bool = False) -> None:
+        self.sign, self.position, self.end, self.left, self.right = sign, position, position, left, False
+        self.head: _Expression | None = None
+        self.arguments: list[_Expression] = []
+        self.named: dict[str, _Expression] = {}
+        self.names: tuple[str, ...] = ()
+        self.indent = ""
+
+    @property
+    def name(self) -> str:
+        """What the tag calls, as written: `each`, `steps.a`, `../x`."""
+        return str(self.head[-2]) if self.head else ""
+
+
+def _scan(source: str) -> list[str | _Tag]:
+    """The texts and tags of a template, in order."""
+    items: list[str | _Tag] = []
+    start = search = 0
+    while opener := _OPENER.search(source, search):
+        position = opener.start()
+        escapes = 0 if position == start or source[position - 1] != "\\" else 1
+        escapes += escapes and position - 2 >= start and source[position - 2] == "\\"
+        try:
+            tag = _read_tag(source, position) if source[position] == "<" or escapes != 1 else None
+        except _Malformed as error:
+            if source[position] == "{":
+                raise TemplateError(error.args[0], source, error.args[1]) from None
+            search = position + 1
+            continue
+        if start < position - bool(escapes):
+            items.append(source[start : position - bool(escapes)])
+        if tag is None or escapes == 1:
+            start, search = position, position + 2
+            continue
+        items.append(tag)
+        start = search = tag.end
+        if tag.sign == "raw":
+            start = search = _scan_raw(source, tag, items)
+    if start < len(source):
+        items.append(source[start:])
+    return items
+
+
+def _scan_raw(source: str, tag: _Tag, items: list[str | _Tag]) -> int:
+    """Adds the text of a raw block, nested ones included, and its closing tag; returns where that ends."""
+    level, tag.sign = 1, "#"
+    for match in _RAW_TAG.finditer(source, tag.end):
+        level += -1 if match[1] else 1
+        if level == 0:
+            closing = _Tag("/", match.start())
+            closing.head = ("path", match[1], match.start() + 5)
+            items += [source[tag.end : match.start()], closing] if match.start() > tag.end else [closing]
+            return match.end()
+    raise TemplateError(f"raw block {tag.name!r} is never closed", source, tag.position)
+
+
+def _read_tag(source: str, position: int) -> _Tag:
+    """The tag at `position`. A `<<` tag ends on its line and holds no other `<<`, so that failing is cheap."""
+    match = _TAG.match(source, position)
+    assert match
+    opener, sign, limit = match[1], match[3] or "", len(source)
+    if opener == "<<":
+        stop = _REGION_END.search(source, match.end())
+        limit = stop.start() if stop else limit
+    tag = _Tag("raw" if opener == "{{{{" else sign, position, bool(match[2]))
+    if sign == "!":
+        kind = opener + ("!--" if source.startswith("--", match.end()) else "!")
+        end = _TAG_ENDS[kind].search(source, match.end(), limit)
+        if not end:
+            raise _Malformed("comment is never closed", position)
+        tag.end, tag.right = end.end(), bool(end[1])
+        return tag
+    if sign in ("{", "<", "&"):
+        if sign != "&" and sign != opener[0]:
+            raise _Malformed(f"unexpected {sign!r}", position)
+        opener, tag.sign = opener + (sign if sign != "&" else ""), ""
+    end = _read_arguments(source, match.end(), limit, opener, tag, 0)
+    tag.end, tag.right = end.end(), bool(end[1])
+    if tag.sign == "" and tag.name == "else" and tag.head and tag.head[0] == "path":
+        tag.sign, tag.head = "else", tag.arguments.pop(0) if tag.arguments else None
+    elif tag.sign == "^" and not tag.head:
+        tag.sign = "else"
+    elif not tag.head:
+        raise _Malformed("empty tag", position)
+    if tag.sign == "" and tag.names or tag.sign == "" and tag.head and tag.head[0] == "call" and tag.arguments:
+        raise _Malformed("a value takes no block parameters" if tag.names else "a helper name must come first", position)
+    return tag
+
+
+def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _Tag, depth: int) -> re.Match[str]:
+    """Fills in head, arguments, named arguments and block parameters; returns the match of the tag's end."""
+    if depth > _MAX_NESTING:
+        raise _Malformed(f"sub-expressions nested deeper than {_MAX_NESTING}", position)
+    ending = _TAG_ENDS[opener]
+    while not (end := ending.match(source, position, limit)):
+        token = _TOKEN.match(source, position, limit)
+        if not token or token.lastgroup == "mark" and token["mark"] != "(":
+            raise _Malformed(_unexpected(source, token.start("mark") if token else position, limit, opener), position)
+        start, position = token.start(token.lastgroup or 0), token.end()
+        word = token["path"]
+        if word and (equals := _EQUALS.match(source, position, limit)):
+            key, position = _STEPS.findall(word), equals.end()
+            token = _TOKEN.match(source, position, limit)
+            if len(key) != 1 or key[0] in (".", "..") or word[0] == "@" or not token or not tag.head:
+                raise _Malformed(f"bad named argument {word!r}", start)
+            value, position = _read_operand(source, token, limit, depth)
+            tag.named[_unbracketed(key[0])] = value
+            continue
+        if word == "as" and tag.head and (pipe := _PIPE.match(source, position, limit)):
+            stop = source.find("|", pipe.end(), limit)
+            tag.names, position = tuple(source[pipe.end() : stop].split()), stop + 1
+            if stop < 0 or not tag.names or not all(re.fullmatch(_NAME, name) for name in tag.names):
+                raise _Malformed("block parameters are written `as |item index|`", start)
+            continue
+        if tag.named or tag.names:
+            raise _Malformed("named arguments and block parameters come last", start)
+        value, position = _read_operand(source, token, limit, depth)
+        if tag.head:
+            tag.arguments.append(value)
+        else:
+            tag.head = value
+    return end
+
+
+def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> tuple[_Expression, int]:
+    """The node that a token opens (a path, a literal or a sub-expression) and where it ends."""
+    kind = token.lastgroup or ""
+    start, position, text = token.start(kind), token.end(), token[kind]
+    if kind == "text":
+        value = text[1:-1].replace("\\" + text[0], text[0])
+        return ("literal", value, value, start), position
+    if kind == "path":
+        if text in _WORDS or _NUMBER.fullmatch(text):
+            value = _WORDS[text] if text in _WORDS else _literal_number(text, start)
+            return ("literal", value, text, start), position
+        return ("path", text, start), position
+    inner = _Tag("(", start)
+    if text != "(":
+        raise _Malformed(f"unexpected {text!r}", start)
+    inner.end = _read_arguments(source, position, limit, "(", inner, depth + 1).end()
+    if not inner.head or inner.head[0] != "path":
+        raise _Malformed("a sub-expression starts with the name of a helper", start)
+    return ("call", inner, inner.name, start), inner.end
+
+
+def _literal_number(text: str, position: int) -> int | float:
+    """The number that a literal spells; a whole number of thousands of digits is refused, as Python does."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise _Malformed("number is too long", position) from None
+
+
+def _unexpected(source: str, position: int, limit: int, opener: str) -> str:
+    """Why a tag does not go on at `position`."""
+    rest = source[position : min(limit, position + 30)].lstrip()
+    if not rest:
+        return f"{opener!r} is never closed"
+    if opener == "{{" and rest.startswith("}}}"):
+        return "'}}}' closes '{{{' only: put a space before a brace that is text"
+    return f"unexpected {rest.split()[0]!r} in a tag"
+
+
+def _unbracketed(step: str) -> str:
+    """A path step without its brackets and their escapes."""
+    return re.sub(r"\\([\\\]])", r"\1", step[1:-1]) if step[0] == "[" else step
+
+
+def _split_path(text: str) -> tuple[int, tuple[str, ...], bool]:
+    """Levels up, steps, and whether the path is fixed to a scope: "../a.[b c]" -> (1, ("a", "b c"), True)."""
+    steps = _STEPS.findall(text.lstrip("@"))
+    depth = first = 0
+    while first < len(steps) and steps[first] in (".", "..", "this"):
+        depth += steps[first] == ".."
+        first += 1
+    if any(step in ("this", ".", "..") for step in steps[first:]):
+        raise _Malformed(f"invalid path {text!r}: '.', '..' and 'this' come first", 0)
+    return depth, tuple(map(_unbracketed, steps[first:])), first > 0
+
+
+def _strip_lines(items: list[str | _Tag]) -> list[str | _Tag]:
+    """Applies `~`, and takes block tags, comments and partials that stand alone on a line out with their line."""
+    stripped, last = list(items), len(items) - 1
+    for index, tag in enumerate(items):
+        if isinstance(tag, str):
+            continue
+        before, after = items[index - 1] if index else "\n", items[index + 1] if index < last else "\n"
+        alone = tag.sign in _STANDALONE and isinstance(before, str) and isinstance(after, str)
+        if alone and isinstance(before, str) and isinstance(after, str):
+            line_start, line_end = before.rfind("\n") + 1, after.find("\n")
+            indent = before[line_start:]
+            alone = (line_start > 0 or index == 1) and (line_end >= 0 or index == last - 1)
+            if alone and not indent.strip() and not (after[:line_end] if line_end >= 0 else after).strip():
+                if index and not tag.left:
+                    tag.indent = indent[len(indent.rstrip(" \t")) :] if tag.sign == ">" else ""
+                    stripped[index - 1] = str(stripped[index - 1]).rstrip(" \t")
+                if index < last:
+                    stripped[index + 1] = re.sub(r"\A[ \t]*\r?\n?", "", str(stripped[index + 1]))
+        if tag.left and index and isinstance(stripped[index - 1], str):
+            stripped[index - 1] = str(stripped[index - 1]).rstrip()
+        if tag.right and index < last and isinstance(stripped[index + 1], str):
+            stripped[index + 1] = str(stripped[index + 1]).lstrip()
+    return [item for item in stripped if item != ""]
+
+
+# ---- Values ----------------------------------------------------------------------------------------------------------
+
+_MISSING: Any = object()
+_PLAIN = frozenset((str, int, float, bool, list, dict, tuple))  # types that a path may end at; null takes the slow way
+_KINDS = ((type(None), "null"), (bool, "a boolean"), ((int, float), "a number"), (str, "text"), ((list, tuple), "a list"))
+
+
+def _kind(value: Any) -> str:
+    """What an error calls a value."""
+    for types, name in _KINDS:
+        if isinstance(value, types):
+            return name
+    return "a map" if isinstance(value, Mapping) else type(value).__name__
+
+
+def _settled(value: Any) -> Any:
+    """The value that a path ends at: a view (such as a step's results) stands for its `__template_value__`."""
+    hook = None if type(value) in _PLAIN else getattr(type(value), "__template_value__", None)
+    return hook(value) if hook else value
+
+
+def _child(value: Any, step: str) -> Any:
+    """The value under a key of a map or an index of a list, or _MISSING; never an attribute."""
+    if isinstance(value, Mapping):
+        if step in value:
+            return value[step]
+        number = int(step) if len(step) < 19 and re.fullmatch(r"-?(0|[1-9][0-9]*)", step, re.A) else None
+        return value[number] if number is not None and number in value else _MISSING
+    if isinstance(value, (list, tuple)):
+        if step == "length":
+            return len(value)
+        if len(step) < 19 and step.isascii() and step.isdigit() and int(step) < len(value):
+            return value[int(step)]
+    return _MISSING
+
+
+def _truthy(value: Any) -> bool:
+    """Handlebars truth: false, null, "", 0 and [] are false; every map is true."""
+    return bool(value) or isinstance(value, Mapping)
+
+
+def _unpacked(value: Any) -> Any:
+    """What JSON does not know, as what it does."""
+    if getattr(type(value), "__template_value__", None):
+        return _settled(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _json_text(value: Any, indent: int | None = None) -> str:
+    """JSON text of a value, compact unless indented; TemplateError for what JSON cannot say (nan and infinity too)."""
+    try:
+        separators = (",", ":") if indent is None else (",", ": ")
+        return json.dumps(
+            value, ensure_ascii=False, allow_nan=False, separators=separators, indent=indent, default=_unpacked
+        )
+    except (TypeError, ValueError, RecursionError, OverflowError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise TemplateError(f"cannot render {_kind(value)} as text: {reason}") from None
+
+
+def _to_text(value: Any) -> str:
+    """How a value is written into text: null as nothing, numbers, true, false, lists and maps as JSON."""
+    if isinstance(value, str):
+        return value
+    if value is None or value is _MISSING:
+        return ""
+    return _json_text(value)
+
+
+def _equal(left: Any, right: Any) -> bool:
+    """Equality of `==`, `in` and `eq`: see Condition."""
+    if isinstance(left, str) and isinstance(right, str):
+        return str.__eq__(left, right)
+    if isinstance(left, bool) or isinstance(right, bool):
+        if isinstance(left, str) or isinstance(right, str):
+            return _to_text(left).strip().lower() == _to_text(right).strip().lower()
+        return left is right
+    if isinstance(left, str) or isinstance(right, str):
+        text, other = (left, right) if isinstance(left, str) else (right, left)
+        return isinstance(other, (int, float)) and _as_number(text) == other
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return len(left) == len(right) and all(key in right and _equal(left[key], right[key]) for key in left)
+    return bool(left == right)
+
+
+def _as_number(text: str) -> int | float | None:
+    """The number that a text spells as JSON does (`5`, `-0.5`, `1e3`; white space around is fine), or None."""
+    match = re.fullmatch(r"\s*([-+]?[0-9]{1,4000}(\.[0-9]+)?([eE][-+]?[0-9]+)?)\s*", text, re.A)
+    if not match:
+        return None
+    return float(match[1]) if match[2] or match[3] else int(match[1])
+
+
+def _compare(left: Any, right: Any) -> int | None:
+    """-1, 0 or 1; None if either is null (or not a number at all); TypeError for what has no order."""
+    if left is None or right is None:
+        return None
+    if isinstance(left, str) != isinstance(right, str):
+        text, other = (left, right) if isinstance(left, str) else (right, left)
+        number = _as_number(text) if isinstance(other, (int, float)) and not isinstance(other, bool) else None
+        if number is None:
+            raise TypeError(f"cannot order {_kind(left)} and {_kind(right)}" + _excerpt(text))
+        left, right = (number, right) if text is left else (left, number)
+    elif not isinstance(left, str):
+        for value in (left, right):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"cannot order {_kind(left)} and {_kind(right)}")
+    return -1 if left < right else 1 if left > right else 0 if left == right else None
+
+
+def _excerpt(text: str) -> str:
+    return f": {text[:40]!r} is not a number"
+
+
+# ---- Helpers: plain functions, positional arguments and named ones -------------------------------------------------
+
+
+def _lookup(value: Any, key: Any) -> Any:
+    return _settled(_child(value, _to_text(key)))
+
+
+def _default(value: Any, *fallbacks: Any) -> Any:
+    for fallback in fallbacks:
+        value = fallback if value is None or value == "" else value
+    return value
+
+
+def _length_of(value: Any) -> int:
+    if value is not None and not isinstance(value, (str, list, tuple, Mapping)):
+        raise TypeError(f"{_kind(value)} has no length")
+    return len(value or ())
+
+
+def _join_values(values: Any, separator: Any = ", ") -> str:
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"needs a list, not {_kind(values)}")
+    return _to_text(separator).replace("\\n", "\n").replace("\\t", "\t").join(map(_to_text, values))
+
+
+def _truncate(value: Any, length: int, suffix: str = "...") -> str:
+    text, suffix = _to_text(value), _to_text(suffix)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+        raise TypeError("needs a whole number of characters")
+    return text if len(text) <= length else text[: max(0, length - len(suffix))] + suffix[:length]
+
+
+def _and(*values: Any) -> Any:
+    return next((value for value in values if not _truthy(value)), values[-1])
+
+
+def _or(*values: Any) -> Any:
+    return next((value for value in values if _truthy(value)), values[-1])
+
+
+_HELPERS: dict[str, Callable[..., Any]] = {
+    "lookup": _lookup,
+    "json": lambda value, indent=None: _json_text(value, indent),
+    "default": _default,
+    "length": _length_of,
+    "join": _join_values,
+    "upper": lambda value: _to_text(value).upper(),
+    "lower": lambda value: _to_text(value).lower(),
+    "trim": lambda value: _to_text(value).strip(),
+    "truncate": _truncate,
+    "eq": _equal,
+    "ne": lambda left, right: not _equal(left, right),
+    "lt": lambda left, right: _compare(left, right) == -1,
+    "le": lambda left, right: _compare(left, right) in (-1, 0),
+    "gt": lambda left, right: _compare(left, right) == 1,
+    "ge": lambda left, right: _compare(left, right) in (1, 0),
+    "and": _and,
+    "or": _or,
+    "not": lambda value: not _truthy(value),
+    "log": lambda *values, **named: "",
+}
+_LENIENT = frozenset(("if", "unless", "default", "and", "or", "not"))  # a missing value is null in their arguments
+_LOOP_VALUES = {"index": 0, "key": 1, "first": 2, "last": 3}
+
+
+class BlockOptions:
+    """What a block helper gets as `options`: `fn(context)` and `inverse(context)` render its two bodies (without an
+    argument: in the context it stands in), `hash` holds the named arguments, `this` is the context."""
+
+    __slots__ = ("fn", "hash", "inverse", "this")
+
+    def __init__(self, this: Any, named: dict[str, Any], fn: Callable[..., str], inverse: Callable[..., str]) -> None:
+        self.this, self.hash, self.fn, self.inverse = this, named, fn, inverse
+
+
+class _Frame:
+    """What a tag sees besides `this`: the contexts around it, the loop, block parameters, partials, the root."""
+
+    __slots__ = ("block", "contexts", "level", "loop", "parameters", "partials", "root")
+
+    def __init__(self, root: Any) -> None:
+        self.root: Any = root
+        self.contexts: Any = (root, None)  # (this, (its parent, ...)), a linked list
+        self.loop: Any = None  # (index, key, first, last, the loop around it)
+        self.parameters: Any = None  # (values, (those of the block around it, ...))
+        self.partials: dict[str, tuple[_Read, _Frame]] = {}  # inline partials, with the frame they were defined in
+        self.block: tuple[_Read, _Frame] | None = None  # @partial-block
+        self.level = 0
+
+    def child(self, this: Any = _MISSING) -> _Frame:
+        frame = _Frame.__new__(_Frame)
+        frame.root, frame.loop, frame.parameters = self.root, self.loop, self.parameters
+        frame.partials, frame.block, frame.level = self.partials, self.block, self.level
+        frame.contexts = self.contexts if this is _MISSING else (this, self.contexts)
+        return frame
+
+
+# ---- Compiler --------------------------------------------------------------------------------------------------------
+
+
+def _nothing(this: Any, frame: Any) -> str:
+    return ""
+
+
+def _fast_path(steps: tuple[str, ...], slow: _Read) -> _Read:
+    """Reads a path whose maps are plain dicts and which ends at a plain value; everything else is left to `slow`."""
+    if len(steps) == 1:
+        (first,) = steps
+
+        def read(this: Any, frame: Any) -> Any:
+            try:
+                if type(this) is dict and type(value := this[first]) in _PLAIN:
+                    return value
+            except KeyError:
+                pass
+            return slow(this, frame)
+
+    elif len(steps) == 2:
+        first, second = steps
+
+        def read(this: Any, frame: Any) -> Any:
+            try:
+                if type(this) is dict and type(one := this[first]) is dict and type(value := one[second]) in _PLAIN:
+                    return value
+            except KeyError:
+                pass
+            return slow(this, frame)
+
+    elif len(steps) == 3:
+        first, second, third = steps
+
+        def read(this: Any, frame: Any) -> Any:
+            try:
+                if type(this) is dict and type(one := this[first]) is dict and type(two := one[second]) is dict:
+                    value = two[third]
+                    if type(value) in _PLAIN:
+                        return value
+            except KeyError:
+                pass
+            return slow(this, frame)
+
+    else:
+        return slow
+    return read
+
+
+def _joined(parts: list[Any]) -> _Read:
+    """A program: the texts of the parts (constant text, or a closure), joined."""
+    merged: list[Any] = []
+    for part in parts:
+        if merged and isinstance(part, str) and isinstance(merged[-1], str):
+            merged[-1] = [merged[-1], part]
+        elif merged and isinstance(part, str) and isinstance(merged[-1], list):
+            merged[-1].append(part)
+        else:
+            merged.append(part)
+    pieces = ["".join(part) if isinstance(part, list) else part for part in merged]
+    reads = [(index, part) for index, part in enumerate(pieces) if not isinstance(part, str)]
+    if not reads:
+        constant = "".join(pieces)
+        return lambda this, frame: constant
+    if len(pieces) == 1:
+        (single,) = pieces
+        return lambda this, frame: value if type(value := single(this, frame)) is str else _to_text(value)
+
+    def render(this: Any, frame: Any) -> str:
+        texts = pieces[:]
+        for index, read in reads:
+            value = read(this, frame)
+            texts[index] = value if type(value) is str else _to_text(value)
+        return "".join(texts)
+
+    return render
+
+
+def _render_each(value: Any, body: _Read, inverse: _Read, names: Sequence[str], this: Any, frame: _Frame) -> str:
+    """The body once for each item of a list or map, or the inverse if there is none."""
+    keys: Any = range(len(value)) if isinstance(value, (list, tuple)) else list(value) if isinstance(value, Mapping) else ()
+    if not keys:
+        return str(inverse(this, frame))
+    items = value if isinstance(value, (list, tuple)) else [value[key] for key in keys]
+    child, contexts, around, last, texts = frame.child(), frame.contexts, frame.loop, len(keys) - 1, []
+    for index, (key, item) in enumerate(zip(keys, items)):
+        child.contexts = (item, contexts)
+        child.loop = (index, key, index == 0, index == last, around)
+        if names:
+            child.parameters = ((item, key), frame.parameters)
+        texts.append(body(item, child))
+    return "".join(texts)
+
+
+class _Partials:
+    """Named partial templates, each compiled once, when it is first used."""
+
+    __slots__ = ("_known", "helpers", "strict")
+
+    def __init__(self, sources: Mapping[str, Any] | None, strict: bool, helpers: Mapping[str, Any] | None) -> None:
+        self._known, self.strict, self.helpers = dict(sources or {}), strict, helpers
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def get(self, name: str) -> Template | None:
+        """The compiled partial, or None; TemplateError if it does not compile."""
+        partial = self._known.get(name)
+        if partial is not None and not isinstance(partial, Template):
+            partial = self._known[name] = Template(partial, self.strict, self, self.helpers, _name=name)
+        return partial
+
+
+class _TemplateCompiler:
+    """Turns one source into its program and collects what that refers to."""
+
+    def __init__(
+        self, source: str, strict: bool, partials: _Partials, helpers: Mapping[str, Callable[..., Any]], name: str
+    ) -> None:
+        self.source, self.strict, self.partials, self.helpers, self.name = source, strict, partials, helpers, name
+        self.items = _strip_lines(_scan(source))
+        self.next = self.nesting = 0
+        self.scopes: list[bool | None] = [True]  # is `this` the root, level by level? None: cannot be known
+        self.names: list[tuple[str, ...]] = []  # block parameters, level by level
+        self.guards: list[tuple[str, ...]] = []  # paths that an enclosing #if or #unless has asked for
+        self.references: list[tuple[tuple[str, ...], bool, int, bool]] = []  # the last: from @root
+        self.calls: list[tuple[str, bool, frozenset[str], int]] = []  # partials: name, context is the root, keys, position
+        self.dynamic = self.framed = False  # not a constant; needs a frame
+        self.inlines = {tag.arguments[0][1] for tag in self.items if isinstance(tag, _Tag) and tag.sign == "#*" and tag.arguments}
+
+    def error(self, reason: str, position: int) -> TemplateError:
+        return TemplateError(reason + (f" in partial {self.name!r}" if self.name else ""), self.source, position)
+
+    # -- blocks
+
+    def program(self, opener: _Tag | None = None, scope: tuple[bool | None, ...] = (), names: tuple[str, ...] = ()) -> tuple[_Read, _Tag | None]:
+        """Compiles up to the tag that ends the opener's body (the whole source without an opener)."""
+        if self.nesting > _MAX_NESTING and opener:
+            raise self.error(f"blocks nested deeper than {_MAX_NESTING}", opener.position)
+        parts: list[Any] = []
+        inlines: dict[str, _Read] = {}
+        end = None
+        self.scopes += scope
+        self.names += [names] if names else []
+        self.nesting += 1
+        while self.next < len(self.items):
+            item = self.items[self.next]
+            self.next += 1
+            if isinstance(item, str):
+                parts.append(item)
+                continue
+            if item.sign in ("/", "else"):
+                if not opener:
+                    raise self.error("`else` outside of a block" if item.sign == "else" else f"'/{item.name}' closes nothing", item.position)
+                end = item
+                break
+            part = self.tag(item, inlines)
+            if part:
+                parts.append(part)
+        if opener and not end:
+            raise self.error(f"block '{opener.sign}{opener.name}' is never closed", opener.position)
+        self.nesting -= 1
+        del self.scopes[len(self.scopes) - len(scope) :]
+        del self.names[len(self.names) - bool(names) :]
+        return self.with_inlines(_joined(parts), inlines), end
+
+    def with_inlines(self, program: _Read, inlines: dict[str, _Read]) -> _Read:
+        """The program with its inline partials defined before it starts."""
+        if not inlines:
+            return program
+
+        def render(this: Any, frame: _Frame) -> Any:
+            child = frame.child()
+            child.partials = {**frame.partials, **{name: (body, child) for name, body in inlines.items()}}
+            return program(this, child)
+
+        render.inlines = inlines  # type: ignore[attr-defined]
+        return render
+
+    def tag(self, tag: _Tag, inlines: dict[str, _Read]) -> _Read | None:
+        """The closure of a tag and, if it opens a block, of all up to its end; None for what renders nothing."""
+        if tag.sign == "!":
+            return None
+        self.dynamic = True
+        try:
+            if tag.sign == "":
+                return self.value(tag)
+            self.framed = True
+            if tag.sign in ("#", "^"):
+                return self.block(tag)
+            if tag.sign in (">", "#>"):
+                return self.partial(tag)
+            if tag.sign == "#*" and tag.name == "inline" and tag.arguments and tag.arguments[0][0] == "literal":
+                inlines[_to_text(tag.arguments[0][1])] = self.closed(tag, self.program(tag, (None,)))
+                return None
+        except _Malformed as error:
+            raise self.error(error.args[0], tag.position) from None
+        raise self.error("the only decorator is {{#*inline \"name\"}}", tag.position)
+
+    def closed(self, opener: _Tag, program: tuple[_Read, _Tag | None]) -> _Read:
+        """The program, once the tag that ended it has been checked to close the opener."""
+        body, end = program
+        if end is None or end.sign != "/" or _comparable(end) != _comparable(opener):
+            line = self.source.count("\n", 0, opener.position) + 1
+            found = f"'/{end.name}'" if end and end.sign == "/" else "a second `else`"
+            raise self.error(f"{found} does not close '{opener.sign}{opener.name}' of line {line}", end.position if end else 0)
+        return body
+
+    def bodies(self, tag: _Tag, scope: tuple[bool | None, ...], chained: bool) -> tuple[_Read, _Read]:
+        """The body and inverse of a block. A chained block (`else if`) leaves its end for the block that it is in."""
+        first, second = ((), scope) if tag.sign == "^" else (scope, ())
+        body, end = self.program(tag, first, tag.names if first else ())
+        inverse: _Read = _nothing
+        if end and end.sign == "else":
+            if end.head:
+                self.nesting += 1
+                self.scopes += second
+                inverse, end = self.chain(end)
+                del self.scopes[len(self.scopes) - len(second) :]
+                self.nesting -= 1
+            else:
+                inverse, end = self.program(tag, second, tag.names if second else ())
+        if chained:
+            self.chain_end = end
+        else:
+            self.closed(tag, (body, end))
+        return (inverse, body) if tag.sign == "^" else (body, inverse)
+
+    def chain(self, tag: _Tag) -> tuple[_Read, _Tag | None]:
+        """`{{else if x}}` as a block of its own, and the tag that ended it."""
+        tag.sign = "#"
+        return self.block(tag, chained=True), self.chain_end
+
+    def block(self, tag: _Tag, chained: bool = False) -> _Read:
+        name = tag.name if tag.head and tag.head[0] == "path" else ""
+        if name in self.helpers:
+            return self.helper_block(tag, self.helpers[name], chained)
+        if name in _BLOCKS:
+            if len(tag.arguments) != 1:
+                raise self.error(f"#{name} takes one argument", tag.position)
+            return _BLOCKS[name](self, tag, chained)
+        if name == "raw" and not tag.arguments:
+            return self.bodies(tag, (), chained)[0]
+        if tag.arguments or tag.named:
+            read = self.call(tag, False)
+        else:
+            read = self.value(tag)
+        body, inverse = self.bodies(tag, (None,), chained)
+        names = tag.names
+
+        def section(this: Any, frame: _Frame) -> Any:
+            value = read(this, frame)
+            if value is None or value is False:
+                return inverse(this, frame)
+            if value is True:
+                return body(this, frame)
+            if isinstance(value, (list, tuple)):
+                return _render_each(value, body, inverse, names, this, frame)
+            return body(value, frame.child(value))
+
+        return section
+
+    def if_block(self, tag: _Tag, chained: bool) -> _Read:
+        seen = len(self.references)
+        test, zero = self.expression(tag.arguments[0], True), self.named(tag, True).get("includeZero")
+        guards = [segments for segments, *_ in self.references[seen:]]
+        self.guards += guards
+        body, inverse = self.bodies(tag, (), chained)
+        del self.guards[len(self.guards) - len(guards) :]
+        if tag.name == "unless":
+            body, inverse = inverse, body
+
+        def choose(this: Any, frame: _Frame) -> Any:
+            value = test(this, frame)
+            if _truthy(value) or zero and value == 0 and value is not False and _truthy(zero(this, frame)):
+                return body(this, frame)
+            return inverse(this, frame)
+
+        return choose
+
+    def each_block(self, tag: _Tag, chained: bool) -> _Read:
+        read, names, strict, error = self.expression(tag.arguments[0]), tag.names, self.strict, self.error
+        body, inverse = self.bodies(tag, (False,), chained)
+
+        def each(this: Any, frame: _Frame) -> str:
+            value = read(this, frame)
+            if strict and value is not None and not isinstance(value, (list, tuple, Mapping)):
+                raise error(f"#each needs a list or a map, not {_kind(value)}", tag.position)
+            return _render_each(value, body, inverse, names, this, frame)
+
+        return each
+
+    def with_block(self, tag: _Tag, chained: bool) -> _Read:
+        read, names = self.expression(tag.arguments[0], raw=True), tag.names
+        same = tag.arguments[0][1] in (".", "this")
+        body, inverse = self.bodies(tag, () if same else (False,), chained)
+
+        def within(this: Any, frame: _Frame) -> Any:
+            value = read(this, frame)
+            settled = _settled(value)
+            if not _truthy(settled) and (settled is False or settled != 0):
+                return inverse(this, frame)
+            child = frame.child() if same else frame.child(value)
+            if names:
+                child.parameters = ((value,), frame.parameters)
+            return body(value, child)
+
+        return within
+
+    def helper_block(self, tag: _Tag, function: Callable[..., Any], chained: bool) -> _Read:
+        code = getattr(function, "__code__", None)
+        accepted = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code else ()
+        if "options" not in accepted and not getattr(function, "wants_options", False):
+            read = self.call(tag, False)
+            body, inverse = self.bodies(tag, (), chained)
+            return lambda this, frame: (body if _truthy(read(this, frame)) else inverse)(this, frame)
+        arguments = [self.expression(node) for node in tag.arguments]
+        named = self.named(tag)
+        body, inverse = self.bodies(tag, (None,), chained)
+        names, invoke = tag.names, self.invoke
+
+        def call(this: Any, frame: _Frame) -> Any:
+            def renderer(program: _Read) -> Callable[..., str]:
+                def render(context: Any = _MISSING, *parameters: Any) -> str:
+                    same = context is _MISSING or context is this
+                    child = frame.child() if same else frame.child(context)
+                    if names:
+                        child.parameters = (parameters or (context,), frame.parameters)
+                    return str(program(this if same else context, child))
+
+                return render
+
+            values = {key: read(this, frame) for key, read in named.items()}
+            options = BlockOptions(this, values, renderer(body), renderer(inverse))
+            return invoke(tag, function, [read(this, frame) for read in arguments], {**values, "options": options})
+
+        return call
+
+    # -- values
+
+    def value(self, tag: _Tag) -> _Read:
+        """The value of `{{head arguments}}`: a helper's if there is one or arguments ask for one, else a path's."""
+        head = tag.head
+        assert head
+        if head[0] == "call":
+            return self.expression(head)
+        if tag.arguments or tag.named or head[0] == "path" and head[1] in self.helpers:
+            return self.call(tag, False)
+        return self.expression(head if head[0] == "path" else ("path", f"[{head[2]}]" , head[3]), literal=head[0] != "path")
+
+    def call(self, tag: _Tag, lenient: bool) -> _Read:
+        """A helper call. A missing value is null in the arguments of the helpers that ask whether it is there."""
+        name = tag.name
+        function = self.helpers.get(name) or _HELPERS.get(name)
+        if function is None:
+            known = [*self.helpers, *_HELPERS]
+            raise self.error(f"unknown helper {name!r}" + _suggestion(name, known), tag.head[-1] if tag.head else 0)
+        lenient = lenient or name in _LENIENT
+        reads = [self.expression(node, lenient, raw=function is _lookup) for node in tag.arguments]
+        named, invoke, strict = self.named(tag, lenient), self.invoke, self.strict and not lenient
+
+        def call(this: Any, frame: Any) -> Any:
+            values = [read(this, frame) for read in reads]
+            value = invoke(tag, function, values, {key: read(this, frame) for key, read in named.items()})
+            if value is not _MISSING:
+                return value
+            if strict:
+                raise self.error(f"missing value {_to_text(values[-1])!r}" + _there(values[0], _to_text(values[-1])), tag.position)
+            return None
+
+        return call
+
+    def named(self, tag: _Tag, lenient: bool = False) -> dict[str, _Read]:
+        return {key: self.expression(node, lenient) for key, node in tag.named.items()}
+
+    def invoke(self, tag: _Tag, function: Callable[..., Any], values: list[Any], named: dict[str, Any]) -> Any:
+        try:
+            return function(*values, **named)
+        except RecursionError:
+            raise
+        except Exception as error:
+            reason = str(error) if not isinstance(error, KeyError) else f"no key {error}"
+            raise self.error(f"helper {tag.name!r}: {reason.replace('<lambda>', tag.name)}", tag.position) from error
+
+    def expression(self, node: _Expression, lenient: bool = False, raw: bool = False, literal: bool = False) -> _Read:
+        """The closure of a node. Lenient: a missing value is null. Raw: views at the end of a path stay views."""
+        if node[0] == "literal":
+            constant = node[1]
+            return lambda this, frame: constant
+        if node[0] == "call":
+            return self.call(node[1], lenient)
+        text, position = node[1], node[-1]
+        depth, steps, fixed = (0, (text[1:-1],), True) if literal else _split_path(text)
+        base = self.base(text, depth, steps, fixed, lenient, position)
+        steps = base.steps if base else steps
+        start = base.read if base else None
+        missing = self.missing(text, steps, start, position) if self.strict and not lenient else None
+
+        def read(this: Any, frame: Any) -> Any:
+            value = start(this, frame) if start else this
+            for step in steps:
+                if value is _MISSING:
+                    break
+                value = _child(value, step)
+            if value is _MISSING:
+                return missing(this, frame) if missing else None
+            return value if raw else _settled(value)
+
+        return read if start else _fast_path(steps, read)
+
+    def base(self, text: str, depth: int, steps: tuple[str, ...], fixed: bool, lenient: bool, position: int) -> _Base | None:
+        """Where a path starts, if that is not `this`; notes the path if that is the root."""
+        if text[0] == "@":
+            self.framed = True
+            if steps[:1] == ("root",):
+                self.refer(steps[1:], lenient, position, True)
+                return _Base(steps[1:], lambda this, frame: frame.root)
+            if steps == ("partial-block",):
+                return _Base((), lambda this, frame: frame.block is not None)
+            slot = _LOOP_VALUES.get(steps[0] if steps else "")
+            if slot is None:
+                return _Base(steps, lambda this, frame: _MISSING)
+            return _Base(steps[1:], _loop_value(slot, depth))
+        if not fixed and steps:
+            for level, names in enumerate(reversed(self.names)):
+                if steps[0] in names:
+                    self.framed = True
+                    return _Base(steps[1:], _parameter(level, names.index(steps[0])))
+        scopes = self.scopes[len(self.scopes) - 1 - depth :] if depth < len(self.scopes) else [False]
+        if scopes[0]:
+            self.refer(steps, lenient or None in scopes, position, False)
+        if not depth:
+            return None
+        self.framed = True
+        return _Base(steps, _outer_context(depth))
+
+    def refer(self, steps: tuple[str, ...], lenient: bool, position: int, absolute: bool) -> None:
+        if steps:
+            required = not lenient and not any(steps[: len(guard)] == guard for guard in self.guards)
+            self.references.append((steps, required, position, absolute))
+
+    def missing(self, text: str, steps: tuple[str, ...], start: _Read | None, position: int) -> _Read:
+        """Raises the error for a missing value: what there is instead, and where it may be meant."""
+        inside, error = len(self.scopes) > 1, self.error
+
+        def fail(this: Any, frame: Any) -> Any:
+            value = start(this, frame) if start else this
+            hint = ""
+            if inside and frame and not start and _child(frame.root, steps[0]) is not _MISSING:
+                hint = f"; inside a block write @root.{text} or ../{text}"
+            if value is _MISSING:
+                raise error(f"missing value {text!r}: there is no such scope or loop here", position)
+            raise error(f"missing value {text!r}" + _there(value, *steps) + hint, position)
+
+        return fail
+
+    # -- partials
+
+    def partial(self, tag: _Tag) -> _Read:
+        """`{{> name context key=value}}`, or `{{#> name}}` with a block that the partial renders as @partial-block."""
+        head, partials, error, indent = tag.head, self.partials, self.error, tag.indent
+        assert head
+        name = head[-2] if head[0] != "path" or head[1][0] != "[" else _unbracketed(head[1])
+        name_of = self.call(head[1], False) if head[0] == "call" else None
+        if len(tag.arguments) > 1:
+            raise error("a partial takes one context at most", tag.position)
+        own_block = name == "@partial-block"
+        if self.strict and tag.sign == ">" and not (name_of or own_block or self.name or name in partials or name in self.inlines):
+            raise error(f"unknown partial {name!r}" + _suggestion(name, partials), tag.position)
+        context = self.expression(tag.arguments[0], raw=True) if tag.arguments else None
+        same = not tag.arguments or tag.arguments[0][1] in (".", "this")
+        named = self.named(tag)
+        if not name_of and not own_block and self.scopes[-1] is not False:
+            self.calls.append((name, same and self.scopes[-1] is True, frozenset(named), tag.position))
+        block = self.closed(tag, self.program(tag)) if tag.sign == "#>" else None
+        inlines: dict[str, _Read] = getattr(block, "inlines", {})
+
+        def render(this: Any, frame: _Frame) -> str:
+            known = _to_text(name_of(this, frame)) if name_of else name
+            if frame.level >= _MAX_NESTING:
+                raise error(f"partial recursion deeper than {_MAX_NESTING}: {known!r}", tag.position)
+            value = context(this, frame) if context else this
+            if named:
+                values = {key: read(this, frame) for key, read in named.items()}
+                value = ChainMap(values, value) if isinstance(value, Mapping) else values  # type: ignore[arg-type]
+            inline = frame.block if own_block else frame.partials.get(known)
+            target = None if inline or own_block else partials.get(known)
+            if target:
+                program, child = target._program, frame.child() if value is this else frame.child(value)
+            elif inline or block:
+                program, definition = inline or (block, frame)
+                child = definition.child() if value is definition.contexts[0] else definition.child(value)
+                child.loop = frame.loop
+            else:
+                raise error(f"unknown partial {known!r}" + _suggestion(known, partials), tag.position)
+            child.level = frame.level + 1
+            if not own_block and target or inline and not own_block:
+                child.block = (block, frame) if block else frame.block
+            if inlines:
+                child.partials = {**child.partials, **{key: (body, frame) for key, body in inlines.items()}}
+            text = str(program(value, child))
+            return re.sub(r"^(?!\Z)", indent, text, flags=re.M) if indent else text
+
+        return render
+
+
+class _Base:
+    """Where a path starts that does not start at `this`, and its steps from there."""
+
+    __slots__ = ("read", "steps")
+
+    def __init__(self, steps: tuple[str, ...], read: _Read) -> None:
+        self.steps, self.read = steps, read
+
+
+def _loop_value(slot: int, depth: int) -> _Read:
+    def read(this: Any, frame: _Frame) -> Any:
+        loop = frame.loop
+        for _ in range(depth):
+            loop = loop and loop[4]
+        return loop[slot] if loop else _MISSING
+
+    return read
+
+
+def _parameter(level: int, index: int) -> _Read:
+    def read(this: Any, frame: _Frame) -> Any:
+        parameters = frame.parameters
+        for _ in range(level):
+            parameters = parameters[1]
+        return parameters[0][index] if index < len(parameters[0]) else _MISSING
+
+    return read
+
+
+def _outer_context(depth: int) -> _Read:
+    def read(this: Any, frame: _Frame) -> Any:
+        contexts = frame.contexts
+        for _ in range(depth):
+            contexts = contexts and contexts[1]
+        return contexts[0] if contexts else _MISSING
+
+    return read
+
+
+def _comparable(tag: _Tag) -> Any:
+    """The name of an opening or closing tag, in a form that is the same for all its spellings."""
+    head = tag.head
+    return _split_path(head[1]) if head and head[0] == "path" else tag.name
+
+
+def _there(value: Any, *steps: str) -> str:
+    """What is there where a path breaks off, for an error: its keys or its kind, and the nearest key."""
+    reached = []
+    for step in steps:
+        following = _child(value, step)
+        if following is _MISSING:
+            break
+        value = following
+        reached.append(step)
+    where = repr(".".join(reached)) if reached else "it"
+    missed = steps[len(reached)] if len(reached) < len(steps) else ""
+    if isinstance(value, Mapping):
+        keys = [str(key)[:50] for key, _ in zip(value, range(200))]
+        listed = ", ".join(keys[:10]) + (", ..." if len(keys) > 10 else "")
+        return (f": {where if reached else 'the scope'} has {listed or 'no keys'}") + _suggestion(missed, keys)
+    if isinstance(value, (list, tuple)):
+        return f": {where} is a list of {len(value)}"
+    return f": {where} is {_kind(value)}"
+
+
+_BLOCKS: dict[str, Callable[[_TemplateCompiler, _Tag, bool], _Read]] = {
+    "if": _TemplateCompiler.if_block,
+    "unless": _TemplateCompiler.if_block,
+    "each": _TemplateCompiler.each_block,
+    "with": _TemplateCompiler.with_block,
+}
+
+
+class Template:
+    """A compiled template: Handlebars without HTML escaping, `{{x}}` or `<<x>>`.
+
+    `strict`: a missing value is a TemplateError (else it renders as nothing), but not in the arguments of #if, #unless,
+    default, and, or, not. `partials`: name -> source or Template. `helpers`: name -> function, called with the
+    arguments of the tag, named ones as keywords; one that takes `options` can be a block (see BlockOptions).
+
+    A `<<` opens a tag if what follows up to `>>` reads as one: on the same line, without another `<<` in it, a path, a
+    helper call or a block tag, not a bare number or text. Otherwise it is plain text. `\\{{x}}` and `\\<<x>>` are
+    text. A number that JSON cannot write (nan, infinity) is refused.
+    """
+
+    __slots__ = ("_calls", "_framed", "_partials", "_program", "_references", "_value", "is_expression", "source")
+
+    def __init__(
+        self,
+        source: str,
+        strict: bool = True,
+        partials: Mapping[str, Any] | _Partials | None = None,
+        helpers: Mapping[str, Callable[..., Any]] | None = None,
+        _name: str = "",
+    ) -> None:
+        if not isinstance(source, str):
+            raise TemplateError(f"a template is text, not {_kind(source)}")
+        self.source = source
+        self._partials = partials if isinstance(partials, _Partials) else _Partials(partials, strict, helpers)
+        compiler = _TemplateCompiler(source, strict, self._partials, helpers or {}, _name)
+        first = compiler.items[0] if len(compiler.items) == 1 else ""
+        self.is_expression = isinstance(first, _Tag) and first.sign == "" and first.position == 0 and first.end == len(source)
+        try:
+            if self.is_expression and isinstance(first, _Tag):
+                compiler.dynamic = True
+                self._value: _Read = compiler.value(first)
+                self._program = _joined([self._value])
+            else:
+                self._program = self._value = compiler.program()[0]
+        except _Malformed as error:
+            raise compiler.error(error.args[0], error.args[1]) from None
+        self._framed = compiler.framed
+        self._references, self._calls = compiler.references, compiler.calls
+
+    def render(self, context: Any) -> str:
+        """The text for a context (a map of names to JSON-like values). TemplateError for a missing value (strict)."""
+        try:
+            return str(self._program(context, _Frame(context) if self._framed else None))
+        except RecursionError:
+            raise TemplateError("nested too deeply to render") from None
+
+    def evaluate(self, context: Any) -> Any:
+        """The value itself if the source is one `{{expression}}` and nothing else; otherwise the text."""
+        try:
+            return self._value(context, _Frame(context) if self._framed else None)
+        except RecursionError:
+            raise TemplateError("nested too deeply to render") from None
+
+    @property
+    def references(self) -> tuple[Reference, ...]:
+        """Every path read from the root: (segments, required, position). Required: missing, it may raise (strict)."""
+        return tuple(reference[:3] for reference in self._root_references(()))
+
+    def _root_references(self, active: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool, int, bool]]:
+        found = list(self._references)
+        for name, at_root, keys, position in self._calls:
+            partial = self._partials.get(name) if name not in active else None
+            for steps, required, _, absolute in partial._root_references((*active, name)) if partial else ():
+                if absolute or at_root and steps[0] not in keys:
+                    found.append((steps, required, position, absolute))
+        return found
+
+
+import json
+class Condition:
+    """C"""
+    def __init__(self, source, helpers=None):
+        self.source = str(source); s = re.sub(r"[{}]", "", self.source)
+        self.parts = re.split(r"\s*==\s*", s)
+        self.references = tuple(_StubReference(tuple(p.strip().split(".")), False) for p in self.parts if re.match(r"[a-z]+\.", p))
+    def _v(self, p, ctx):
+        p = p.strip()
+        try: return json.loads(p.replace("'", '"'))
+        except ValueError: return _stub_look(ctx, p.split("."), False)
+    def value(self, ctx): 
+        vs = [self._v(p, ctx) for p in self.parts]
+        return vs[0] if len(vs) == 1 else vs[0] == vs[1]
+    def evaluate(self, ctx): return bool(self.value(ctx))
+def _stub_look(ctx, segs, strict=True):
+    cur = ctx
+    for s in segs:
+        try: cur = cur[int(s)] if isinstance(cur, list) else cur[s]
+        except Exception:
+            if strict: raise TemplateError("missing " + ".".join(segs))
+            return None
+    if hasattr(type(cur), "__template_value__"): cur = cur.__template_value__()
+    return cur
+
+
+def _compile_regex(p): return re.compile(p)
+def _guarded(c, t): return c
+
+def _StubReference(segments, required=True, position=0): return (segments, required, position)
+def _compile_value(value, strict, partials, helpers):
+    if isinstance(value, str):
+        t = Template(value, strict); return (t.evaluate if t.references else lambda c: value), t.references
+    if isinstance(value, list):
+        xs = [_compile_value(v, strict, partials, helpers) for v in value]
+        return (lambda c: [x[0](c) for x in xs]), tuple(r for x in xs for r in x[1])
+    if isinstance(value, dict):
+        xs = {k: _compile_value(v, strict, partials, helpers) for k, v in value.items()}
+        return (lambda c: {k: x[0](c) for k, x in xs.items()}), tuple(r for x in xs.values() for r in x[1])
+    return (lambda c: value), ()
+
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Workflow: plain values -> Workflow and Steps, validated
+# A document (mapping) comes in; a Workflow goes out. Every problem is collected with its place, so that one
+# `validate` shows all of them. What is compiled here (templates, conditions, defaults) is never parsed again by a run.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]+\Z")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(ms|s|m|h)?\Z")
+_UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_MAX_WORKFLOW_DEPTH = 16
+
+
+def _seconds(value: Any, bare_unit: str) -> float | None:
+    """A duration in seconds from a number (in `bare_unit`) or a text such as "1.5s" or "200ms"; None if it is none."""
+    if isinstance(value, str) and len(value) < 40:
+        match = _DURATION.match(value.strip())
+        return float(match[1]) * _UNIT_SECONDS[match[2] or bare_unit] if match else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12:
+        return value * _UNIT_SECONDS[bare_unit]
+    return None
+
+
+def _type_name(value: Any) -> str:
+    """What a reader calls the type of a value: text, a number, a list ..."""
+    if isinstance(value, bool):
+        return "a boolean"
+    named = ((str, "text"), (int, "a number"), (float, "a number"), (Mapping, "a map"), ((list, tuple), "a list"))
+    return "null" if value is None else next((name for kind, name in named if isinstance(value, kind)), "something else")
+
+
+def _shown(value: Any) -> str:
+    """A short picture of a wrong value for an error message."""
+    return _type_name(value) if isinstance(value, (Mapping, list, tuple)) or value is None else _shorten(repr(value), 60)
+
+
+def _shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _has_tag(value: Any) -> bool:
+    return isinstance(value, str) and ("{{" in value or "<<" in value)
+
+
+# Checks: value -> what is wrong with it ("must be ..."), or None. The tables of keys below are made of them.
+
+
+def _must(description: str, accepts: Callable[[Any], bool]) -> Callable[[Any], str | None]:
+    return lambda value: None if accepts(value) else f"must be {description}, not {_shown(value)}"
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _number(low: float, high: float) -> Callable[[Any], str | None]:
+    return _must(f"a number from {low:g} to {high:g}", lambda value: _is_number(value) and low <= value <= high)
+
+
+def _integer(low: int, high: int = 2**53) -> Callable[[Any], str | None]:
+    span = f"a whole number of at least {low}" if high == 2**53 else f"a whole number from {low} to {high}"
+    return _must(span, lambda value: _is_integer(value) and low <= value <= high)
+
+
+def _one_of(*names: str) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if isinstance(value, str) and value in names:
+            return None
+        return f"must be one of {', '.join(names)}, not {_shown(value)}" + _suggestion(value, names)
+
+    return check
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+_text = _must("text", lambda value: isinstance(value, str))
+_name = _must("a name", lambda value: isinstance(value, str) and bool(value.strip()))
+_boolean = _must("true or false", lambda value: isinstance(value, bool))
+_mapping = _must("a map", lambda value: isinstance(value, Mapping))
+_anything = _must("a value", lambda value: True)
+_names = _must("a name or a list of names", _is_names)
+_texts = _must("text or a list of texts", _is_names)
+_steps = _must("a list of steps", lambda value: isinstance(value, list) and bool(value))
+_condition = _must("a condition", lambda value: isinstance(value, (str, bool, int)))
+_timeout = _must("a number of seconds above 0", lambda value: (_seconds(value, "s") or 0) > 0)
+_vector_or_text = _must("text or a list of numbers", lambda value: isinstance(value, str) or _is_vector(value))
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+
+
+def _messages(value: Any) -> str | None:
+    roles = ("system", "developer", "user", "assistant", "tool")
+    if not isinstance(value, list) or not value:
+        return f"must be a list of {{role, content}}, not {_shown(value)}"
+    for index, message in enumerate(value):
+        if not isinstance(message, Mapping) or message.get("role") not in roles or "content" not in message:
+            return f"message {index} must be a map with a role ({', '.join(roles)}) and a content"
+    return None
+
+
+def _fallbacks(value: Any) -> str | None:
+    entries = value if isinstance(value, list) else [value]
+    for entry in entries:
+        if not isinstance(entry, Mapping) or not set(entry) <= {"provider", "model"} or "provider" not in entry:
+            return "must be a list of {provider, model}"
+        if not all(isinstance(name, str) for name in entry.values()):
+            return "must be a list of {provider, model}, both text"
+    return None
+
+
+_COMMON_KEYS: dict[str, Callable[[Any], str | None]] = {
+    "id": _must("letters, digits, _ or -", lambda value: isinstance(value, str) and bool(_IDENTIFIER.match(value))),
+    "type": _name,
+    "description": _text,
+    "depends_on": _names,
+    "condition": _condition,
+    "output": _names,
+    "timeout_seconds": _timeout,
+    "retry": _mapping,
+    "continue_on_error": _boolean,
+    "trigger_rule": _one_of("none_failed_min_one_success", "all_success", "one_success", "all_done", "one_failed"),
+    "for_each": _must("a list, a map or a template", lambda value: isinstance(value, (str, list, Mapping))),
+    "max_concurrency": _integer(1, 100_000),
+}
+
+
+class _StepType:
+    """One row of the table of step types: its own keys, which of them it needs, and how its outputs are named."""
+
+    __slots__ = ("arity", "container", "free", "keys", "literal", "required", "templates")
+
+    def __init__(
+        self,
+        keys: dict[str, Callable[[Any], str | None]],
+        required: tuple[str, ...] = (),
+        arity: int = 1,  # how many outputs it has; 0: any number, named by its children or its callee
+        free: bool = False,  # other keys are parameters
+        container: bool = False,  # runs child steps and so holds no slot
+        literal: tuple[str, ...] = (),  # keys that are not templates
+    ) -> None:
+        self.keys, self.required, self.arity, self.free, self.container = keys, required, arity, free, container
+        self.literal = frozenset(literal)
+        self.templates = frozenset(keys) - self.literal
+
+
+_SAMPLING_KEYS: dict[str, Callable[[Any], str | None]] = {
+    "temperature": _number(0, 2),
+    "max_tokens": _integer(1),
+    "top_p": _number(0, 1),
+    "top_k": _integer(0),
+    "stop": _texts,
+    "seed": _integer(-(2**63), 2**63),
+    "frequency_penalty": _number(-2, 2),
+    "presence_penalty": _number(-2, 2),
+}
+_EMBED_KEYS = {
+    "provider": _name, "model": _text, "dimensions": _integer(1, 100_000), "input_type": _text,
+    "batch_size": _integer(1, 10_000), "params": _mapping,
+}  # fmt: skip
+_VECTOR_KEYS = {"database": _name, "index": _text, "namespace": _text, "embed": _mapping}
+
+_STEP_TYPES: dict[str, _StepType] = {
+    "llm": _StepType(
+        {
+            "provider": _name, "model": _text, "prompt": _text, "messages": _messages, "system": _text,
+            **_SAMPLING_KEYS,
+            "stream": _boolean, "schema": _must("a JSON Schema or a file", lambda v: isinstance(v, (Mapping, str))),
+            "schema_retries": _integer(0, 20), "tools": _names, "max_tool_rounds": _integer(1, 100),
+            "fallback": _fallbacks, "params": _mapping, "cache": _boolean,
+        },
+        required=("provider", "model"), arity=4, literal=("provider", "schema", "tools", "fallback"),
+    ),
+    "embed": _StepType(
+        {**_EMBED_KEYS, "input": _texts, "cache": _boolean},
+        required=("provider", "model", "input"), arity=2, literal=("provider",),
+    ),
+    "vector_search": _StepType(
+        {
+            **_VECTOR_KEYS, "query": _vector_or_text, "top_k": _integer(1, 100_000), "filter": _mapping,
+            "include_metadata": _boolean, "include_vectors": _boolean,
+        },
+        required=("database", "index", "query"), arity=2, literal=("database", "embed"),
+    ),
+    "vector_upsert": _StepType(
+        {
+            **_VECTOR_KEYS, "documents": _must("a list", lambda v: isinstance(v, (list, str))),
+            "vectors": _must("a list", lambda v: isinstance(v, (list, str))),
+        },
+        required=("database", "index"), literal=("database", "embed"),
+    ),
+    "transform": _StepType(
+        {"function": _name, "inputs": _must("a list of names, or a map", lambda v: isinstance(v, (list, str, Mapping)))},
+        required=("function",), free=True, literal=("function", "inputs"),
+    ),
+    "action": _StepType({"action": _name}, required=("action",), free=True, literal=("action",)),
+    "parallel": _StepType({"tasks": _steps}, required=("tasks",), arity=0, container=True, literal=("tasks",)),
+    "branch": _StepType(
+        {"branches": _must("a map of value: steps", lambda v: isinstance(v, Mapping) and bool(v))},
+        required=("condition", "branches"), arity=0, container=True, literal=("branches",),
+    ),
+    "loop": _StepType(
+        {
+            "steps": _steps, "until": _condition, "max_iterations": _integer(1, 1_000_000),
+            "on_exhausted": _one_of("fail", "continue"),
+        },
+        required=("steps", "until", "max_iterations"), arity=0, container=True,
+        literal=("steps", "until", "max_iterations", "on_exhausted"),
+    ),
+    "workflow": _StepType(
+        {"workflow": _must("a file or a workflow", lambda v: isinstance(v, (str, Mapping))), "inputs": _mapping},
+        required=("workflow",), arity=0, container=True, literal=("workflow",),
+    ),
+}  # fmt: skip
+
+_INPUT_TYPES: dict[str, Callable[[Any], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "integer": lambda value: _is_integer(value) or (isinstance(value, float) and value.is_integer()),
+    "number": _is_number,
+    "boolean": lambda value: isinstance(value, bool),
+    "array": lambda value: isinstance(value, (list, tuple)),
+    "object": lambda value: isinstance(value, Mapping),
+    "any": lambda value: True,
+}
+_INPUT_TYPE_ALIASES = {
+    "str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean",
+    "list": "array", "dict": "object", "map": "object",
+}  # fmt: skip
+_INPUT_KEYS = {
+    "type": _one_of(*_INPUT_TYPES, *_INPUT_TYPE_ALIASES), "required": _boolean, "default": _anything,
+    "enum": _must("a list", lambda value: isinstance(value, list) and bool(value)), "description": _text,
+}  # fmt: skip
+_PROVIDER_KEYS = {
+    "type": _name, "base_url": _text, "api_key_env": _name, "headers": _mapping, "timeout_seconds": _timeout,
+    "rate_limit": _mapping, "circuit_breaker": _mapping, "proxy": _text, "options": _mapping,
+}  # fmt: skip
+_WORKFLOW_KEYS: dict[str, Callable[[Any], str | None]] = {
+    "name": _name, "version": _must("text or a number", lambda value: isinstance(value, str) or _is_number(value)),
+    "description": _text, "inputs": _mapping, "providers": _mapping, "defaults": _mapping, "steps": _steps,
+    "outputs": _mapping, "partials": _mapping, "max_concurrency": _integer(1, 100_000), "timeout_seconds": _timeout,
+    "fail_fast": _boolean, "budget": _mapping, "pricing": _mapping, "metadata": _mapping,
+    "id": _anything,  # the original writes one when it serialises a workflow; it has no meaning here
+}  # fmt: skip
+_BUDGET_KEYS = {"max_tokens": _integer(1), "max_calls": _integer(0), "max_cost": _number(0, 1e12)}
+_PRICING_KEYS = {"input": _number(0, 1e9), "output": _number(0, 1e9)}
+
+
+class Step:
+    """One step of a workflow, as in the document: `Step(id="greet", type="llm", provider="openai", ...)`.
+
+    Keyword arguments are the document's keys; child steps may be Step objects too. Nothing is checked before the
+    workflow is validated. `config` holds the keys that belong to the type.
+    """
+
+    __slots__ = ("document",)
+
+    def __init__(self, id: str, type: str, **keys: Any) -> None:
+        self.document: dict[str, Any] = {"id": id, "type": type, **{key: _plain(keys[key]) for key in keys}}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Step:
+        """A Step from one entry of a document's `steps`; a missing id or type is found by validation."""
+        step = cls.__new__(cls)
+        step.document = dict(document)
+        return step
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _COMMON_KEYS:
+            value = self.document.get(name)
+            return _as_list(value) if name in ("depends_on", "output") else value
+        raise AttributeError(f"a Step has no attribute {name!r}; its own keys are in Step.config")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The keys that are not common to all steps: provider, prompt, function ..."""
+        return {key: value for key, value in self.document.items() if key not in _COMMON_KEYS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The step as it stands in a document."""
+        return dict(self.document)
+
+    def __repr__(self) -> str:
+        return f"Step(id={self.document.get('id')!r}, type={self.document.get('type')!r})"
+
+
+def _plain(value: Any) -> Any:
+    """Step and Workflow objects inside keyword arguments as the document's plain values."""
+    if isinstance(value, (Step, Workflow)):
+        return value.to_dict()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+class Workflow:
+    """A workflow: its document's keys as attributes, and `steps`, a list of Step that may be extended.
+
+    `from_file`, `from_yaml`, `from_json` and `from_dict` raise ParseError for text that cannot be read and
+    ValidationError for a document whose shape is wrong (keys, types, templates). References and cycles are checked
+    there too, but reported by `validate()`, by WorkflowDAG and by WorkflowExecutor.
+    """
+
+    def __init__(self, name: str, steps: Iterable[Step | Mapping[str, Any]] = (), **keys: Any) -> None:
+        self._document: dict[str, Any] = {"name": name, **{key: _plain(keys[key]) for key in keys}}
+        self.steps = [step if isinstance(step, Step) else Step.from_dict(step) for step in steps]
+        self.source = "workflow"  # shown before the problems; a file's name if there is one
+        self.folder: str | None = None  # where relative paths (sub-workflows, schemas) start
+        self._source_text = ""
+        self._compiled: tuple[tuple[Step, ...], _Plan] | None = None
+        self._loaded: dict[str, Workflow] = {}  # sub-workflows by real path, shared by all that call each other
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _WORKFLOW_KEYS and name != "steps":
+            self._document[name], self._compiled = _plain(value), None
+        else:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _WORKFLOW_KEYS:
+            defaults: dict[str, Any] = {"version": "1.0", "timeout_seconds": 3600, "fail_fast": False, "metadata": {}}
+            return self._document.get(name, defaults.get(name))
+        raise AttributeError(f"a Workflow has no attribute {name!r}")
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Workflow:
+        """The workflow in a YAML or JSON file (by its ending; others are read as YAML).
+
+        Raises ParseError, ValidationError, or OrchestratorError for a file that cannot be read.
+        """
+        return cls._from_path(os.fspath(path), {})
+
+    @classmethod
+    def from_yaml(cls, text: str | bytes) -> Workflow:
+        """The workflow in a YAML text (so also in a JSON text)."""
+        return cls._from_text(text, load_yaml, "workflow", None, {})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Workflow:
+        """The workflow in a JSON text."""
+        return cls._from_text(text, _load_json, "workflow", None, {})
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Workflow:
+        """The workflow in a mapping, shaped as the document is."""
+        return cls._from_document(document, "workflow", None, "", {})
+
+    @classmethod
+    def _from_path(cls, path: str, loaded: dict[str, Workflow]) -> Workflow:
+        load = _load_json if path.lower().endswith(".json") else load_yaml
+        return cls._from_text(_read_file(path), load, path, os.path.dirname(os.path.abspath(path)), loaded)
+
+    @classmethod
+    def _from_text(
+        cls, text: str | bytes, load: Callable[[Any], Any], source: str, folder: str | None, loaded: dict[str, Workflow]
+    ) -> Workflow:
+        try:
+            document = load(text)
+        except ParseError as error:
+            error.source = source
+            raise
+        return cls._from_document(document, source, folder, _decoded(text), loaded)
+
+    @classmethod
+    def _from_document(
+        cls, document: Any, source: str, folder: str | None, text: str, loaded: dict[str, Workflow]
+    ) -> Workflow:
+        if not isinstance(document, Mapping):
+            message = f"a workflow must be a map with a name and steps, not {_type_name(document)}"
+            raise ValidationError([Problem(message, (), 1, 1, source)])
+        steps = document.get("steps")
+        workflow = cls.__new__(cls)
+        workflow._document = {key: value for key, value in document.items() if key != "steps" or not _is_steps(steps)}
+        workflow.steps = [Step.from_dict(step) for step in steps] if _is_steps(steps) else []
+        workflow.source, workflow.folder, workflow._source_text = source, folder, text
+        workflow._compiled, workflow._loaded = None, loaded
+        if folder is not None and text:
+            loaded[os.path.realpath(source)] = workflow  # before it is compiled: it may call itself
+        plan = workflow._plan()
+        if plan.misshapen:
+            raise ValidationError(workflow._located(plan.errors()))
+        return workflow
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document, as plain values."""
+        document = dict(self._document)
+        if self.steps:
+            document["steps"] = [step.to_dict() for step in self.steps]
+        return document
+
+    def to_yaml(self) -> str:
+        """The document as YAML; `from_yaml` reads the same workflow from it."""
+        return _dump_yaml(self.to_dict())
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The document as JSON; `from_json` reads the same workflow from it."""
+        return _to_json(self.to_dict(), indent=indent)
+
+    def step(self, step_id: str) -> Step:
+        """The top-level step with this id; KeyError if there is none."""
+        for step in self.steps:
+            if step.document.get("id") == step_id:
+                return step
+        raise KeyError(step_id)
+
+    def validate(self) -> list[Problem]:
+        """Checks everything that can be known before a run and returns the warnings.
+
+        Raises ValidationError (DagError if there is a cycle) with every problem in `problems`, in document order.
+        """
+        plan = self._plan()
+        errors = plan.errors()
+        if errors:
+            cycle = next((problem.cycle for problem in errors if problem.cycle), None)
+            located = self._located(errors)
+            raise DagError(located, cycle) if cycle else ValidationError(located)
+        return self._located([problem for problem in plan.problems if problem.severity == "warning"])
+
+    def _plan(self) -> _Plan:
+        """The compiled form; made anew only when the list of steps has changed."""
+        steps = tuple(self.steps)
+        if self._compiled is None or self._compiled[0] != steps:
+            self._compiled = (steps, _Compiler(self).compile())
+        return self._compiled[1]
+
+    def _located(self, problems: list[Problem]) -> list[Problem]:
+        """The problems with lines and columns: the text is read a second time, only now, for its positions."""
+        positions = _positions(self._source_text) if problems and self._source_text else {}
+        for problem in problems:
+            problem.source = self.source
+            path = problem.path
+            while path not in positions and path:
+                path = path[:-1]
+            if positions:
+                problem.line, problem.column = positions.get(path, (1, 1))
+        return sorted(problems, key=lambda problem: (problem.line or 0, problem.column or 0)) if positions else problems
+
+    def __repr__(self) -> str:
+        return f"Workflow(name={self._document.get('name')!r}, steps={len(self.steps)})"
+
+
+def _is_steps(steps: Any) -> bool:
+    return isinstance(steps, list) and all(isinstance(step, Mapping) for step in steps)
+
+
+def _read_file(path: str | os.PathLike[str]) -> bytes:
+    """A file's bytes; OrchestratorError in the operating system's words if there are none to be had."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OrchestratorError(f"{os.fspath(path)}: cannot be read: {reason}") from None
+
+
+class _Names:
+    """What a template may refer to at one place of a document: the steps of this scope and of those around it."""
+
+    __slots__ = ("inputs", "local", "nodes", "outer", "owner", "producers")
+
+    def __init__(
+        self, outer: _Names | None, owner: _Node | None, inputs: Mapping[str, Any] | None, local: frozenset[str]
+    ) -> None:
+        self.outer, self.inputs, self.local = outer, inputs, local
+        self.owner = owner  # the container whose children this scope holds
+        self.nodes: dict[str, _Node] = {}
+        self.producers: dict[str, list[_Node]] = {}  # output name -> the steps of this scope that have it
+
+    def around(self) -> Iterator[_Names]:
+        """This scope and those around it, nearest first."""
+        names: _Names | None = self
+        while names is not None:
+            yield names
+            names = names.outer
+
+    def visible(self) -> list[str]:
+        return [step_id for names in self.around() for step_id in names.nodes]
+
+
+class _Node:
+    """A compiled step: everything a run needs, nothing left to parse."""
+
+    def __init__(self, document: Mapping[str, Any], path: tuple[str | int, ...], position: int) -> None:
+        self.document, self.path, self.position = document, path, position
+        self.id, self.type = str(document.get("id")), str(document.get("type"))
+        self.constants: dict[str, Any] = {}  # keys whose value never changes
+        self.values: list[tuple[str, Callable[[Any], Any]]] = []  # keys that are rendered for each run
+        self.inputs: list[tuple[str, Callable[[Any], Any]]] = []  # a transform's inputs by name
+        self.item_values: list[tuple[str, Callable[[Any], Any]]] = []  # what a transform renders for each item itself
+        self.inline = False  # a built-in transform: it never waits
+        self.references: list[tuple[Reference, str]] = []  # what its templates read, with the key they stand in
+        self.local: frozenset[str] = frozenset()  # names that only its own templates see: the item of for_each
+        self.dependencies: dict[str, None] = {}  # ids of siblings, in order
+        self.dependents: list[int] = []
+        self.output_names: tuple[str, ...] = ()
+        self.condition: Condition | None = None
+        self.item_condition = False  # the condition looks at the item, so it is asked once per item
+        self.picker: Condition | None = None  # a branch's condition
+        self.until: Condition | None = None
+        self.for_each: Callable[[Any], Any] | None = None
+        self.children: _Graph | None = None
+        self.branches: dict[str, _Graph] = {}
+        self.workflow: Workflow | None = None
+        self.retry = _NO_RETRY
+        self.retry_given = False
+        self.timeout: float | None = None
+        self.rule = "none_failed_min_one_success"
+        self.continue_on_error = False
+        self.limit: int | None = None
+
+    def graphs(self) -> Iterator[_Graph]:
+        """The graphs of its children, if it is a container."""
+        if self.children is not None:
+            yield self.children
+        yield from self.branches.values()
+
+
+class _Graph:
+    """Sibling steps and how they depend on each other; `counts[i]` is the number of dependencies of `nodes[i]`."""
+
+    __slots__ = ("by_id", "counts", "nodes", "producers", "roots")
+
+    def __init__(self) -> None:
+        self.nodes: list[_Node] = []
+        self.by_id: dict[str, _Node] = {}
+        self.producers: dict[str, str] = {}  # output name -> the id of the one step that has it
+        self.counts: list[int] = []
+        self.roots: list[int] = []
+
+    def link(self) -> None:
+        """Fills in dependents, counts and roots once every node knows its dependencies."""
+        for node in self.nodes:
+            for dependency in node.dependencies:
+                self.by_id[dependency].dependents.append(node.position)
+        self.counts = [len(node.dependencies) for node in self.nodes]
+        self.roots = [node.position for node in self.nodes if not node.dependencies]
+
+    def walk(self) -> Iterator[_Node]:
+        """Every node, containers before their children."""
+        for node in self.nodes:
+            yield node
+            for graph in node.graphs():
+                yield from graph.walk()
+
+
+class _Plan:
+    """A compiled workflow: its graph, its outputs and the problems that were found on the way."""
+
+    __slots__ = ("graph", "misshapen", "outputs", "problems")
+
+    def __init__(self, graph: _Graph, outputs: list[tuple[str, Callable[[Any], Any]]], compiler: _Compiler) -> None:
+        self.graph, self.outputs = graph, outputs
+        self.problems, self.misshapen = compiler.problems, compiler.misshapen
+
+    def errors(self) -> list[Problem]:
+        return [problem for problem in self.problems if problem.severity == "error"]
+
+
+_STEP_FACTS = ("output", "status", "error")  # what steps.ID has besides its outputs
+_ITEM_NAMES = frozenset(("item", "index", "key"))
+_LOOP_NAMES = frozenset(("iteration", "previous"))
+_NO_DEFAULT = ("id", "type", "depends_on", "output")
+_Path = tuple  # of keys and indexes, from the top of the document
+
+
+class _Compiler:
+    """Walks one document and compiles it, collecting problems instead of stopping at the first."""
+
+    def __init__(self, workflow: Workflow) -> None:
+        self.workflow = workflow
+        self.document: dict[str, Any] = workflow.to_dict()
+        self.defaults: Mapping[str, Any] = {}
+        self.partials: dict[str, str] = {}
+        self.problems: list[Problem] = []
+        self.misshapen = False
+        self.graphs: list[tuple[_Graph, _Names]] = []
+
+    def compile(self) -> _Plan:
+        document = self.document
+        self.check_keys(document, _WORKFLOW_KEYS, (), required=("name", "steps"))
+        inputs = self.check_named("inputs", _INPUT_KEYS)
+        self.check_named("providers", _PROVIDER_KEYS)
+        self.check_named("pricing", _PRICING_KEYS)
+        if isinstance(document.get("budget"), Mapping):
+            self.check_keys(document["budget"], _BUDGET_KEYS, ("budget",))
+        for name, declared in inputs.items():
+            fault = _input_fault(declared["default"], declared) if declared.get("default") is not None else None
+            if fault:
+                self.misshape(("inputs", name, "default"), f"inputs.{name}: the default {fault}")
+        self.check_defaults()
+        self.check_partials()
+        names = _Names(None, None, inputs if isinstance(document.get("inputs"), Mapping) else None, frozenset())
+        graph = self.steps(document.get("steps"), ("steps",), names)
+        for siblings, scope in self.graphs:
+            for node in siblings.nodes:
+                self.connect(node, scope)
+        for siblings, _ in self.graphs:
+            self.check_cycles(siblings)
+            siblings.link()
+        return _Plan(graph, self.outputs(names), self)
+
+    # problems and shapes
+
+    def problem(self, path: _Path, message: str, severity: str = "error") -> Problem:
+        found = Problem(_label(self.document, path) + message, path, severity=severity)
+        self.problems.append(found)
+        return found
+
+    def misshape(self, path: _Path, message: str) -> None:
+        """A problem that leaves the document without a meaning, so that loading it fails."""
+        self.misshapen = True
+        self.problem(path, message)
+
+    def check_keys(
+        self,
+        mapping: Mapping[Any, Any],
+        checks: Mapping[str, Callable[[Any], str | None]],
+        path: _Path,
+        required: Iterable[str] = (),
+        templates: Container[str] = (),
+        free: bool = False,
+    ) -> None:
+        """Unknown keys, missing keys and wrong values; what `templates` names may be a template, checked in the run."""
+        for key, value in mapping.items():
+            if not isinstance(key, str):
+                self.misshape(path, f"the key {key!r} must be text; quote it")
+            elif key in checks:
+                fault = None if value is None or (key in templates and _has_tag(value)) else checks[key](value)
+                if fault:
+                    self.misshape((*path, key), f"{key} {fault}")
+            elif not free:
+                self.misshape((*path, key), f"unknown key {key!r}{_suggestion(key, checks)}")
+        for key in required:
+            if mapping.get(key) is None:
+                self.misshape(path, f"{key} is missing")
+
+    def check_named(self, section: str, checks: Mapping[str, Callable[[Any], str | None]]) -> dict[str, Any]:
+        """A section that maps names to maps of the same keys; null stands for an empty map."""
+        entries = self.document.get(section)
+        checked: dict[str, Any] = {}
+        for name, entry in entries.items() if isinstance(entries, Mapping) else ():
+            if isinstance(entry, Mapping):
+                self.check_keys(entry, checks, (section, name))
+            elif entry is not None:
+                self.misshape((section, name), f"{section}.{name} must be a map, not {_shown(entry)}")
+            checked[str(name)] = entry if isinstance(entry, Mapping) else {}
+        return checked
+
+    def check_defaults(self) -> None:
+        defaults = self.document.get("defaults")
+        self.defaults = defaults if isinstance(defaults, Mapping) else {}
+        for kind, values in self.defaults.items():
+            row = _STEP_TYPES.get(kind)
+            if row is None:
+                known = _suggestion(kind, _STEP_TYPES) or f"; there are {', '.join(_STEP_TYPES)}"
+                self.misshape(("defaults", kind), f"defaults: unknown step type {kind!r}{known}")
+            elif not isinstance(values, Mapping):
+                self.misshape(("defaults", kind), f"defaults.{kind} must be a map, not {_shown(values)}")
+            else:
+                common = {key: check for key, check in _COMMON_KEYS.items() if key not in _NO_DEFAULT}
+                self.check_keys(values, {**common, **row.keys}, ("defaults", kind), (), row.templates, row.free)
+
+    def check_partials(self) -> None:
+        partials = self.document.get("partials")
+        for name, text in partials.items() if isinstance(partials, Mapping) else ():
+            if isinstance(text, str):
+                self.partials[str(name)] = text
+            else:
+                self.misshape(("partials", name), f"partials.{name} must be text, not {_shown(text)}")
+        for name in self.partials:
+            self.guarded(("partials", name), Template, self.partials[name], True, self.partials)
+
+    def guarded(self, path: _Path, compile_it: Callable[..., Any], *arguments: Any) -> Any:
+        """What the template or condition compiler makes of the arguments; None with a problem if it refuses them."""
+        try:
+            return compile_it(*arguments)
+        except TemplateError as error:
+            self.misshape(path, f"{path[-1]}: {error}")
+            return None
+
+    # steps
+
+    def steps(self, documents: Any, path: _Path, names: _Names) -> _Graph:
+        """Sibling steps as a graph. It is connected later, when the outputs of all steps are known."""
+        graph = _Graph()
+        if not isinstance(documents, list) or len(path) > 200:
+            if isinstance(documents, list):
+                self.misshape(path, "steps are nested too deeply")
+            return graph
+        for index, document in enumerate(documents):
+            if not isinstance(document, Mapping):
+                self.misshape((*path, index), f"a step must be a map, not {_shown(document)}")
+                continue
+            node = _Node(document, (*path, index), len(graph.nodes))
+            if document.get("id") is not None and node.id in names.nodes:
+                self.problem((*node.path, "id"), f"duplicate id {node.id!r}")
+                continue
+            names.nodes[node.id] = node
+            graph.nodes.append(node)
+        graph.by_id = names.nodes
+        for node in graph.nodes:
+            self.step(node, names)
+            for name in node.output_names:
+                names.producers.setdefault(name, []).append(node)
+        graph.producers = {name: found[0].id for name, found in names.producers.items() if len(found) == 1}
+        self.graphs.append((graph, names))
+        return graph
+
+    def step(self, node: _Node, names: _Names) -> None:
+        """One step: keys, defaults, templates, conditions, children."""
+        document = node.document
+        row = _STEP_TYPES.get(node.type)
+        if row is None:
+            self.check_keys(document, _COMMON_KEYS, node.path, ("id", "type"), free=True)
+            if document.get("type") is not None:
+                known = _suggestion(node.type, _STEP_TYPES) or f"; there are {', '.join(_STEP_TYPES)}"
+                self.misshape((*node.path, "type"), f"unknown step type {node.type!r}{known}")
+            return
+        if isinstance(self.defaults.get(node.type), Mapping):
+            node.document = document = {**self.defaults[node.type], **document}
+        required = ("id", "type", *row.required)
+        self.check_keys(document, {**_COMMON_KEYS, **row.keys}, node.path, required, row.templates, row.free)
+        self.common_keys(node, row)
+        for key, value in document.items():
+            if key in row.literal:
+                if key != "inputs":  # a transform's are compiled when it is connected
+                    node.constants[key] = value
+            elif key not in _COMMON_KEYS and isinstance(key, str) and (value is not None or row.free):
+                self.value(node, key, value)
+        specific = getattr(self, f"_{node.type}", None)
+        if specific is not None:
+            specific(node, node.document, names)
+
+    def common_keys(self, node: _Node, row: _StepType) -> None:
+        document = node.document
+        if document.get("for_each") is not None:
+            node.local = _ITEM_NAMES
+            node.for_each = self.compiled(node, "for_each", document["for_each"])
+        if isinstance(document.get("condition"), (str, bool, int)):
+            condition = self.guarded((*node.path, "condition"), Condition, document["condition"])
+            node.references.extend((reference, "condition") for reference in condition.references if condition)
+            looks_at_item = condition and any(ref[0][:1] == ("item",) for ref in condition.references)
+            if node.type == "branch":
+                node.picker = condition
+            elif looks_at_item and document.get("function") == "filter" and not node.for_each:
+                node.local, node.item_values = _ITEM_NAMES, [("condition", condition.evaluate)]
+            elif condition is not None:
+                node.condition = condition
+                node.item_condition = any(ref[0] and ref[0][0] in node.local for ref in condition.references)
+        node.output_names = tuple(name for name in _as_list(document.get("output")) if isinstance(name, str))
+        self.check_outputs(node, row)
+        node.timeout = _seconds(document.get("timeout_seconds"), "s")
+        node.continue_on_error = document.get("continue_on_error") is True
+        node.rule = document.get("trigger_rule") or node.rule
+        node.limit = document.get("max_concurrency")
+        if node.limit is not None and not (node.for_each or node.type == "parallel"):
+            self.problem((*node.path, "max_concurrency"), "max_concurrency belongs to for_each and to the type parallel")
+        node.retry_given = isinstance(document.get("retry"), Mapping)
+        node.retry = _NO_RETRY if row.container else _DEFAULT_RETRY
+        if node.retry_given:
+            try:
+                node.retry = RetryPolicy.from_dict(document["retry"])
+            except ValidationError as error:
+                for problem in error.problems:
+                    self.misshape((*node.path, "retry", *problem.path), problem.message)
+
+    def check_outputs(self, node: _Node, row: _StepType) -> None:
+        names, path = node.output_names, (*node.path, "output")
+        for name in names:
+            if not _IDENTIFIER.match(name):
+                self.misshape(path, f"output {name!r} must be letters, digits, _ or -")
+        if len(set(names)) < len(names):
+            self.misshape(path, "output gives one name twice")
+        if row.arity and len(names) > row.arity:
+            self.misshape(path, f"{node.type} has {row.arity} output{'s' * (row.arity > 1)}, but {len(names)} are named")
+        if not names and row.arity:
+            node.output_names = ("output",)
+
+    def value(self, node: _Node, key: str, value: Any) -> None:
+        """A key of a step: a constant, or something to render in each run."""
+        if key == "template" and node.type == "transform" and node.document.get("function") in ("map", "template"):
+            if render := self.compiled(node, key, value):
+                node.item_values.append((key, render))
+            return
+        render = self.compiled(node, key, value)
+        if render is None or not _holds_tag(value):
+            node.constants[key] = value
+        else:
+            node.values.append((key, render))
+
+    def compiled(self, node: _Node, key: str, value: Any) -> Callable[[Any], Any] | None:
+        """The value of a key as a function of the context; what it reads is noted on the node."""
+        compiled = self.guarded((*node.path, key), _compile_value, value, True, self.partials, None)
+        if compiled is None:
+            return None
+        node.references.extend((reference, key) for reference in compiled[1])
+        render: Callable[[Any], Any] = compiled[0]
+        return render
+
+    # what each type has of its own
+
+    def _llm(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+        self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
+        both = document.get("prompt") is not None and document.get("messages") is not None
+        if both or (document.get("prompt") is None and document.get("messages") is None):
+            path = (*node.path, "messages") if both else node.path
+            self.misshape(path, "give a prompt or messages, not both" if both else "prompt is missing (or messages)")
+        schema = document.get("schema")
+        if isinstance(schema, str):
+            try:
+                loaded = _read_document(os.path.join(self.workflow.folder or ".", schema))
+                node.constants["schema"] = loaded
+                if not isinstance(loaded, Mapping):
+                    self.misshape((*node.path, "schema"), f"schema: {schema} must hold a map, not {_shown(loaded)}")
+            except OrchestratorError as error:
+                self.misshape((*node.path, "schema"), f"schema: {error}")
+
+    def _embed(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+        self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
+
+    def _vector_search(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+        if isinstance(document.get("embed"), Mapping):
+            self.check_keys(document["embed"], _EMBED_KEYS, (*node.path, "embed"), ("provider", "model"))
+
+    def _vector_upsert(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+        self._vector_search(node, document, names)
+        if (document.get("documents") is None) == (document.get("vectors") is None):
+            self.misshape(node.path, "give documents or vectors, one of the two")
+
+    def _transform(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+        self.custom(node, "function", _TRANSFORMS, "transform")
+        node.inline = document.get("function") in _TRANSFORMS
+        if document.get("function") == "map":
+            node.local |= _ITEM_NAMES
+        if document.get("function") == "template":  # its inputs are names in the template
+            node.local |= {str(name) for name in (document.get("inputs") or {}) if isinstance(name, str)}
+
+    def _action(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+        self.custom(node, "action", _ACTIONS, "action")
+
+    def custom(self, node: _Node, key: str, table: Mapping[str, Any], what: str) -> None:
+        name = node.constants.get(key)
+        if isinstance(name, str) and name not in table:
+            near = _suggestion(name, table)
+            message = f"the {what} {name!r} is unknown here{near}; a run needs it from --plugin or {what}s={{...}}"
+            self.problem((*node.path, key), message, "warning").custom = (f"{what}s", name)
+
+    def _parallel(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+        node.children = self.child_steps(node, document.get("tasks"), (*node.path, "tasks"), names)
+        self.name_outputs(node, list(node.children.by_id))
+
+    def _branch(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+        branches = document.get("branches")
+        for value, steps in branches.items() if isinstance(branches, Mapping) else ():
+            path = (*node.path, "branches", value)
+            if not isinstance(steps, list):
+                self.misshape(path, f"branches: {value!r} must be a list of steps, not {_shown(steps)}")
+            node.branches[_branch_key(value)] = self.child_steps(node, steps, path, names)
+        self.name_outputs(node, ["branch", *dict.fromkeys(id for graph in node.branches.values() for id in graph.by_id)])
+
+    def _loop(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+        node.children = self.child_steps(node, document.get("steps"), (*node.path, "steps"), names, _LOOP_NAMES)
+        if isinstance(document.get("until"), (str, bool, int)):
+            node.until = self.guarded((*node.path, "until"), Condition, document["until"])
+        self.name_outputs(node, [*node.children.by_id, "iterations"])
+
+    def _workflow(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+        target, path = document.get("workflow"), (*node.path, "workflow")
+        if _has_tag(target):
+            self.value(node, "workflow", target)
+            return
+        try:
+            if isinstance(target, str):
+                node.workflow = called = _sub_workflow(self.workflow, target)
+                faults = called._compiled[1].errors() if called._compiled else []  # none yet if it is calling itself
+                for fault in called._located(faults):
+                    self.problem(path, f"workflow: {fault}")
+            elif isinstance(target, Mapping):
+                here = self.workflow
+                node.workflow = called = Workflow._from_document(target, here.source, here.folder, "", here._loaded)
+                for fault in called._plan().errors():
+                    self.problem(path, f"workflow: {fault.message}")
+        except (ParseError, ValidationError) as error:
+            self.misshape(path, f"workflow: {error}")
+        except OrchestratorError as error:
+            self.problem(path, f"workflow: {error}")
+        if node.workflow is None:
+            return
+        self.check_call(node, node.workflow, document.get("inputs") or {})
+        outputs = node.workflow.outputs
+        ids = [step.document.get("id") for step in node.workflow.steps]
+        self.name_outputs(node, list(outputs) if isinstance(outputs, Mapping) and outputs else list(map(str, ids)))
+
+    def check_call(self, node: _Node, called: Workflow, given: Mapping[str, Any]) -> None:
+        """The inputs that a step gives to a sub-workflow against those that it declares."""
+        path = (*node.path, "inputs")
+        declared = called.inputs if isinstance(called.inputs, Mapping) else None
+        for name in given if declared is not None and isinstance(given, Mapping) else ():
+            if name not in (declared or ()):
+                near = _suggestion(name, declared or ())
+                self.problem((*path, name), f"inputs: the workflow has no input {name!r}{near}")
+        for name in _required_inputs(declared or {}):
+            if name not in given:
+                self.problem(path, f"inputs: the workflow needs the input {name!r}")
+
+    def name_outputs(self, node: _Node, names: list[str]) -> None:
+        """A container's outputs: the names that are given, in order; otherwise its children's own."""
+        given = node.output_names
+        if len(given) > len(names):
+            shown = f"{len(names)} outputs ({', '.join(names)})"
+            self.problem((*node.path, "output"), f"{node.type} has {shown}, but {len(given)} are named")
+        node.output_names = given or tuple(names)
+
+    def child_steps(
+        self, node: _Node, steps: Any, path: _Path, names: _Names, local: frozenset[str] = frozenset()
+    ) -> _Graph:
+        return self.steps(steps, path, _Names(names, node, names.inputs, names.local | node.local | local))
+
+    # references
+
+    def connect(self, node: _Node, names: _Names) -> None:
+        """Turns `depends_on` and references into dependencies, refusing what does not exist."""
+        listed = node.document.get("depends_on")
+        for index, step_id in enumerate(_as_list(listed)):
+            path = (*node.path, "depends_on", index) if isinstance(listed, list) else (*node.path, "depends_on")
+            if isinstance(step_id, str) and not self.depend(node, step_id, names, path, f"depends_on: {step_id!r}"):
+                near = _suggestion(step_id, names.visible())
+                self.problem(path, f"depends_on: there is no step {step_id!r}{near}")
+        if node.type == "transform":
+            self.transform_inputs(node, names)
+        for reference, key in node.references:
+            self.resolve(node, reference, key, names)
+        if node.until is not None and node.children is not None:
+            inner = next(scope for graph, scope in self.graphs if graph is node.children)
+            for reference in node.until.references:
+                self.resolve(node, reference, "until", inner)
+
+    def depend(self, node: _Node, step_id: str, names: _Names, path: _Path, shown: str) -> _Node | None:
+        """Finds a step from inside out; `node`, or the container of it that is its sibling, will wait for it."""
+        waiting: _Node | None = node if node.id in names.nodes else None
+        for scope in names.around():
+            target = scope.nodes.get(step_id)
+            if target is not None:
+                if target is waiting and waiting is node:
+                    self.problem(path, f"{shown}: {step_id!r} depends on itself")
+                elif target is waiting:
+                    self.problem(path, f"{shown}: {step_id!r} contains this step")
+                elif waiting is not None:
+                    waiting.dependencies[step_id] = None
+                return target
+            waiting = scope.owner
+        return None
+
+    def resolve(self, node: _Node, reference: Reference, key: str, names: _Names) -> None:
+        """Checks one reference and makes the node wait for the step that it names."""
+        segments, path = reference[0], (*node.path, key)
+        root = segments[0] if segments else ""
+        shown = f"{key}: {'.'.join(segments)!r}"
+        if not root or root in names.local or root in node.local or root in ("workflow", "run"):
+            return
+        if root not in ("steps", "outputs"):
+            name = segments[1] if root in ("inputs", "input") and len(segments) > 1 else root
+            if names.inputs is not None and name not in names.inputs and name not in ("inputs", "input"):
+                near = f"; did you mean steps.{name}?" if name in names.visible() else _suggestion(name, names.inputs)
+                self.problem(path, f"{shown}: there is no input {name!r}{near}")
+            return
+        if len(segments) < 2:
+            self.problem(path, f"{shown} needs the id of a step, as in steps.ID.OUTPUT")
+            return
+        step_id, rest = segments[1], segments[2:]
+        if root == "outputs" and step_id not in names.visible():
+            producers = next((scope.producers[step_id] for scope in names.around() if step_id in scope.producers), [])
+            if len(producers) > 1:
+                where = " or ".join(f"steps.{producer.id}.{step_id}" for producer in producers)
+                self.problem(path, f"{shown} is the name of several outputs; write {where}")
+                return
+            step_id, rest = (producers[0].id, ()) if producers else (step_id, rest)
+        target = self.depend(node, step_id, names, path, shown)
+        if target is None:
+            self.problem(path, f"{shown}: there is no step {step_id!r}{_suggestion(step_id, names.visible())}")
+        elif rest:
+            known = _declared_outputs(target)
+            if known and rest[0] not in known and rest[0] not in _STEP_FACTS:
+                near = _suggestion(rest[0], known) or f"; it has {', '.join(list(known)[:10])}"
+                self.problem(path, f"{shown}: step {step_id!r} has no output {rest[0]!r}{near}")
+
+    def transform_inputs(self, node: _Node, names: _Names) -> None:
+        """A transform's inputs: templates, values, or names of paths, upstream outputs and workflow inputs."""
+        inputs = node.document.get("inputs")
+        entries = inputs.items() if isinstance(inputs, Mapping) else ((name, name) for name in _as_list(inputs))
+        for name, source in entries:
+            if not isinstance(inputs, Mapping) and isinstance(source, str) and not _has_tag(source):
+                source = "{{" + self.input_path(node, source, names) + "}}"
+            render = self.compiled(node, "inputs", source)
+            if render is not None:
+                node.inputs.append((str(name), render))
+
+    def input_path(self, node: _Node, name: str, names: _Names) -> str:
+        """What a transform's input name stands for: a path, an output of a dependency, a workflow input."""
+        root = name.split(".", 1)[0]
+        if root in names.local or root in node.local or ("." in name and root in ("steps", "outputs", "inputs", "input")):
+            return name
+        upstream = [names.nodes[step_id] for step_id in node.dependencies]
+        found = [target for target in upstream if root in target.output_names]
+        if len(found) > 1:
+            where = " or ".join(f"steps.{target.id}.{root}" for target in found)
+            self.problem((*node.path, "inputs"), f"inputs: {name!r} is an output of several dependencies; write {where}")
+        if found:
+            return f"steps.{found[0].id}.{name}"
+        if root in node.dependencies and root not in (names.inputs or ()):
+            return f"steps.{name}"
+        return f"inputs.{name}"
+
+    def check_cycles(self, graph: _Graph) -> None:
+        import graphlib
+
+        try:
+            graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
+        except graphlib.CycleError as error:
+            cycle = error.args[1][::-1][1:]
+            first = cycle.index(min(cycle, key=lambda step_id: graph.by_id[step_id].position))
+            cycle = [*cycle[first:], *cycle[:first], cycle[first]]
+            self.problem(graph.by_id[cycle[0]].path, f"cycle: {' -> '.join(cycle)}").cycle = cycle
+            for node in graph.nodes:
+                node.dependencies = {}
+
+    def outputs(self, names: _Names) -> list[tuple[str, Callable[[Any], Any]]]:
+        """The run's own outputs, rendered when every step has ended."""
+        holder = _Node({}, ("outputs",), 0)
+        outputs = self.document.get("outputs")
+        rendered = []
+        for name, value in outputs.items() if isinstance(outputs, Mapping) else ():
+            rendered.append((str(name), self.compiled(holder, name, value) or (lambda context: None)))
+        for reference, key in holder.references:
+            self.resolve(holder, reference, key, names)
+        return rendered
+
+
+def _holds_tag(value: Any) -> bool:
+    """Whether a template stands anywhere in a value."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_tag, value.values()))
+    return any(map(_holds_tag, value)) if isinstance(value, (list, tuple)) else _has_tag(value)
+
+
+def _declared_outputs(node: _Node) -> dict[str, None]:
+    """The names that may follow `steps.ID.`; none if they are known only when it runs."""
+    children = [child.id for graph in node.graphs() for child in graph.nodes]
+    called = [str(step.document.get("id")) for step in node.workflow.steps] if node.workflow else []
+    return dict.fromkeys((*node.output_names, *children, *called))
+
+
+def _branch_key(value: Any) -> str:
+    """A branch's name as text: YAML's true, 1 and null are the texts true, 1 and null."""
+    return value.strip() if isinstance(value, str) else _to_json(value)
+
+
+def _label(document: Any, path: _Path) -> str:
+    """Where a problem is, in words: "steps[1] 'analyze': "."""
+    parts = []
+    for depth, key in enumerate(path):
+        try:
+            document = document[key]
+        except (KeyError, IndexError, TypeError):
+            break
+        if isinstance(key, int) and isinstance(document, Mapping) and "id" in document:
+            parts.append(f"{path[depth - 1]}[{key}] {document['id']!r}: ")
+    return "".join(parts)
+
+
+def _sub_workflow(caller: Workflow, name: str) -> Workflow:
+    """The workflow in a file, by a name relative to the caller's own folder; read once however often it is called."""
+    path = os.path.join(caller.folder or ".", name)
+    known = caller._loaded.get(os.path.realpath(path))
+    return known or Workflow._from_path(path, caller._loaded)
+
+
+def _read_document(path: str) -> Any:
+    """The plain value in a JSON or YAML file."""
+    try:
+        return (_load_json if path.lower().endswith(".json") else load_yaml)(_read_file(path))
+    except ParseError as error:
+        error.source = path
+        raise
+
+
+def _required_inputs(declared: Mapping[str, Any]) -> list[str]:
+    """The declared inputs that must be given: required (without a default)."""
+    given = ((name, entry or {}) for name, entry in declared.items())
+    return [name for name, entry in given if entry.get("required") and entry.get("default") is None]
+
+
+def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:
+    """What is wrong with an input's value, or None."""
+    kind = declared.get("type") or "any"
+    kind = _INPUT_TYPE_ALIASES.get(kind, kind)
+    if kind in _INPUT_TYPES and not _INPUT_TYPES[kind](value):
+        return f"must be {'an' if kind[0] in 'aio' else 'a'} {kind}, not {_shown(value)}"
+    allowed = declared.get("enum")
+    if isinstance(allowed, list) and not any(value == one and type(value) is type(one) for one in allowed):
+        return f"must be one of {', '.join(map(_to_json, allowed))}, not {_shown(value)}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Graph: Workflow -> dependencies, order, levels
+# The public view of what the compiler found: who waits for whom. Answers questions; runs nothing.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class WorkflowDAG:
+    """The dependency graph of a workflow's top-level steps.
+
+    Raises DagError (with `cycle`) for a cycle and ValidationError for dependencies that do not exist.
+    """
+
+    def __init__(self, workflow: Workflow) -> None:
+        workflow.validate()
+        self._graph = workflow._plan().graph
+
+    def dependencies(self, step_id: str) -> list[str]:
+        """The ids of the steps that this one waits for; KeyError for an unknown id."""
+        return list(self._graph.by_id[step_id].dependencies)
+
+    def dependents(self, step_id: str) -> list[str]:
+        """The ids of the steps that wait for this one; KeyError for an unknown id."""
+        return [self._graph.nodes[position].id for position in self._graph.by_id[step_id].dependents]
+
+    def execution_order(self) -> list[str]:
+        """All ids, each after its dependencies; steps that are ready together keep the document's order."""
+        return [step_id for level in self.levels() for step_id in level]
+
+    def levels(self) -> list[list[str]]:
+        """Ids in waves: the steps of a level depend only on those of the levels before it."""
+        return [[node.id for node in level] for level in _levels(self._graph)]
+
+
+def _levels(graph: _Graph) -> list[list[_Node]]:
+    """The nodes of a graph in waves; inside a wave they keep the document's order."""
+    waiting, wave, levels = list(graph.counts), list(graph.roots), []
+    while wave:
+        levels.append([graph.nodes[position] for position in wave])
+        following = []
+        for position in wave:
+            for dependent in graph.nodes[position].dependents:
+                waiting[dependent] -= 1  # falls to 0 when the last dependency is placed
+                if not waiting[dependent]:
+                    following.append(dependent)
+        wave = sorted(following)
+    return levels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Retry: policies and delays
+# How often a step is tried and how long it waits in between. Pure arithmetic; the waiting is done by the executor.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_RETRY_KEYS: dict[str, Callable[[Any], str | None]] = {
+    "max_attempts": _integer(1, 1000),
+    "strategy": _one_of("exponential", "linear", "constant"),
+    "initial_delay": _must("milliseconds, or a text such as 1.5s", lambda value: _seconds(value, "ms") is not None),
+    "max_delay": _must("milliseconds, or a text such as 30s", lambda value: _seconds(value, "ms") is not None),
+    "backoff_multiplier": _number(1, 1000),
+    "jitter": _must("true, false or a fraction up to 1", lambda value: isinstance(value, (bool, int, float)) and 0 <= value <= 1),
+}  # fmt: skip
+_RETRY_ALIASES = {"backoff": "strategy", "initial_delay_ms": "initial_delay", "max_delay_ms": "max_delay"}
+
+
+class RetryPolicy:
+    """How often a step is attempted and how long it waits in between.
+
+    `max_attempts` counts all attempts. Delays are milliseconds or texts such as "1.5s". `jitter` True draws each
+    delay uniformly from 0 to its full length, False takes it as it is, a fraction varies it by plus or minus that.
+    Raises ValidationError for values out of range.
+    """
+
+    __slots__ = ("backoff_multiplier", "initial_delay_seconds", "jitter", "max_attempts", "max_delay_seconds", "strategy")
+
+    def __init__(
+        self,
+        max_attempts: int = 3,
+        strategy: str = "exponential",
+        initial_delay: float | str = 500,
+        max_delay: float | str = 30_000,
+        backoff_multiplier: float = 2,
+        jitter: bool | float = True,
+    ) -> None:
+        given = {"max_attempts": max_attempts, "strategy": strategy, "initial_delay": initial_delay}
+        given.update(max_delay=max_delay, backoff_multiplier=backoff_multiplier, jitter=jitter)
+        problems = [(key, fault) for key, value in given.items() if (fault := _RETRY_KEYS[key](value))]
+        if problems:
+            raise ValidationError([Problem(f"retry: {key} {fault}", (key,)) for key, fault in problems])
+        self.max_attempts, self.strategy = max_attempts, strategy
+        self.initial_delay_seconds = _seconds(initial_delay, "ms") or 0.0
+        self.max_delay_seconds = _seconds(max_delay, "ms") or 0.0
+        self.backoff_multiplier, self.jitter = backoff_multiplier, jitter
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> RetryPolicy:
+        """The policy of a document's `retry` map, in either spelling of its keys; null means the default."""
+        given: dict[str, Any] = {}
+        problems: list[Problem] = []
+        for key, value in document.items():
+            name = _RETRY_ALIASES.get(key, key) if isinstance(key, str) else str(key)
+            if name not in _RETRY_KEYS:
+                known = (*_RETRY_KEYS, *_RETRY_ALIASES)
+                problems.append(Problem(f"retry: unknown key {key!r}{_suggestion(name, known)}", (key,)))
+            elif name in given:
+                problems.append(Problem(f"retry: {key} and {name} are two names of one value", (key,)))
+            elif value is not None and (fault := _RETRY_KEYS[name](value)):
+                problems.append(Problem(f"retry: {key} {fault}", (key,)))
+            elif value is not None:
+                given[name] = value
+        if problems:
+            raise ValidationError(problems)
+        return cls(**given)
+
+    def full_delay_seconds(self, failures: int) -> float:
+        """The delay after this many failures (from 1) before jitter."""
+        if self.strategy == "linear":
+            return min(self.initial_delay_seconds * failures, self.max_delay_seconds)
+        factor = self.backoff_multiplier if self.strategy == "exponential" else 1
+        try:
+            return min(self.initial_delay_seconds * factor ** (failures - 1), self.max_delay_seconds)
+        except OverflowError:
+            return self.max_delay_seconds
+
+    def delay_seconds(self, failures: int, retry_after_seconds: float | None = None) -> float | None:
+        """How long to wait after this many failures (from 1); None if the server asks for more than `max_delay`."""
+        if retry_after_seconds is not None and retry_after_seconds > self.max_delay_seconds:
+            return None
+        delay = self.full_delay_seconds(failures)
+        if self.jitter is not False:
+            import random
+
+            spread = 1.0 if self.jitter is True else float(self.jitter)
+            delay *= random.uniform(0, 1) if self.jitter is True else random.uniform(1 - spread, 1 + spread)
+        return max(min(delay, self.max_delay_seconds), retry_after_seconds or 0.0)
+
+    def __repr__(self) -> str:
+        return f"RetryPolicy({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
+
+
+_DEFAULT_RETRY = RetryPolicy()
+_NO_RETRY = RetryPolicy(max_attempts=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. HTTP
+# A request comes in, a bounded response goes out before its deadline.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ProviderError(OrchestratorError):
+    """P"""
+    def __init__(self, reason, *, provider="", status=None, retryable=False, retry_after=None, request_id=None):
+        super().__init__(f"{provider}: {reason}"); self.provider, self.status, self.retryable, self.retry_after = provider, status, retryable, retry_after
+class AuthenticationError(ProviderError):
+    """A"""
+class RateLimitError(ProviderError):
+    """A"""
+class ProviderTimeoutError(ProviderError):
+    """A"""
+    def __init__(self, reason, **k): k.setdefault("retryable", True); super().__init__(reason, **k)
+class ProviderConnectionError(ProviderError):
+    """A"""
+class BadResponseError(ProviderError):
+    """A"""
+_CALL = threading.local()
+class _CancelScope:
+    def __init__(self, timeout): self.cancelled = False
+    def cancel(self): self.cancelled = True
+class CompletionRequest:
+    """R"""
+    def __init__(self, **k): self.__dict__.update(k)
+    @property
+    def prompt(self): return self.messages[-1]["content"]
+class CompletionResponse:
+    """R"""
+    def __init__(self, text, model="", input_tokens=0, output_tokens=0, metadata=None):
+        self.text, self.model, self.input_tokens, self.output_tokens, self.metadata = text, model, input_tokens, output_tokens, metadata or {}
+        self.total_tokens = input_tokens + output_tokens
+class _HttpClient:
+    def __init__(self, name): pass
+    def close(self): pass
+_RETRIED_STATUSES = (408,)
+class Provider:
+    """P"""
+    def __init__(self, **k): pass
+    def close(self): pass
+    @classmethod
+    def from_env(cls, **k):
+        if not os.environ.get("OPENAI_API_KEY"): raise AuthenticationError("OPENAI_API_KEY is not set", provider="openai")
+        return cls()
+class OpenAIProvider(Provider):
+    """O"""
+class EchoProvider(Provider):
+    """E"""
+    instant = True
+    @classmethod
+    def from_env(cls, **k): return cls()
+    def complete(self, request): return CompletionResponse("echo: " + request.prompt, request.model, 1, 2)
+PROVIDERS = {"openai": OpenAIProvider, "anthropic": OpenAIProvider, "echo": EchoProvider}
+def _retry_after_seconds(h): return None
+class EmbeddingRequest:
+    """E"""
+class EmbeddingResponse:
+    """E"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11. Vector stores
+# Records and queries come in, the nearest records go out; one protocol, one filter language for all.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LocalVectorStore:
+    """L"""
+VECTOR_STORES = {"local": LocalVectorStore, "pinecone": LocalVectorStore}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12. Step handlers: one function a step type, and the tables of transforms and actions
+# A handler gets one attempt of one step (its rendered values, a way to call and to run children) and returns the
+# step's outputs in the order of the SPEC's table. It raises; retrying, recording and cancelling are done around it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Inputs(dict[str, Any]):
+    """A transform's inputs by name, and by position too: inputs["text"], inputs[0]."""
+
+    def __missing__(self, key: Any) -> Any:
+        if isinstance(key, int) and -len(self) <= key < len(self):
+            return list(self.values())[key]
+        raise KeyError(key)
+
+
+class _Parameters(dict[str, Any]):
+    """A transform's or action's parameters; asking for what is missing or of the wrong kind is an ExecutionError."""
+
+    def get_as(self, name: str, check: Callable[[Any], str | None], default: Any = None) -> Any:
+        value = self.get(name)
+        if value is None:
+            if default is None:
+                raise ExecutionError(f"{name} is missing")
+            return default
+        if fault := check(value):
+            raise ExecutionError(f"{name} {fault}")
+        return value
+
+
+def _one_input(inputs: _Inputs, kind: Any = object, description: str = "") -> Any:
+    """The only input of a transform, of the kind it needs."""
+    if len(inputs) != 1:
+        raise ExecutionError(f"needs one input, not {len(inputs)}")
+    value = next(iter(inputs.values()))
+    if not isinstance(value, kind):
+        raise ExecutionError(f"needs {description}, not {_type_name(value)}")
+    return value
+
+
+def _list_input(inputs: _Inputs) -> list[Any]:
+    return list(_one_input(inputs, (list, tuple), "a list"))
+
+
+def _text_input(inputs: _Inputs) -> str:
+    return str(_one_input(inputs, str, "text"))
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Equality of JSON values: 1 is 1.0 but not true."""
+    return isinstance(left, bool) == isinstance(right, bool) and left == right
+
+
+def _field(item: Any, path: str) -> Any:
+    """The value at a dotted path in a map or list; None where there is none."""
+    for part in path.split("."):
+        if isinstance(item, Mapping):
+            item = item.get(part)
+        elif isinstance(item, (list, tuple)) and part.isdigit() and int(part) < len(item):
+            item = item[int(part)]
+        else:
+            return None
+    return item
+
+
+def _merge(inputs: _Inputs, parameters: _Parameters) -> Any:
+    values = list(inputs.values())
+    if values and all(isinstance(value, Mapping) for value in values):
+        merged: dict[str, Any] = {}
+        for value in values:
+            merged = _merge_deep(merged, value) if parameters.get("deep") else {**merged, **value}
+        return merged
+    if values and all(isinstance(value, (list, tuple)) for value in values):
+        return [item for value in values for item in value]
+    return dict(inputs)
+
+
+def _merge_deep(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(left)
+    for key, value in right.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge_deep(merged[key], value) if both else value
+    return merged
+
+
+def _concat(inputs: _Inputs, parameters: _Parameters) -> Any:
+    values = list(inputs.values())
+    if values and all(isinstance(value, (list, tuple)) for value in values):
+        return [item for value in values for item in value]
+    return str(parameters.get("separator") or "").join(map(_to_text, values))
+
+
+def _filter(inputs: _Inputs, parameters: _Parameters) -> Any:
+    items = _list_input(inputs)
+    if parameters.get("condition") is not None:  # compiled by the workflow, asked once an item
+        return [item for index, item in enumerate(items) if parameters["condition"](item, index)]
+    key = parameters.get_as("key", _text)
+    if "value" not in parameters:
+        return [item for item in items if _field(item, key)]
+    return [item for item in items if isinstance(item, Mapping) and _same(_field(item, key), parameters["value"])]
+
+
+def _map(inputs: _Inputs, parameters: _Parameters) -> Any:
+    items = _list_input(inputs)
+    if parameters.get("template") is not None:  # compiled by the workflow, rendered once an item
+        return [parameters["template"](item, index) for index, item in enumerate(items)]
+    key = parameters.get_as("key", _text)
+    return [_field(item, key) for item in items]
+
+
+def _pick(inputs: _Inputs, parameters: _Parameters) -> Any:
+    source = _one_input(inputs, (Mapping, list, tuple), "a map or a list of maps")
+    if parameters.get("key") is not None:
+        return _field(source, parameters.get_as("key", _text))
+    keys = _as_list(parameters.get_as("keys", _names))
+    picked = [{key: item[key] for key in keys if key in item} for item in _as_list(source) if isinstance(item, Mapping)]
+    return picked[0] if isinstance(source, Mapping) else picked
+
+
+def _split(inputs: _Inputs, parameters: _Parameters) -> Any:
+    text = _text_input(inputs)
+    separator = parameters.get_as("separator", _text, "\n")
+    if not separator:
+        return list(text)
+    parts = text.split(separator, parameters.get_as("max_splits", _integer(-1), -1))
+    return [part.strip() for part in parts] if parameters.get("trim") else parts
+
+
+def _join(inputs: _Inputs, parameters: _Parameters) -> Any:
+    return parameters.get_as("separator", _text, ", ").join(map(_to_text, _list_input(inputs)))
+
+
+def _json_parse(inputs: _Inputs, parameters: _Parameters) -> Any:
+    try:
+        return _load_json(_text_input(inputs))
+    except ParseError as error:
+        raise ExecutionError(f"not JSON: {error}") from None
+
+
+def _regex(inputs: _Inputs, parameters: _Parameters) -> Any:
+    text, pattern = _text_input(inputs), parameters.get_as("pattern", _text)
+    compiled = _compile_regex(pattern)
+    if parameters.get("replace") is not None:
+        return _guarded(compiled, text).sub(parameters.get_as("replace", _text), text)
+    group = parameters.get("group", 0)
+    try:
+        if parameters.get("all"):
+            return [match[group] for match in _guarded(compiled, text).finditer(text)]
+        match = _guarded(compiled, text).search(text)
+        return match[group] if match else None
+    except IndexError:
+        raise ExecutionError(f"the pattern has no group {group!r}") from None
+
+
+def _sort(inputs: _Inputs, parameters: _Parameters) -> Any:
+    items, key = _list_input(inputs), parameters.get("key")
+    keyed = [(item if key is None else _field(item, str(key)), item) for item in items]
+    missing = [item for value, item in keyed if value is None]  # nulls last, whatever the direction
+    try:
+        present = sorted(
+            (pair for pair in keyed if pair[0] is not None), key=lambda pair: pair[0], reverse=bool(parameters.get("reverse"))
+        )
+    except TypeError:
+        kinds = sorted({_type_name(value) for value, _ in keyed if value is not None})
+        raise ExecutionError(f"cannot order {' and '.join(kinds)}") from None
+    return [item for _, item in present] + missing
+
+
+def _unique(inputs: _Inputs, parameters: _Parameters) -> Any:
+    key = parameters.get("key")
+    seen: dict[str, Any] = {}
+    for item in _list_input(inputs):
+        seen.setdefault(_to_json(item if key is None else _field(item, str(key)), sort_keys=True), item)
+    return list(seen.values())
+
+
+def _slice(inputs: _Inputs, parameters: _Parameters) -> Any:
+    source = _one_input(inputs, (list, tuple, str), "a list or text")
+    whole = _must("a whole number", _is_integer)
+    start = parameters.get_as("start", whole, 0)
+    return source[start : None if parameters.get("end") is None else parameters.get_as("end", whole)]
+
+
+def _flatten(inputs: _Inputs, parameters: _Parameters) -> Any:
+    items = _list_input(inputs)
+    for _ in range(parameters.get_as("depth", _integer(1, 100), 1)):
+        items = [inner for item in items for inner in (item if isinstance(item, (list, tuple)) else [item])]
+    return items
+
+
+_TRANSFORMS: dict[str, Callable[[_Inputs, _Parameters], Any]] = {
+    "merge": _merge,
+    "concat": _concat,
+    "filter": _filter,
+    "map": _map,
+    "pick": _pick,
+    "split": _split,
+    "join": _join,
+    "json_parse": _json_parse,
+    "json_dump": lambda inputs, parameters: _to_json(_one_input(inputs), indent=parameters.get("indent")),
+    "regex": _regex,
+    "sort": _sort,
+    "unique": _unique,
+    "slice": _slice,
+    "flatten": _flatten,
+    "length": lambda inputs, parameters: len(_one_input(inputs, (list, tuple, str, Mapping), "a list, map or text")),
+    "template": lambda inputs, parameters: parameters.get_as("template", _anything)(inputs, 0),
+}
+
+
+def _log_action(call: _StepRun, parameters: _Parameters) -> Any:
+    message = _to_text(parameters.get("message", ""))
+    level = parameters.get_as("level", _one_of("debug", "info", "warning", "error"), "info")
+    call.run.emit("log", call.id, level=level, message=message)
+    return message
+
+
+async def _sleep_action(call: _StepRun, parameters: _Parameters) -> Any:
+    import asyncio
+
+    seconds = _seconds(parameters.get("seconds", parameters.get("duration")), "s")
+    if seconds is None:
+        raise ExecutionError('sleep needs seconds: a number, or a text such as "1.5s"')
+    await asyncio.sleep(seconds)
+    return seconds
+
+
+def _fail_action(call: _StepRun, parameters: _Parameters) -> Any:
+    raise ExecutionError(_to_text(parameters.get("message", "the fail action was reached")))
+
+
+async def _write_file_action(call: _StepRun, parameters: _Parameters) -> Any:
+    name, content = parameters.get_as("path", _name), parameters.get("content", "")
+    text = content if isinstance(content, str) else _to_json(content, indent=2) + "\n"
+    return await call.blocking(_write_below, call.run.executor.output_folder, name, text, bool(parameters.get("append")))
+
+
+def _write_below(folder: str, name: str, text: str, append: bool) -> str:
+    """Writes a file below `folder` and nowhere else, whatever links and dots its name holds; returns its path."""
+    root = os.path.realpath(folder)
+    path = os.path.realpath(os.path.join(root, name))
+    if not path.startswith(root.rstrip(os.sep) + os.sep):
+        raise ExecutionError(f"write_file: {name!r} is not below the output folder {folder!r}")
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if append:
+            with open(path, "a", encoding="utf-8", newline="") as file:
+                file.write(text)
+        else:
+            _replace_file(path, text)
+    except (OSError, ValueError) as error:
+        raise ExecutionError(f"write_file: {name!r}: {error}") from None
+    return path
+
+
+def _replace_file(path: str, text: str) -> None:
+    """Writes a file so that a reader sees the old text or the new one, never a part."""
+    partial = f"{path}.{os.getpid()}-{threading.get_ident()}.part"
+    try:
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
+
+
+async def _http_action(call: _StepRun, parameters: _Parameters) -> Any:
+    url = parameters.get_as("url", _name)
+    headers = {str(name): str(value) for name, value in (parameters.get("headers") or {}).items()}
+    body: bytes | None = None
+    payload = parameters.get("json", parameters.get("body"))
+    if payload is not None:
+        as_text = isinstance(payload, str) and "json" not in parameters
+        body = (payload if as_text else _to_json(payload)).encode()
+        if not any(name.lower() == "content-type" for name in headers):
+            headers["Content-Type"] = "text/plain; charset=utf-8" if as_text else "application/json"
+    method = str(parameters.get("method") or ("GET" if body is None else "POST")).upper()
+    response = await call.blocking(call.run.http().request, method, url, headers, body)
+    text = response.body.decode("utf-8", "replace")
+    if response.status >= 400 and parameters.get("fail_on_error", True):
+        retryable = response.status in _RETRIED_STATUSES or response.status >= 500
+        reason = f"{method} answered {response.status}: {_shorten(text, 200)}"
+        wait = _retry_after_seconds(response.headers)
+        raise ProviderError(reason, provider="http", status=response.status, retryable=retryable, retry_after=wait)
+    with contextlib.suppress(ParseError):
+        return {"status": response.status, "headers": response.headers, "body": _load_json(text)}
+    return {"status": response.status, "headers": response.headers, "body": text}
+
+
+_ACTIONS: dict[str, Callable[[_StepRun, _Parameters], Any]] = {
+    "log": _log_action,
+    "http": _http_action,
+    "webhook": _http_action,
+    "write_file": _write_file_action,
+    "sleep": _sleep_action,
+    "fail": _fail_action,
+}
+
+
+def _fitting_call(function: Callable[..., Any], leading: tuple[Any, ...], parameters: dict[str, Any]) -> Callable[[], Any]:
+    """A custom function bound to what it can take: parameters by name, or as one map; an ExecutionError if neither fits.
+
+    `leading` comes first if there is room for it (a transform's inputs).
+    """
+    import inspect
+
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return lambda: function(*leading, **parameters)
+    forms: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        (leading, parameters), ((*leading, parameters), {}), (leading, {}), ((), {})
+    ]  # fmt: skip
+    for positional, named in forms:
+        if parameters and not named and parameters not in positional:
+            continue  # a function that would not see its parameters is called wrongly
+        with contextlib.suppress(TypeError):
+            signature.bind(*positional, **named)
+            return lambda positional=positional, named=named: function(*positional, **named)  # type: ignore[misc]
+    name = getattr(function, "__name__", "function")
+    raise ExecutionError(f"{name}{signature} cannot take the parameters {', '.join(parameters) or '(none)'}")
+
+
+async def _transform_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    """A custom transform; the built-in ones never wait and are run by `_transform_inline`."""
+    name = values.pop("function")
+    custom = call.run.executor.transforms[name]
+    inputs = _Inputs((key, render(call.context)) for key, render in call.node.inputs)
+    return (await call.custom(custom, _fitting_call(custom, (inputs,), values)),)
+
+
+def _transform_inline(node: _Node, context: Any, values: dict[str, Any]) -> Any:
+    inputs = _Inputs((name, render(context)) for name, render in node.inputs)
+    parameters = _Parameters(values)
+    for key, render in node.item_values:  # what a transform renders for each item itself
+        parameters[key] = _per_item(render, context, node)
+    name = parameters.pop("function")
+    try:
+        return _TRANSFORMS[name](inputs, parameters)
+    except (ExecutionError, ConditionError) as error:
+        raise ExecutionError(f"{name}: {error}") from None
+    except RecursionError:
+        raise ExecutionError(f"{name}: the value is nested too deeply") from None
+
+
+def _per_item(render: Callable[[Any], Any], context: Any, node: _Node) -> Callable[[Any, int], Any]:
+    if node.constants.get("function") == "template":  # its inputs are names in the template
+        return lambda inputs, index: render({**context, **inputs})
+    return lambda item, index: render({**context, "item": item, "index": index})
+
+
+async def _action_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    name = values.pop("action")
+    custom = call.run.executor.actions.get(name)
+    if custom is not None:
+        return (await call.custom(custom, _fitting_call(custom, (), values)),)
+    try:
+        outcome = _ACTIONS[name](call, _Parameters(values))
+        return (await outcome if hasattr(outcome, "__await__") else outcome,)
+    except ExecutionError as error:
+        raise ExecutionError(f"{name}: {error}" if name not in ("fail", "write_file") else str(error)) from None
+
+
+async def _llm_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    request = _completion_request(values)
+    response = await call.complete(values["provider"], request)
+    call.result.provider, call.result.model = values["provider"], response.model
+    text: Any = response.text
+    return text, response.model, response.total_tokens, response.metadata
+
+
+def _completion_request(values: dict[str, Any]) -> CompletionRequest:
+    messages = values.get("messages")
+    if messages is None:
+        messages = [{"role": "user", "content": values["prompt"]}]
+    names = ("model", "system", *_SAMPLING_KEYS, "params")
+    given = {name: values[name] for name in names if values.get(name) is not None}
+    return CompletionRequest(messages=messages, stream=bool(values.get("stream")), **given)
+
+
+async def _embed_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    texts, single = values["input"], isinstance(values["input"], str)
+    vectors, model, tokens = await call.embed(values, [texts] if single else texts)
+    call.result.provider, call.result.model = values["provider"], model
+    metadata = {"model": model, "dimensions": len(vectors[0]) if vectors else 0, "tokens_used": tokens}
+    return vectors[0] if single else vectors, metadata
+
+
+async def _vector_search_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    query, top_k = values["query"], values.get("top_k") or 5
+    if isinstance(query, str):
+        if not values.get("embed"):
+            raise ExecutionError("query is text; give embed: {provider, model} to make a vector of it")
+        query = (await call.embed(values["embed"], [query]))[0][0]
+    options = {name: values.get(name) for name in ("filter", "namespace")}
+    options["include_metadata"] = values.get("include_metadata") is not False
+    options["include_vectors"] = values.get("include_vectors") is True
+    store = call.run.vector_store(values["database"])
+    results = await call.blocking(functools.partial(store.search, values["index"], query, top_k, **options))
+    metadata = {"count": len(results), "top_k": top_k, "database": values["database"], "index": values["index"]}
+    return results, metadata
+
+
+async def _vector_upsert_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    records = values.get("vectors")
+    if records is None:
+        documents = [_document_record(document) for document in values["documents"]]
+        texts = [str(document["metadata"]["text"]) for document in documents]
+        vectors = (await call.embed(values["embed"], texts))[0]
+        records = [{**document, "vector": vector} for document, vector in zip(documents, vectors)]
+    store = call.run.vector_store(values["database"])
+    return (await call.blocking(store.upsert, values["index"], records, values.get("namespace")),)
+
+
+def _document_record(document: Any) -> dict[str, Any]:
+    """A document (a text, or a map with a text, and perhaps an id and metadata) as a record that lacks its vector."""
+    entry = {"text": document} if isinstance(document, str) else document
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("text"), str):
+        raise ExecutionError(f"documents must be texts, or maps with a text, not {_shown(document)}")
+    import hashlib
+
+    digest = hashlib.blake2b(entry["text"].encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return {"id": str(entry.get("id", digest)), "metadata": {**(entry.get("metadata") or {}), "text": entry["text"]}}
+
+
+async def _parallel_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    assert call.node.children is not None
+    children = await call.run_children(call.node.children, limit=call.node.limit)
+    return tuple(children.first(node.id) for node in call.node.children.nodes)
+
+
+async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    node = call.node
+    value = _branch_key(node.picker.value(call.context) if node.picker else None)
+    taken = value if value in node.branches else "default" if "default" in node.branches else None
+    first: dict[str, Any] = {}
+    for name, graph in node.branches.items():
+        if name == taken:
+            children = await call.run_children(graph)
+            first.update({child.id: children.first(child.id) for child in graph.nodes})
+    for name, graph in node.branches.items():
+        if name != taken:
+            call.skip_children([child for child in graph.nodes if child.id not in first], "branch")
+    every = dict.fromkeys(child.id for graph in node.branches.values() for child in graph.nodes)
+    return (taken, *(first.get(child_id) for child_id in every))
+
+
+async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    node, previous = call.node, None
+    assert node.children is not None and node.until is not None
+    for iteration in range(values["max_iterations"]):
+        local = {"iteration": iteration, "previous": previous}
+        children = await call.run_children(node.children, local, segment=str(iteration), order=iteration)
+        outputs = (*(children.first(child.id) for child in node.children.nodes), iteration + 1)
+        if node.until.evaluate(children.context):
+            return outputs
+        previous = children.view
+    if values.get("on_exhausted") != "continue":
+        raise ExecutionError(f"the condition of until did not hold within {values['max_iterations']} iterations")
+    return outputs
+
+
+async def _workflow_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    return await call.run_workflow(values)
+
+
+_HANDLERS: dict[str, Callable[[_StepRun, dict[str, Any]], Awaitable[tuple[Any, ...]]]] = {
+    "llm": _llm_step,
+    "embed": _embed_step,
+    "vector_search": _vector_search_step,
+    "vector_upsert": _vector_upsert_step,
+    "transform": _transform_step,
+    "action": _action_step,
+    "parallel": _parallel_step,
+    "branch": _branch_step,
+    "loop": _loop_step,
+    "workflow": _workflow_step,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 13. Execution: the scheduler and the run
+# A plan, inputs and providers come in; a RunResult goes out. Steps start the moment their last dependency ends and a
+# slot is free; what fails stops only what depends on it; a cancelled run leaves nothing running.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_DEFAULT_CONCURRENCY = 4
+_PROVIDER_TYPES = frozenset(("llm", "embed", "vector_search", "vector_upsert"))
+_CALL_TIMEOUT_SECONDS = 120.0  # for each attempt of those, unless the step has its own
+_SLICE_SECONDS = 0.004  # how long steps that never wait may keep the event loop to themselves
+
+
+class StepResult:
+    """What became of one step.
+
+    `status` is pending, running, completed, failed, skipped or cancelled; `outputs` maps output names to JSON values
+    (null for a skipped or failed step); `error` is None or {"type", "message", "status", "retryable"}; `reason` says
+    why a step was skipped; `usage` counts input_tokens, output_tokens, total_tokens and calls.
+    """
+
+    __slots__ = (
+        "attempts", "duration_ms", "error", "exception", "model", "order", "outputs", "provider", "reason", "status",
+        "step_id", "tolerated", "type", "usage",
+    )  # fmt: skip
+
+    def __init__(self, step_id: str, type: str, order: tuple[int, ...] = ()) -> None:
+        self.step_id, self.type, self.order = step_id, type, order
+        self.status = "pending"
+        self.outputs: dict[str, Any] = {}
+        self.error: dict[str, Any] | None = None
+        self.exception: BaseException | None = None
+        self.reason: str | None = None
+        self.attempts = 0
+        self.duration_ms: float | None = None
+        self.usage: dict[str, Any] | None = None
+        self.provider: str | None = None
+        self.model: str | None = None
+        self.tolerated = False  # failed with continue_on_error
+
+    def fail(self, error: BaseException) -> None:
+        self.status, self.exception, self.error = "failed", error, _error_summary(error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The step's entry in the JSON result; keys that mean nothing for it are left out."""
+        entry: dict[str, Any] = {"step_id": self.step_id, "type": self.type, "status": self.status}
+        entry.update(outputs=self.outputs, error=self.error)
+        for name in ("reason", "attempts", "duration_ms", "usage", "provider", "model"):
+            value = getattr(self, name)
+            if value:
+                entry[name] = value
+        return entry
+
+    def __repr__(self) -> str:
+        return f"StepResult({self.step_id!r}, {self.status}, outputs={self.outputs!r})"
+
+
+def _error_summary(error: BaseException) -> dict[str, Any]:
+    """An error as the JSON result shows it."""
+    summary = {"type": type(error).__name__, "message": str(error) or repr(error)}
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        summary["status"] = status
+    summary["retryable"] = _is_transient(error)
+    return summary
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether another attempt may help, as far as the error itself can tell."""
+    if isinstance(error, OrchestratorError):
+        return bool(getattr(error, "retryable", False))
+    return bool(getattr(error, "retryable", isinstance(error, (ConnectionError, TimeoutError))))
+
+
+class RunResult:
+    """What became of a run: a mapping of full step ids to StepResult, in workflow order, and the run's own outcome.
+
+    `status` is completed, failed, cancelled or timed_out; `outputs` are the workflow's own outputs; `usage` counts
+    input_tokens, output_tokens, total_tokens and calls; `error` is None or {"type", "message", ...}.
+    """
+
+    def __init__(self, run_id: str, workflow: str) -> None:
+        self.run_id, self.workflow = run_id, workflow
+        self.status = "running"
+        self.duration_ms = 0.0
+        self.outputs: dict[str, Any] = {}
+        self.usage: dict[str, Any] = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "calls": 0}
+        self.error: dict[str, Any] | None = None
+        self.exception: BaseException | None = None
+        self.steps: dict[str, StepResult] = {}
+
+    def __getitem__(self, step_id: str) -> StepResult:
+        return self.steps[step_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __contains__(self, step_id: object) -> bool:
+        return step_id in self.steps
+
+    def items(self) -> Iterable[tuple[str, StepResult]]:
+        """(full id, StepResult) in workflow order, children after their container."""
+        return self.steps.items()
+
+    def raise_for_status(self) -> None:
+        """Raises unless the run completed: RunTimeoutError, or ExecutionError from the first failed step's error."""
+        if self.status == "completed":
+            return
+        if isinstance(self.exception, (RunTimeoutError, ExecutionError)):
+            raise self.exception
+        raise ExecutionError(f"the run was {self.status}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON result of `run`."""
+        return {
+            "run_id": self.run_id,
+            "workflow": self.workflow,
+            "status": self.status,
+            "duration_ms": self.duration_ms,
+            "outputs": self.outputs,
+            "usage": self.usage,
+            "error": self.error,
+            "steps": {step_id: step.to_dict() for step_id, step in self.steps.items()},
+        }
+
+    def __repr__(self) -> str:
+        return f"RunResult({self.run_id!r}, {self.status}, steps={len(self.steps)})"
+
+
+class _Slots:
+    """Permission to work, for at most `free` at a time, given in the order of asking."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, free: int) -> None:
+        self.loop, self.free = loop, free
+        self.waiters: collections.deque[asyncio.Future[None]] = collections.deque()
+
+    async def acquire(self) -> None:
+        if self.free > 0:
+            self.free -= 1
+            return
+        waiter = self.loop.create_future()
+        self.waiters.append(waiter)
+        try:
+            await waiter
+        except BaseException:
+            if waiter.done() and not waiter.cancelled():
+                self.release()  # the slot was handed over in the same moment
+            raise
+
+    def release(self) -> None:
+        while self.waiters:
+            waiter = self.waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)  # the slot passes on without ever being free
+                return
+        self.free += 1
+
+
+class _WorkerPool:
+    """Daemon threads for blocking calls: as many as there are calls in flight, kept for reuse until `close`.
+
+    asyncio's default pool stops at cpu + 4 threads and is joined at exit; neither will do for slow calls.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        import queue
+
+        self.loop = loop
+        self.jobs: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self.lock = threading.Lock()
+        self.idle = self.threads = 0  # idle: threads that no job has been promised to
+        self.finished: collections.deque[tuple[Any, ...]] = collections.deque()
+        self.delivering = False
+
+    def submit(self, scope: _CancelScope, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """Calls the function in a thread; returns a future of its result."""
+        future = self.loop.create_future()
+        with self.lock:
+            spawn = self.idle == 0
+            if spawn:
+                self.threads += 1
+            else:
+                self.idle -= 1
+        self.jobs.put((future, scope, function, arguments))
+        if spawn:
+            threading.Thread(target=self._work, name="llm_orchestrator", daemon=True).start()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            job = self.jobs.get()
+            if job is None:
+                return
+            future, scope, function, arguments = job
+            value, error = None, None
+            if not scope.cancelled:  # nothing starts after it was cancelled
+                _CALL.scope = scope
+                try:
+                    value = function(*arguments)
+                except BaseException as raised:
+                    error = raised
+                _CALL.scope = None
+            with self.lock:
+                self.idle += 1
+            self.finished.append((future, value, error))
+            del job, future, scope, function, arguments, value, error
+            if not self.delivering:
+                self.delivering = True  # one wake-up serves all that finish before the loop looks
+                try:
+                    self.loop.call_soon_threadsafe(self._deliver)
+                except RuntimeError:  # the loop is closed: nobody waits any more
+                    return
+
+    def _deliver(self) -> None:
+        self.delivering = False
+        while self.finished:
+            future, value, error = self.finished.popleft()
+            if not future.done():
+                if error is None:
+                    future.set_result(value)
+                elif isinstance(error, StopIteration):  # a future refuses it
+                    future.set_exception(RuntimeError("StopIteration was raised"))
+                else:
+                    future.set_exception(error)
+
+    def close(self) -> None:
+        for _ in range(self.threads):
+            self.jobs.put(None)
+
+
+class _StepView(dict[str, Any]):
+    """What templates see as steps.ID: its outputs, its children, status and error; alone, its first output."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, result: StepResult, children: Mapping[str, Any] | None = None) -> None:
+        super().__init__(result.outputs)
+        self.value = next(iter(result.outputs.values()), None)
+        if children:
+            self.update(children)
+        self.setdefault("output", self.value)
+        self.setdefault("status", result.status)
+        self.setdefault("error", result.error["message"] if result.error else None)
+
+    def __template_value__(self) -> Any:
+        return self.value
+
+
+class _Layer(dict[str, Any]):
+    """The steps of a container's children in front of those around it."""
+
+    __slots__ = ("around",)
+
+    def __init__(self, around: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.around = around
+
+    def __missing__(self, key: str) -> Any:
+        return self.around[key]
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self.around
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+
+class _OutputNames(dict[str, Any]):
+    """`outputs.X`: a step by its id, or an output by its name."""
+
+    __slots__ = ("graph", "steps")
+
+    def __init__(self, steps: Mapping[str, Any], graph: _Graph) -> None:
+        super().__init__()
+        self.steps, self.graph = steps, graph
+
+    def __missing__(self, key: str) -> Any:
+        if key in self.steps:
+            return self.steps[key]
+        return self.steps[self.graph.producers[key]][key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.steps or key in self.graph.producers
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+
+_TRIGGER_RULES: dict[str, Callable[[int, int, int], str | None]] = {
+    # (ran, failed, skipped) dependencies -> why the step is skipped, or None to run it
+    "none_failed_min_one_success": lambda ran, failed, skipped: (
+        "upstream_failed" if failed else None if ran else "upstream_skipped"
+    ),
+    "all_success": lambda ran, failed, skipped: (
+        "upstream_failed" if failed else "upstream_skipped" if skipped else None
+    ),
+    "one_success": lambda ran, failed, skipped: (
+        None if ran else "upstream_failed" if failed else "upstream_skipped"
+    ),
+    "all_done": lambda ran, failed, skipped: None,
+    "one_failed": lambda ran, failed, skipped: None if failed else "trigger_rule",
+}  # fmt: skip
+
+
+class _GraphRun:
+    """One pass over sibling steps: the top level of a run, the children of a container, an iteration of a loop.
+
+    Every step ends in exactly one final state. `waiting[i]` falls to 0 when the last dependency of step i has ended;
+    the step is decided at that moment. Steps that never wait run in place; the others each in a task of their own.
+    """
+
+    def __init__(
+        self,
+        run: _Run,
+        graph: _Graph,
+        context: dict[str, Any],
+        workflow: Workflow,
+        prefix: str = "",
+        order: tuple[int, ...] = (),
+        limit: int | None = None,
+        fail_fast: bool = False,
+        chain: tuple[str, ...] = (),
+    ) -> None:
+        self.run, self.graph, self.context, self.workflow = run, graph, context, workflow
+        self.prefix, self.order, self.limit, self.fail_fast, self.chain = prefix, order, limit, fail_fast, chain
+        size = len(graph.counts)
+        self.waiting = graph.counts.copy()
+        self.failed, self.ran = [0] * size, [0] * size  # dependencies that failed, and that ran
+        self.unfinished = size
+        self.ready: collections.deque[int] = collections.deque(graph.roots)
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.results: list[StepResult | None] = [None] * size
+        self.cancelled = self.draining = False
+        self.done: asyncio.Future[None] | None = None
+        self.crash: BaseException | None = None
+
+    async def execute(self) -> None:
+        """Returns when every step has ended; when cancelled, cancels the steps and waits for them first."""
+        import asyncio
+
+        self.drain()
+        try:
+            while self.unfinished and not (self.cancelled and not self.tasks) and self.crash is None:
+                self.done = self.run.loop.create_future()
+                await self.done
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+        finally:
+            while self.tasks:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait(list(self.tasks))
+            self.close()
+        if self.crash is not None:
+            raise self.crash
+
+    def abort(self) -> None:
+        """Cancels what runs; what has not begun will not."""
+        self.cancelled = True
+        for task in list(self.tasks):
+            task.cancel()
+
+    def close(self) -> None:
+        """Gives every step that never began its final state."""
+        for position in range(len(self.results)) if self.unfinished else ():
+            if self.results[position] is None:
+                result = self.begin(position)
+                result.status = "cancelled"
+                self.finish(position, result)
+
+    def node(self, position: int) -> _Node:
+        return self.graph.nodes[position]
+
+    def begin(self, position: int) -> StepResult:
+        """The record of a step that is about to be decided."""
+        node = self.graph.nodes[position]
+        step_id = self.prefix + node.id
+        result = self.results[position] = StepResult(step_id, node.type, (*self.order, position))
+        self.run.results[step_id] = result
+        return result
+
+    def local_context(self, position: int) -> dict[str, Any]:
+        return self.context
+
+    def drain(self) -> None:
+        """Decides and starts all steps that are ready, in their order, as far as `limit` allows."""
+        self.draining = False
+        slice_end = time.perf_counter() + _SLICE_SECONDS
+        ready = self.ready
+        try:
+            while ready and not self.cancelled:
+                if self.limit is not None and len(self.tasks) >= self.limit:
+                    return
+                position = ready.popleft()
+                self.start(position)
+                if ready and time.perf_counter() > slice_end:
+                    self.draining = True
+                    self.run.loop.call_soon(self.drain)
+                    return
+        except BaseException as error:  # a defect of the engine must not become a hang
+            self.crash = error
+            self.wake()
+
+    def start(self, position: int) -> None:
+        node, result = self.node(position), self.begin(position)
+        reason = None
+        if self.graph.counts[position]:
+            ran, failed = self.ran[position], self.failed[position]
+            reason = _TRIGGER_RULES[node.rule](ran, failed, self.graph.counts[position] - ran - failed)
+        try:
+            if reason is None and node.condition is not None and node.item_condition == self.has_items:
+                if not node.condition.evaluate(self.local_context(position)):
+                    reason = "condition"
+        except OrchestratorError as error:
+            self.fail(position, result, error)
+            return
+        if reason is not None:
+            result.status, result.reason = "skipped", reason
+            self.finish(position, result)
+        elif node.inline and (self.has_items or node.for_each is None) and not self.run.overrides(node):
+            self.run_inline(position, node, result)
+        else:
+            step = _StepRun(self, node, result, self.local_context(position), position)
+            task = self.run.loop.create_task(step.execute())
+            self.tasks.add(task)
+            task.add_done_callback(step.ended)
+
+    has_items = False  # whether these are the items of a for_each
+
+    def run_inline(self, position: int, node: _Node, result: StepResult) -> None:
+        """A step that never waits: no task, no slot, no thread."""
+        started = time.perf_counter()
+        run = self.run
+        result.status = "running"
+        if run.listening:
+            run.emit("step_running", result.step_id, step_type=node.type, attempt=1)
+        result.attempts = 1
+        try:
+            context = self.local_context(position)
+            values = dict(node.constants)
+            for key, render in node.values:
+                values[key] = render(context)
+            result.outputs = {node.output_names[0]: _transform_inline(node, context, values)}
+            result.status = "completed"
+        except Exception as error:
+            result.fail(error)
+        result.duration_ms = round((time.perf_counter() - started) * 1000, 3)
+        self.finish(position, result)
+
+    def fail(self, position: int, result: StepResult, error: BaseException) -> None:
+        result.fail(error)
+        self.finish(position, result)
+
+    def finish(self, position: int, result: StepResult, children: Mapping[str, Any] | None = None) -> None:
+        """Records the final state of a step and releases what waited for it."""
+        node = self.node(position)
+        status = result.status
+        if status != "completed":
+            result.outputs = dict.fromkeys(node.output_names)
+            result.tolerated = status == "failed" and node.continue_on_error
+        self.publish(node, result, children)
+        ran = status == "completed" or result.tolerated
+        failed = status in ("failed", "cancelled") and not ran
+        run = self.run
+        if run.listening:
+            run.emit_end(result)
+        self.unfinished -= 1
+        for dependent in node.dependents if not self.has_items else ():
+            self.ran[dependent] += ran
+            self.failed[dependent] += failed
+            self.waiting[dependent] -= 1
+            if not self.waiting[dependent]:
+                self.ready.append(dependent)
+        if failed and status == "failed" and self.fail_fast and not self.cancelled:
+            self.abort()
+        self.wake()
+
+    def publish(self, node: _Node, result: StepResult, children: Mapping[str, Any] | None) -> None:
+        self.context["steps"][node.id] = _StepView(result, children)
+
+    def wake(self) -> None:
+        over = not self.unfinished or self.crash is not None or (self.cancelled and not self.tasks)
+        if over and self.done is not None and not self.done.done():
+            self.done.set_result(None)
+
+    def first(self, position: int) -> Any:
+        """The first output of a step; null unless it completed."""
+        result = self.results[position]
+        return next(iter(result.outputs.values()), None) if result else None
+
+    def failures(self) -> list[StepResult]:
+        return [result for result in self.results if result and result.status == "failed" and not result.tolerated]
+
+    def raise_failures(self) -> None:
+        """An ExecutionError for the container if a child failed for good."""
+        failures = self.failures()
+        if failures:
+            first = failures[0]
+            more = f" (and {len(failures) - 1} more of {len(self.results)})" if len(failures) > 1 else ""
+            reason = first.error["message"] if first.error else "failed"
+            raise ExecutionError(f"{first.step_id}: {reason}{more}", first.step_id) from first.exception
+
+
+class _ItemRuns(_GraphRun):
+    """The items of a for_each: the same step once per item, under the ids STEP.INDEX."""
+
+    has_items = True
+
+    def __init__(self, parent: _StepRun, items: list[tuple[Any, Any]]) -> None:
+        graph = _Graph()
+        graph.counts, graph.roots = [0] * len(items), list(range(len(items)))
+        outer = parent.siblings
+        super().__init__(
+            outer.run, graph, parent.context, outer.workflow, f"{parent.result.step_id}.", parent.result.order,
+            parent.node.limit, outer.fail_fast and not parent.node.continue_on_error, outer.chain,
+        )  # fmt: skip
+        self.step, self.items = parent.node, items
+
+    def node(self, position: int) -> _Node:
+        return self.step
+
+    def begin(self, position: int) -> StepResult:
+        step_id = f"{self.prefix}{position}"
+        result = self.results[position] = StepResult(step_id, self.step.type, (*self.order, position))
+        self.run.results[step_id] = result
+        return result
+
+    def local_context(self, position: int) -> dict[str, Any]:
+        key, item = self.items[position]
+        return {**self.context, "item": item, "index": position, "key": key}
+
+    def publish(self, node: _Node, result: StepResult, children: Mapping[str, Any] | None) -> None:
+        """Items have no name of their own in templates; their outputs are gathered by the step."""
+
+    def gathered(self) -> tuple[list[Any], ...]:
+        """Each output of the step as the list of its items' outputs."""
+        names = self.step.output_names
+        return tuple([result.outputs.get(name) if result else None for result in self.results] for name in names)
+
+
+class _StepRun:
+    """One step being run outside the scheduler's own thread of control: its attempts, its calls, its children."""
+
+    __slots__ = ("child_views", "context", "expired", "node", "position", "result", "run", "siblings", "task")
+
+    def __init__(
+        self, siblings: _GraphRun, node: _Node, result: StepResult, context: dict[str, Any], position: int
+    ) -> None:
+        self.siblings, self.run, self.node, self.result = siblings, siblings.run, node, result
+        self.context, self.position = context, position
+        self.expired = False
+        self.child_views: dict[str, Any] | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def id(self) -> str:
+        return self.result.step_id
+
+    async def execute(self) -> None:
+        """Runs the step to its final state. Never raises: whatever happens becomes part of the result."""
+        import asyncio
+
+        started, node, result = time.perf_counter(), self.node, self.result
+        self.task = asyncio.current_task()
+        result.status = "running"
+        try:
+            if node.for_each is not None and not self.siblings.has_items:
+                outputs: tuple[Any, ...] = await self.each()
+            else:
+                outputs = await self.attempts()
+            result.outputs = dict(zip(node.output_names, outputs))
+            result.status = "completed"
+        except asyncio.CancelledError:
+            result.status = "cancelled"
+        except Exception as error:
+            result.fail(error)
+        result.duration_ms = round((time.perf_counter() - started) * 1000, 3)
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        """The task's last act, also when it was cancelled before it could begin."""
+        siblings = self.siblings
+        siblings.tasks.discard(task)
+        if self.result.status in ("pending", "running"):
+            self.result.status = "cancelled"
+        try:
+            siblings.finish(self.position, self.result, self.child_views)
+        except BaseException as error:
+            siblings.crash = error
+            siblings.wake()
+        if siblings.ready and not siblings.draining:
+            siblings.drain()
+
+    async def attempts(self) -> tuple[Any, ...]:
+        """Tries until it succeeds, the error is final or the attempts are spent."""
+        import asyncio
+
+        policy = self.node.retry
+        while True:
+            self.result.attempts += 1
+            try:
+                return await self.attempt()
+            except Exception as error:
+                delay = self.retry_delay(error, policy)
+                if delay is None:
+                    raise
+                if self.run.listening:
+                    self.run.emit(
+                        "step_retry", self.id, attempt=self.result.attempts, backoff_ms=round(delay * 1000),
+                        error=_error_summary(error),
+                    )  # fmt: skip
+            await asyncio.sleep(delay)
+
+    def retry_delay(self, error: Exception, policy: RetryPolicy) -> float | None:
+        """Seconds until the next attempt, or None if there is none."""
+        known = isinstance(error, OrchestratorError) or hasattr(error, "retryable")
+        if not (_is_transient(error) or (self.node.retry_given and not known)):
+            return None
+        if self.result.attempts >= policy.max_attempts:
+            return None
+        wait = getattr(error, "retry_after", None)
+        delay = policy.delay_seconds(self.result.attempts, wait)
+        if delay is None and isinstance(error, ProviderError):
+            error.add_note_of_wait(policy.max_delay_seconds)
+        return delay
+
+    async def attempt(self) -> tuple[Any, ...]:
+        """One attempt within its deadline. Containers hold no slot: their children need it."""
+        import asyncio
+
+        node, run = self.node, self.run
+        row = _STEP_TYPES[node.type]
+        values = self.render(row)
+        if not row.container:
+            await run.slots.acquire()
+        timeout = node.timeout or (_CALL_TIMEOUT_SECONDS if node.type in _PROVIDER_TYPES else None)
+        timer = run.loop.call_later(timeout, self.expire) if timeout else None
+        if run.listening:
+            run.emit("step_running", self.id, step_type=node.type, attempt=self.result.attempts)
+        try:
+            return await _HANDLERS[node.type](self, values)
+        except asyncio.CancelledError:
+            if not self.expired or self.siblings.cancelled:
+                raise
+            self.expired = False
+            if self.task is not None and hasattr(self.task, "uncancel"):
+                self.task.uncancel()
+            reason = f"no answer within {timeout:g} s"
+            if node.type in _PROVIDER_TYPES:
+                raise ProviderTimeoutError(reason, provider=str(values.get("provider") or values.get("database"))) from None
+            raise ExecutionError(f"not done within {timeout:g} s", self.id, retryable=True) from None
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if not row.container:
+                run.slots.release()
+
+    def expire(self) -> None:
+        self.expired = True
+        if self.task is not None:
+            self.task.cancel()
+
+    def render(self, row: _StepType) -> dict[str, Any]:
+        """The step's keys with their templates rendered, checked as the compiler checked the constant ones."""
+        values = dict(self.node.constants)
+        for key, render in self.node.values:
+            value = values[key] = render(self.context)
+            check = row.keys.get(key)
+            if check is not None and (fault := check(value)) and value is not None:
+                raise ExecutionError(f"{key} {fault}", self.id)
+        return values
+
+    async def blocking(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A blocking call in a worker thread; when cancelled, the socket under it is closed at once."""
+        scope = _CancelScope(None)
+        try:
+            return await self.run.pool.submit(scope, function, arguments)
+        except BaseException:
+            scope.cancel()
+            raise
+
+    async def custom(self, function: Callable[..., Any], bound: Callable[[], Any]) -> Any:
+        """A function of the user's: awaited if it is asynchronous, in a worker thread otherwise."""
+        outcome = bound() if _is_async(function) else await self.blocking(bound)
+        if hasattr(outcome, "__await__"):
+            outcome = await outcome
+        return _json_value(outcome, getattr(function, "__name__", "the function"))
+
+    async def complete(self, name: str, request: CompletionRequest) -> CompletionResponse:
+        """One call of a provider, counted and shown in events."""
+        provider = self.run.provider(name, self.siblings.workflow)
+        answer = await self.invoke(name, provider, getattr(provider, "complete", provider), request)
+        if isinstance(answer, str):
+            answer = CompletionResponse(text=answer, model=request.model)
+        if not isinstance(answer, CompletionResponse):
+            raise BadResponseError(f"returned {type(answer).__name__}, not a CompletionResponse or text", provider=name)
+        self.count(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens, total_tokens=answer.total_tokens)
+        return answer
+
+    async def embed(self, settings: Mapping[str, Any], texts: list[str]) -> tuple[list[Any], str, int]:
+        """(vectors, model, tokens) of texts, in as many calls as the provider's limit asks for, in order."""
+        run, name = self.run, settings["provider"]
+        provider = run.provider(name, self.siblings.workflow)
+        call = getattr(provider, "embed", None)
+        if call is None:
+            raise ExecutionError(f"the provider {name!r} makes no embeddings", self.id)
+        most = getattr(provider, "max_batch", 2048)
+        size = min(settings.get("batch_size") or most, most)
+        options = {key: settings[key] for key in ("dimensions", "input_type", "params") if settings.get(key) is not None}
+        vectors, model, tokens = [], str(settings["model"]), 0
+        for start in range(0, len(texts), size):
+            request = EmbeddingRequest(model=settings["model"], input=texts[start : start + size], **options)
+            answer = await self.invoke(name, provider, call, request)
+            if not isinstance(answer, EmbeddingResponse) or len(answer.vectors) != len(request.input):
+                raise BadResponseError(f"answered {len(request.input)} texts with something else", provider=name)
+            self.count(input_tokens=answer.tokens, total_tokens=answer.tokens)
+            vectors += answer.vectors
+            model, tokens = answer.model, tokens + (answer.tokens or 0)
+        return vectors, model, tokens
+
+    async def invoke(self, name: str, provider: Any, call: Any, request: Any) -> Any:
+        """One call of a provider, counted: in place if it never waits, awaited, or in a worker thread."""
+        self.count(calls=1)
+        if self.run.listening:
+            self.run.emit(
+                "provider_call", self.id, provider=name, model=request.model, attempt=self.result.attempts
+            )
+        direct = getattr(provider, "instant", False) or _is_async(call)
+        answer = call(request) if direct else await self.blocking(call, request)
+        return await answer if hasattr(answer, "__await__") else answer
+
+    def count(self, **amounts: int | None) -> None:
+        """Adds to the usage of the step and of the run."""
+        if self.result.usage is None:
+            self.result.usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "calls": 0}
+        for usage in (self.result.usage, self.run.usage):
+            for name, amount in amounts.items():
+                usage[name] += amount or 0
+
+    # children
+
+    async def each(self) -> tuple[Any, ...]:
+        """The step once per item; a failed item fails it after the others have ended."""
+        assert self.node.for_each is not None
+        source = self.node.for_each(self.context)
+        if isinstance(source, Mapping):
+            items = list(source.items())
+        elif isinstance(source, (list, tuple)):
+            items = list(enumerate(source))
+        else:
+            raise ExecutionError(f"for_each needs a list or a map, not {_type_name(source)}", self.id)
+        runs = _ItemRuns(self, items)
+        await runs.execute()
+        if not self.node.continue_on_error:
+            runs.raise_failures()
+        return runs.gathered()
+
+    async def run_children(
+        self,
+        graph: _Graph,
+        local: Mapping[str, Any] | None = None,
+        segment: str = "",
+        order: int = 0,
+        limit: int | None = None,
+    ) -> _GraphRun:
+        """The children of a container, in a scope in front of the container's own; an error if one fails for good."""
+        steps = _Layer(self.context["steps"])
+        context = {**self.context, **(local or {}), "steps": steps, "outputs": _OutputNames(steps, graph)}
+        prefix = f"{self.id}.{segment}." if segment else f"{self.id}."
+        outer = self.siblings
+        children = _GraphRun(
+            self.run, graph, context, outer.workflow, prefix, (*self.result.order, order), limit, outer.fail_fast,
+            outer.chain,
+        )  # fmt: skip
+        await children.execute()
+        self.child_views = steps
+        children.raise_failures()
+        return children
+
+    def skip_children(self, nodes: list[_Node], reason: str) -> None:
+        """Records children that a container passed over."""
+        for node in nodes:
+            result = StepResult(f"{self.id}.{node.id}", node.type, (*self.result.order, 1, node.position))
+            result.status, result.reason, result.outputs = "skipped", reason, dict.fromkeys(node.output_names)
+            self.run.results[result.step_id] = result
+            if self.run.listening:
+                self.run.emit_end(result)
+
+    async def run_workflow(self, values: dict[str, Any]) -> tuple[Any, ...]:
+        """Another workflow's steps as children of this one, with inputs, partials and providers of its own."""
+        caller = self.siblings.workflow
+        called = self.node.workflow or _sub_workflow(caller, values["workflow"])
+        chain = (*self.siblings.chain, str(called.name))
+        if len(chain) > _MAX_WORKFLOW_DEPTH:
+            raise ExecutionError(f"workflows call each other more than {_MAX_WORKFLOW_DEPTH} deep: {' -> '.join(chain)}")
+        called.validate()
+        plan = called._plan()
+        inputs = _checked_inputs(called, values.get("inputs") or {})
+        context = _root_context(self.run, called, plan, inputs)
+        children = _GraphRun(
+            self.run, plan.graph, context, called, f"{self.id}.", (*self.result.order, 0), called.max_concurrency,
+            called.fail_fast or self.siblings.fail_fast, chain,
+        )  # fmt: skip
+        await children.execute()
+        self.child_views = context["steps"]
+        children.raise_failures()
+        if plan.outputs:
+            return tuple(render(context) for _, render in plan.outputs)
+        return tuple(children.first(position) for position in range(len(plan.graph.nodes)))
+
+
+def _is_async(function: Any) -> bool:
+    import asyncio
+
+    return asyncio.iscoroutinefunction(function) or asyncio.iscoroutinefunction(getattr(function, "__call__", None))
+
+
+def _json_value(value: Any, origin: str, depth: int = 0) -> Any:
+    """A value that user code returned, as plain JSON; ExecutionError if it is none."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if depth < 100 and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _json_value(item, origin, depth + 1) for key, item in value.items()}
+    if depth < 100 and isinstance(value, (list, tuple)):
+        return [_json_value(item, origin, depth + 1) for item in value]
+    raise ExecutionError(f"{origin} returned {type(value).__name__}, which is no JSON value")
+
+
+def _root_context(run: _Run, workflow: Workflow, plan: _Plan, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The names that templates see at the top level."""
+    steps: dict[str, Any] = {}
+    return {
+        **inputs,
+        "inputs": inputs,
+        "input": inputs,
+        "steps": steps,
+        "outputs": _OutputNames(steps, plan.graph),
+        "workflow": {"name": workflow.name, "version": workflow.version, "metadata": workflow.metadata},
+        "run": {"id": run.run_id},
+    }
+
+
+def _checked_inputs(workflow: Workflow, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs with their defaults filled in; ValidationError for missing, unknown or wrong ones."""
+    if not isinstance(given, Mapping):
+        raise ValidationError(f"inputs must be a map, not {_shown(given)}")
+    declared = workflow.inputs
+    if not isinstance(declared, Mapping):
+        return dict(given)
+    problems: list[Problem] = []
+    inputs: dict[str, Any] = {}
+    for name in given:
+        if name not in declared:
+            known = _suggestion(name, declared) or f"; there are {', '.join(map(str, declared))}"
+            problems.append(Problem(f"inputs: unknown input {name!r}{known}", ("inputs",)))
+    for name, entry in declared.items():
+        entry = entry or {}
+        value = given[name] if name in given else entry.get("default")
+        fault = _input_fault(value, entry) if value is not None else None
+        if fault:
+            problems.append(Problem(f"inputs: {name} {fault}", ("inputs", name)))
+        elif value is None and entry.get("required"):
+            described = f" ({entry['description']})" if entry.get("description") else ""
+            problems.append(Problem(f"inputs: the required input {name!r} is missing{described}", ("inputs", name)))
+        inputs[name] = value
+    if problems:
+        raise ValidationError(workflow._located(problems))
+    return inputs
+
+
+class _Run:
+    """One run of an executor: its slots, threads, results and clock."""
+
+    def __init__(self, executor: WorkflowExecutor, loop: asyncio.AbstractEventLoop) -> None:
+        self.executor, self.loop = executor, loop
+        self.run_id = os.urandom(8).hex()
+        self.started = time.perf_counter()
+        self.result = RunResult(self.run_id, str(executor.workflow.name))
+        self.usage = self.result.usage
+        self.results: dict[str, StepResult] = {}
+        self.slots = _Slots(loop, executor.max_concurrency)
+        self.pool = _WorkerPool(loop)
+        self.stopped: str | None = None  # cancelled or timed_out, once it is
+        self.main: asyncio.Task[None] | None = None
+        self.logger = _enabled_logger()
+        self.listening = bool(executor.on_event) or self.logger is not None
+
+    async def execute(self, inputs: Mapping[str, Any]) -> RunResult:
+        """Runs to the end. When the calling task is cancelled, the partial result is complete before that goes on."""
+        import asyncio
+
+        executor = self.executor
+        workflow, plan = executor.workflow, executor.workflow._plan()
+        context = _root_context(self, workflow, plan, inputs)
+        top = _GraphRun(
+            self, plan.graph, context, workflow, fail_fast=bool(workflow.fail_fast), chain=(str(workflow.name),)
+        )
+        timer = self.loop.call_later(_seconds(workflow.timeout_seconds, "s") or 3600, self.stop, "timed_out")
+        if self.listening:
+            self.emit("run_started", workflow=workflow.name)
+        self.main = self.loop.create_task(top.execute())
+        interrupted = False
+        while not self.main.done():
+            try:
+                await asyncio.wait([self.main])
+            except asyncio.CancelledError:
+                interrupted = True
+                self.stop("cancelled")
+        timer.cancel()
+        self.pool.close()
+        if not self.main.cancelled() and self.main.exception() is not None:
+            raise self.main.exception() or AssertionError
+        self.finish(top, plan, context)
+        if interrupted:
+            raise asyncio.CancelledError
+        return self.result
+
+    def stop(self, status: str) -> None:
+        """Ends the run early; called in the loop's own thread."""
+        if self.stopped is None and self.main is not None and not self.main.done():
+            self.stopped = status
+            self.main.cancel()
+
+    def finish(self, top: _GraphRun, plan: _Plan, context: dict[str, Any]) -> None:
+        """The run's own status, outputs and error."""
+        result = self.result
+        result.steps = {step.step_id: step for step in sorted(self.results.values(), key=lambda step: step.order)}
+        failures = top.failures()
+        if self.stopped == "timed_out":
+            seconds = _seconds(self.executor.workflow.timeout_seconds, "s")
+            result.exception = RunTimeoutError(f"the run took longer than its {seconds:g} s")
+        elif self.stopped == "cancelled":
+            result.exception = ExecutionError("the run was cancelled")
+        elif failures:
+            first = failures[0]
+            error = ExecutionError(f"{first.step_id}: {first.error['message'] if first.error else ''}", first.step_id)
+            error.__cause__ = first.exception
+            result.exception, result.error = error, {**(first.error or {}), "step_id": first.step_id}
+        result.status = self.stopped or ("failed" if failures else "completed")
+        for name, render in plan.outputs:
+            try:
+                result.outputs[name] = render(context)
+            except TemplateError as error:
+                result.outputs[name] = None
+                if result.status == "completed":  # otherwise the steps it reads may never have run
+                    result.status, result.exception = "failed", ExecutionError(f"outputs: {name}: {error}")
+                    result.error = _error_summary(error)
+        if result.error is None and result.exception is not None:
+            result.error = _error_summary(result.exception)
+        result.duration_ms = round((time.perf_counter() - self.started) * 1000, 3)
+        if self.listening:
+            self.emit("run_finished", status=result.status, duration_ms=result.duration_ms, usage=result.usage)
+
+    def overrides(self, node: _Node) -> bool:
+        """Whether a built-in transform was replaced by one of the executor's."""
+        return bool(self.executor.transforms) and node.constants["function"] in self.executor.transforms
+
+    def provider(self, name: str, workflow: Workflow) -> Any:
+        return self.executor._provider(name, workflow)
+
+    def vector_store(self, name: str) -> Any:
+        return self.executor._vector_store(name)
+
+    def http(self) -> _HttpClient:
+        return self.executor._http()
+
+    def emit(self, kind: str, step_id: str | None = None, **details: Any) -> None:
+        """One event to the executor's listener and to the log."""
+        event = {"type": kind, "run_id": self.run_id, "time": time.time()}
+        if step_id is not None:
+            event["step_id"] = step_id
+        event.update(details)
+        if self.executor.on_event is not None:
+            try:
+                self.executor.on_event(event)
+            except Exception as error:  # a listener's fault is not the run's
+                _logger().warning("on_event raised %r", error)
+        if self.logger is not None:
+            _log_event(self.logger, event)
+
+    def emit_end(self, result: StepResult) -> None:
+        details = {"duration_ms": result.duration_ms, "attempts": result.attempts}
+        details.update(usage=result.usage, error=result.error, reason=result.reason)
+        shown = {name: value for name, value in details.items() if value}
+        self.emit(f"step_{result.status}", result.step_id, step_type=result.type, **shown)
+
+
+class WorkflowExecutor:
+    """Runs one workflow with one set of inputs; it may be run again, and many may run at once.
+
+    `providers` maps names to providers (anything with `complete(request)`, or a function from request to text); names
+    that are not there are built from the workflow's `providers` and from the environment. `actions`, `transforms`
+    and `tools` map names to functions. `max_concurrency` bounds the calls in flight (the workflow's, otherwise 4).
+    `on_event` is called with each event, a dict with at least type, run_id and time. `offline` answers every llm and
+    embed step from EchoProvider. Raises ValidationError or DagError for what is wrong with the workflow or the inputs.
+    """
+
+    def __init__(
+        self,
+        workflow: Workflow,
+        inputs: Mapping[str, Any] | None = None,
+        providers: Mapping[str, Any] | None = None,
+        *,
+        max_concurrency: int | None = None,
+        actions: Mapping[str, Callable[..., Any]] | None = None,
+        transforms: Mapping[str, Callable[..., Any]] | None = None,
+        vector_stores: Mapping[str, Any] | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+        offline: bool = False,
+        output_folder: str | os.PathLike[str] = "output",
+    ) -> None:
+        if not isinstance(workflow, Workflow):
+            raise ValidationError(f"workflow must be a Workflow, not {type(workflow).__name__}")
+        self.workflow = workflow
+        self.warnings = workflow.validate()
+        self.inputs = _checked_inputs(workflow, inputs or {})
+        limit = max_concurrency if max_concurrency is not None else workflow.max_concurrency or _DEFAULT_CONCURRENCY
+        if not _is_integer(limit) or limit < 1:
+            raise ValidationError(f"max_concurrency must be a whole number of at least 1, not {limit!r}")
+        self.max_concurrency: int = limit
+        self.providers, self.actions, self.transforms = dict(providers or {}), dict(actions or {}), dict(transforms or {})
+        self.vector_stores = dict(vector_stores or {})
+        self.on_event, self.offline, self.output_folder = on_event, offline, os.fspath(output_folder)
+        self.result: RunResult | None = None  # of the latest run, also when that was cancelled
+        self._built: dict[tuple[str, str], Any] = {}  # providers made here, by source of their settings and name
+        self._client: _HttpClient | None = None
+        self._lock = threading.Lock()
+        self._runs: list[_Run] = []
+
+    async def execute(self) -> RunResult:
+        """Runs the workflow in the current event loop.
+
+        Failed steps and timeouts are in the result. Raises before the first step for what makes a run impossible:
+        ValidationError, AuthenticationError (a key is missing). When the task is cancelled, everything in flight is
+        stopped first; `self.result` then holds what was done.
+        """
+        import asyncio
+
+        self._check()
+        run = _Run(self, asyncio.get_running_loop())
+        self.result = run.result
+        self._runs.append(run)
+        try:
+            return await run.execute(self.inputs)
+        finally:
+            self._runs.remove(run)
+
+    def run(self) -> RunResult:
+        """Runs the workflow and returns its result; works with and without a running event loop (a notebook)."""
+        import asyncio
+
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(self.execute())
+        outcome: list[Any] = []
+
+        def in_thread() -> None:
+            try:
+                outcome.append(asyncio.run(self.execute()))
+            except BaseException as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=in_thread, name="llm_orchestrator-run", daemon=True)
+        thread.start()
+        try:
+            thread.join()
+        except BaseException:
+            self.cancel()
+            thread.join(1)
+            raise
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        result: RunResult = outcome[0]
+        return result
+
+    def cancel(self) -> None:
+        """Stops the runs of this executor, from any thread; `execute` then returns with the status cancelled."""
+        for run in list(self._runs):
+            with contextlib.suppress(RuntimeError):  # its loop is closed already
+                run.loop.call_soon_threadsafe(run.stop, "cancelled")
+
+    def _check(self) -> None:
+        """Refuses a run that cannot succeed, before its first step."""
+        problems: list[Problem] = []
+        for workflow in self._workflows():
+            for problem in workflow._plan().problems:
+                table, name = problem.custom or ("", "")
+                if table in ("actions", "transforms") and name not in getattr(self, table):
+                    problems.append(problem)
+            for node in workflow._plan().graph.walk():
+                for key, name in self._needs(node):
+                    try:
+                        self._provider(name, workflow) if key == "provider" else self._vector_store(name)
+                    except ValidationError as error:
+                        path = (*node.path, key)
+                        problems.append(Problem(_label(workflow.to_dict(), path) + error.problems[0].message, path))
+            if problems:
+                raise ValidationError([_as_error(problem) for problem in workflow._located(problems)])
+        self._check_missing_inputs()
+
+    def _workflows(self) -> Iterator[Workflow]:
+        """The workflow and every sub-workflow that is known before the run."""
+        found = [self.workflow]
+        for workflow in found:
+            yield workflow
+            for node in workflow._plan().graph.walk():
+                if node.workflow is not None and node.workflow not in found:
+                    found.append(node.workflow)
+
+    def _needs(self, node: _Node) -> Iterator[tuple[str, str]]:
+        """(key, name) of each provider and vector database that a step uses."""
+        for entry in (node.constants, *_as_list(node.constants.get("fallback")), node.constants.get("embed") or {}):
+            if isinstance(entry.get("provider"), str):
+                yield "provider", entry["provider"]
+        if isinstance(node.constants.get("database"), str):
+            yield "database", node.constants["database"]
+
+    def _check_missing_inputs(self) -> None:
+        """Without declared inputs: what steps that are certain to run cannot do without."""
+        if self.workflow.inputs is not None:
+            return
+        graph = self.workflow._plan().graph
+        uncertain: set[str] = set()
+        problems = []
+        for step_id in (node.id for level in _levels(graph) for node in level):
+            node = graph.by_id[step_id]
+            if node.condition or node.for_each or node.continue_on_error or uncertain & set(node.dependencies):
+                uncertain.add(step_id)
+                continue
+            for reference, key in node.references:
+                segments = reference[0]
+                bare = segments[0] not in ("inputs", "input", "steps", "outputs", "workflow", "run", *node.local)
+                name = segments[0] if bare else segments[1] if segments[0] in ("inputs", "input") and segments[1:] else ""
+                if name and reference[1] and name not in self.inputs:
+                    label = _label(self.workflow.to_dict(), node.path)
+                    message = f"{label}{key}: the input {name!r} is missing; give it with inputs, or --set {name}=..."
+                    problems.append(Problem(message, (*node.path, key)))
+        if problems:
+            raise ValidationError(self.workflow._located(problems))
+
+    def _provider(self, name: str, workflow: Workflow) -> Any:
+        """The provider of this name: given, configured in the workflow, or built in and set up by the environment."""
+        if self.offline:
+            name = "echo"
+        elif name in self.providers:
+            return self.providers[name]
+        configured = workflow.providers or {}
+        key = (workflow.source if name in configured else "", name)
+        with self._lock:
+            if key not in self._built:
+                self._built[key] = _build_provider(name, configured.get(name), self.providers)
+            return self._built[key]
+
+    def _vector_store(self, name: str) -> Any:
+        """The vector store of this name: given, or built in and set up by the environment; offline always local."""
+        if name in self.vector_stores:
+            return self.vector_stores[name]
+        if name not in VECTOR_STORES:
+            near = _suggestion(name, [*VECTOR_STORES, *self.vector_stores]) or f"; there are {', '.join(VECTOR_STORES)}"
+            raise ValidationError(f"unknown vector database {name!r}{near}")
+        name = "local" if self.offline else name
+        with self._lock:
+            if ("vectors", name) not in self._built:
+                self._built["vectors", name] = VECTOR_STORES[name].from_env()
+            return self._built["vectors", name]
+
+    def _http(self) -> _HttpClient:
+        with self._lock:
+            if self._client is None:
+                self._client = _HttpClient("http")
+            return self._client
+
+    def close(self) -> None:
+        """Closes the idle connections of the providers that were built here."""
+        for provider in [*self._built.values(), *([self._client] if self._client else [])]:
+            provider.close()
+
+
+def _as_error(problem: Problem) -> Problem:
+    """A warning of `validate` that a run cannot live with."""
+    return Problem(problem.message, problem.path, problem.line, problem.column, problem.source)
+
+
+def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapping[str, Any]) -> Any:
+    """A provider from its entry in a workflow's `providers`, or from its name alone."""
+    settings = dict(configured or {})
+    kind = settings.pop("type", None) or name
+    if kind not in PROVIDERS:
+        near = _suggestion(kind, [*PROVIDERS, *known]) or f"; there are {', '.join([*known, *PROVIDERS])}"
+        raise ValidationError(f"unknown provider {kind!r}{near}")
+    for special in ("rate_limit", "circuit_breaker"):
+        settings.pop(special, None)
+    settings.update(settings.pop("options", None) or {})
+    variable = settings.pop("api_key_env", None)
+    if variable is not None:
+        settings["api_key"] = os.environ.get(variable)
+        if not settings["api_key"]:
+            raise AuthenticationError(f"the environment variable {variable} is not set", provider=name)
+    if "timeout_seconds" in settings:
+        settings["timeout_seconds"] = _seconds(settings["timeout_seconds"], "s")
+    return PROVIDERS[kind].from_env(**({"name": name} if configured else {}), **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 15. Events, logging, metrics
+# Events are dicts: type, run_id, time, step_id and what belongs to the type. They are made only when someone listens.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_EVENT_LEVELS = {"step_failed": "error", "step_retry": "warning", "step_running": "debug", "provider_call": "debug"}
+
+
+@functools.lru_cache(maxsize=None)
+def _logger() -> logging.Logger:
+    """The logger `llm_orchestrator`, silent until the application configures logging."""
+    import logging
+
+    logger = logging.getLogger("llm_orchestrator")
+    logger.addHandler(logging.NullHandler())
+    return logger
+
+
+def _enabled_logger() -> logging.Logger | None:
+    """The logger if anybody would see its messages."""
+    return _logger() if "logging" in sys.modules and _logger().isEnabledFor(40) and _has_handlers(_logger()) else None
+
+
+def _has_handlers(logger: Any) -> bool:
+    import logging
+
+    while logger is not None:
+        if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
+
+
+def _log_event(logger: logging.Logger, event: Mapping[str, Any]) -> None:
+    import logging
+
+    name = event.get("level") or _EVENT_LEVELS.get(event["type"], "info")
+    level = getattr(logging, str(name).upper(), logging.INFO)
+    if logger.isEnabledFor(level):
+        logger.log(level, "%s", _event_text(event), extra={"event": event})
+
+
+def _event_text(event: Mapping[str, Any]) -> str:
+    """An event as one line: "step greet completed duration_ms=12.3 attempts=1"."""
+    kind, _, rest = event["type"].partition("_")
+    words = [kind, event.get("step_id", ""), rest] if kind == "step" else [kind, rest, event.get("step_id", "")]
+    subject = " ".join(filter(None, words))
+    details = []
+    for name, value in event.items():
+        if name in ("type", "run_id", "time", "step_id", "step_type", "level"):
+            continue
+        if name == "error":
+            value = value["message"] if isinstance(value, Mapping) else value
+        if name == "usage":
+            name, value = "tokens", value["total_tokens"]
+        details.append(str(value) if name == "message" else f"{name}={_shorten(_to_text(value), 300)}")
+    return " ".join([subject, *details])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 16. Pictures and reports
+# A workflow goes in; Mermaid, Graphviz DOT or a tree in plain text comes out.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_MERMAID_SHAPES = {"action": ("[/", "/]"), "branch": ("{", "}"), "transform": ("([", "])")}
+
+
+def _picture_edges(graph: _Graph, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(from, to) full ids, inside containers too."""
+    for node in graph.nodes:
+        for dependency in node.dependencies:
+            yield prefix + dependency, prefix + node.id
+        for inner in node.graphs():
+            yield from _picture_edges(inner, f"{prefix}{node.id}.")
+
+
+def _graph_mermaid(workflow: Workflow) -> str:
+    """The workflow as a Mermaid flowchart; containers are subgraphs."""
+    lines, names = ["flowchart TD"], {}
+
+    def name(full_id: str) -> str:  # Mermaid takes no dots, and `end` is a word of its own
+        return names.setdefault(full_id, f"s{len(names)}_{re.sub(r'[^A-Za-z0-9]', '_', full_id)}")
+
+    def draw(graph: _Graph, prefix: str, indent: str) -> None:
+        for node in graph.nodes:
+            full_id, inner = prefix + node.id, list(node.graphs())
+            label = f"{node.id}<br/><i>{node.type}{' for each' if node.for_each else ''}</i>"
+            if inner:
+                lines.append(f'{indent}subgraph {name(full_id)}["{label}"]')
+                for child in inner:
+                    draw(child, f"{full_id}.", indent + "    ")
+                lines.append(f"{indent}end")
+            else:
+                left, right = _MERMAID_SHAPES.get(node.type, ("[", "]"))
+                lines.append(f'{indent}{name(full_id)}{left}"{label}"{right}')
+
+    graph = workflow._plan().graph
+    draw(graph, "", "    ")
+    conditional = {prefix for prefix, node in _walk_ids(graph) if node.condition}
+    for start, end in _picture_edges(graph):
+        lines.append(f"    {name(start)} {'-.->' if end in conditional else '-->'} {name(end)}")
+    return "\n".join(lines) + "\n"
+
+
+def _walk_ids(graph: _Graph, prefix: str = "") -> Iterator[tuple[str, _Node]]:
+    for node in graph.nodes:
+        yield prefix + node.id, node
+        for inner in node.graphs():
+            yield from _walk_ids(inner, f"{prefix}{node.id}.")
+
+
+def _graph_dot(workflow: Workflow) -> str:
+    """The workflow in Graphviz' language; containers are clusters."""
+    lines = [f"digraph {_to_json(str(workflow.name))} {{", "    compound=true; node [shape=box, style=rounded];"]
+
+    def draw(graph: _Graph, prefix: str, indent: str) -> None:
+        for node in graph.nodes:
+            full_id, inner = prefix + node.id, list(node.graphs())
+            shape = ", shape=diamond" if node.type == "branch" else ""
+            lines.append(f"{indent}{_to_json(full_id)} [label={_to_json(f'{node.id}' + chr(10) + node.type)}{shape}];")
+            if inner:
+                lines.append(f"{indent}subgraph {_to_json('cluster_' + full_id)} {{ label={_to_json(node.id)};")
+                for child in inner:
+                    draw(child, f"{full_id}.", indent + "    ")
+                lines.append(f"{indent}}}")
+
+    graph = workflow._plan().graph
+    draw(graph, "", "    ")
+    lines += [f"    {_to_json(start)} -> {_to_json(end)};" for start, end in _picture_edges(graph)]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _graph_text(workflow: Workflow) -> str:
+    """The workflow as a tree of levels: what runs together stands together."""
+    lines = [str(workflow.name)]
+
+    def draw(graph: _Graph, indent: str) -> None:
+        ordered = [node for level in _levels(graph) for node in level]
+        for node in ordered:
+            last = node is ordered[-1]
+            after = f" <- {', '.join(node.dependencies)}" if node.dependencies else ""
+            marks = f"{' for each' if node.for_each else ''}{' if ' + node.condition.source if node.condition else ''}"
+            lines.append(f"{indent}{'└── ' if last else '├── '}{node.id} ({node.type}{marks}){after}")
+            for inner in node.graphs():
+                draw(inner, indent + ("    " if last else "│   "))
+
+    draw(workflow._plan().graph, "")
+    return "\n".join(lines) + "\n"
+
+
+_PICTURES = {"mermaid": _graph_mermaid, "dot": _graph_dot, "text": _graph_text}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 17. Command line
+# Each command parses its arguments, calls the module and prints. stdout carries results only; the rest is stderr's.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_EXIT_COMPLETED, _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    program = "python -m llm_orchestrator"
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Runs workflows of language-model calls, written as a YAML graph of steps.",
+        epilog="exit status: 0 completed, 1 the run failed, 2 bad usage or an invalid workflow, 130 interrupted",
+    )
+    parser.add_argument("--version", action="version", version=f"llm_orchestrator {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-v", "--verbose", action="count", default=0, help="log every step; twice: every call")
+    common.add_argument("-q", "--quiet", action="store_true", help="errors only")
+    common.add_argument("--log-format", choices=("text", "json"), default="text", help="how stderr's log lines look")
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    validate = commands.add_parser(
+        "validate", parents=[common], help="check workflows and report every problem",
+        epilog=f"example: {program} validate examples/*.yaml",
+    )  # fmt: skip
+    validate.add_argument("files", nargs="+", metavar="FILE", help="a workflow in YAML or JSON; - for standard input")
+    validate.add_argument("--json", action="store_true", help="print the problems as JSON")
+
+    run = commands.add_parser(
+        "run", parents=[common], help="run a workflow and print its result as JSON",
+        epilog=f"examples: {program} run wf.yaml --set name=Alice --offline    |    "
+        f"{program} run wf.yaml --input inputs.json --print outputs.answer",
+    )  # fmt: skip
+    run.add_argument("file", metavar="FILE", help="a workflow in YAML or JSON; - for standard input")
+    run.add_argument("-i", "--input", metavar="JSON|FILE|-", help="inputs as a JSON object, or a JSON or YAML file of one")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one input; JSON if it parses, else text")
+    run.add_argument("--max-concurrency", type=int, metavar="N", help="calls in flight at once (default 4)")
+    run.add_argument("--offline", action="store_true", help="answer llm and embed steps from the built-in echo provider")
+    run.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help="Python file with actions, transforms, providers")
+    run.add_argument("--print", dest="path", metavar="PATH", help="print one value of the result, raw: outputs.answer, steps.a.text")
+    run.add_argument("-o", "--out", metavar="FILE", help="write the result there instead of to stdout")
+    run.add_argument("--output-dir", default="output", metavar="DIR", help="where write_file actions write (default output)")
+
+    graph = commands.add_parser(
+        "graph", parents=[common], help="draw a workflow", epilog=f"example: {program} graph wf.yaml --format text"
+    )
+    graph.add_argument("file", metavar="FILE", help="a workflow in YAML or JSON; - for standard input")
+    graph.add_argument("--format", choices=tuple(_PICTURES), default="mermaid", help="default: mermaid")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status. Prints usage errors and failures, never a traceback without --debug."""
+    _use_utf8(sys.stdout, sys.stderr)
+    try:
+        options = _parser().parse_args(arguments)
+    except SystemExit as error:  # argparse has said why
+        return error.code if isinstance(error.code, int) else _EXIT_USAGE
+    try:
+        return _COMMANDS[options.command](options)
+    except BrokenPipeError:  # the reader of stdout has gone: nothing is left to say, not even at exit
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_FAILED
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED
+    except OrchestratorError as error:
+        if options.debug:
+            raise
+        _complain(str(error))
+        return _EXIT_USAGE
+    except Exception as error:
+        if options.debug:
+            raise
+        _complain(f"internal error: {type(error).__name__}: {error} (--debug shows where; please report it)")
+        return _EXIT_FAILED
+
+
+def _use_utf8(*streams: Any) -> None:
+    """Text that the terminal's encoding lacks is escaped instead of ending the program."""
+    for stream in streams:
+        with contextlib.suppress(Exception):
+            encoding = (stream.encoding or "").lower().replace("-", "")
+            stream.reconfigure(errors="backslashreplace" if encoding != "utf8" else "surrogateescape")
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _load_workflow(name: str) -> Workflow:
+    if name != "-":
+        return Workflow.from_file(name)
+    text = sys.stdin.buffer.read()
+    load = _load_json if text.lstrip()[:1] == b"{" else load_yaml
+    return Workflow._from_text(text, load, "<stdin>", os.getcwd(), {})
+
+
+def _validate_command(options: argparse.Namespace) -> int:
+    status, report = _EXIT_COMPLETED, []
+    for name in options.files:
+        problems: list[Any] = []
+        try:
+            workflow = _load_workflow(name)
+            problems += workflow.validate()
+            summary = f"{name}: valid: {workflow.name}, {len(workflow.steps)} steps"
+        except ValidationError as error:
+            problems += error.problems
+        except OrchestratorError as error:
+            problems.append(error)
+        failed = any(getattr(problem, "severity", "error") == "error" for problem in problems)
+        status = _EXIT_USAGE if failed else status
+        for problem in problems if not options.json else ():
+            _complain(str(problem))
+        if not options.json and not failed and not options.quiet:
+            print(summary)
+        report.append({"file": name, "valid": not failed, "problems": [_problem_entry(problem) for problem in problems]})
+    if options.json:
+        print(_to_json(report, indent=2))
+    return status
+
+
+def _problem_entry(problem: Any) -> dict[str, Any]:
+    names = ("severity", "line", "column", "path", "message")
+    entry = {name: getattr(problem, name, None) for name in names}
+    entry["severity"] = entry["severity"] or "error"
+    entry["message"] = getattr(problem, "reason", None) or entry["message"] or str(problem)
+    return entry
+
+
+def _graph_command(options: argparse.Namespace) -> int:
+    workflow = _load_workflow(options.file)
+    workflow.validate()
+    sys.stdout.write(_PICTURES[options.format](workflow))
+    sys.stdout.flush()
+    return _EXIT_COMPLETED
+
+
+def _run_command(options: argparse.Namespace) -> int:
+    if options.file == "-" and options.input == "-":
+        raise OrchestratorError("the workflow and the inputs cannot both come from standard input")
+    workflow = _load_workflow(options.file)
+    inputs = _read_inputs(options.input, options.set, workflow.inputs or {})
+    extensions = _load_plugins(options.plugin)
+    reporter = _Reporter(options, len(workflow.steps))
+    executor = WorkflowExecutor(
+        workflow, inputs, extensions["providers"], actions=extensions["actions"], transforms=extensions["transforms"],
+        max_concurrency=options.max_concurrency, offline=options.offline, output_folder=options.output_dir,
+        on_event=reporter.on_event if reporter.wanted else None,
+    )  # fmt: skip
+    for warning in executor.warnings if not options.quiet else ():
+        if warning.custom is None:
+            _complain(str(warning))
+    with _signals(executor) as received:
+        result = executor.run()
+    reporter.close()
+    _write_result(result, options)
+    if result.error is not None and not options.quiet:
+        _complain(f"{result.status}: {result.error['type']}: {result.error['message']}")
+    if received or result.status == "cancelled":
+        return 128 + received[0] if received else _EXIT_INTERRUPTED
+    return _EXIT_COMPLETED if result.status == "completed" else _EXIT_FAILED
+
+
+@contextlib.contextmanager
+def _signals(executor: WorkflowExecutor) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM stop the run, so that its partial result is printed; a second one ends the process."""
+    import signal
+
+    received: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        executor.cancel()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = [signal.signal(number, stop) for number in numbers]
+    except ValueError:  # not in the main thread: signals are somebody else's
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def _read_inputs(source: str | None, settings: list[str], declared: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of --input and --set; the latter wins."""
+    inputs: Any = {}
+    if source is not None:
+        text: str | bytes = source
+        name = "--input"
+        if source == "-":
+            text, name = sys.stdin.buffer.read(), "<stdin>"
+        elif source.lstrip()[:1] not in ("{", "["):
+            text, name = _read_file(source), source
+        try:
+            inputs = (load_yaml if name.lower().endswith((".yaml", ".yml")) else _load_json)(text)
+        except ParseError as error:
+            error.source = name
+            raise
+        if not isinstance(inputs, Mapping):
+            raise ValidationError(f"{name}: inputs must be a JSON object, not {_shown(inputs)}")
+    inputs = dict(inputs)
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise ValidationError(f"--set {setting}: must be KEY=VALUE")
+        entry = declared.get(key) if isinstance(declared, Mapping) else None
+        kind = (entry or {}).get("type")
+        inputs[key] = value
+        if _INPUT_TYPE_ALIASES.get(kind, kind) != "string":
+            with contextlib.suppress(ParseError):
+                inputs[key] = _load_json(value)
+    return inputs
+
+
+def _load_plugins(paths: list[str]) -> dict[str, dict[str, Any]]:
+    """What plugin files define: dicts named actions, transforms and providers, or functions marked by their place there.
+
+    A plugin is a Python file. `import llm_orchestrator` in it gives this very module.
+    """
+    import importlib.util
+
+    found: dict[str, dict[str, Any]] = {"actions": {}, "transforms": {}, "providers": {}}
+    sys.modules.setdefault("llm_orchestrator", sys.modules[__name__])
+    for index, path in enumerate(paths):
+        spec = importlib.util.spec_from_file_location(f"llm_orchestrator_plugin_{index}", path)
+        if spec is None or spec.loader is None:
+            raise OrchestratorError(f"{path}: is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise OrchestratorError(f"{path}: {type(error).__name__}: {error}") from error
+        known = [table for table in found if isinstance(getattr(module, table, None), Mapping)]
+        if not known:
+            raise OrchestratorError(f"{path}: defines none of the dicts {', '.join(found)}")
+        for table in known:
+            found[table].update(getattr(module, table))
+    return found
+
+
+def _write_result(result: RunResult, options: argparse.Namespace) -> None:
+    document = result.to_dict()
+    if options.path is not None:
+        text = _printed(document, options.path)
+    else:
+        text = _to_json(document, indent=2) + "\n"
+        if options.out is None:
+            text = _escaped_for(sys.stdout, text)
+    if options.out is not None:
+        try:
+            _replace_file(options.out, text)
+        except OSError as error:
+            raise OrchestratorError(f"{options.out}: cannot be written: {error.strerror}") from None
+    else:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _escaped_for(stream: Any, text: str) -> str:
+    """JSON text for a stream whose encoding may lack some characters: those as JSON's own escapes."""
+    try:
+        text.encode(stream.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return re.sub("[^\x00-\x7f]", lambda match: json.dumps(match[0])[1:-1], text)
+    return text
+
+
+def _printed(document: Mapping[str, Any], path: str) -> str:
+    """One value of the result, raw: a path in the JSON result, or for steps as templates write it (steps.greet.text)."""
+    value, steps = _field(document, path), document["steps"]
+    if path.startswith("steps."):
+        named = [step_id for step_id in steps if f"{path}.".startswith(f"steps.{step_id}.")]
+        if named:
+            step_id = max(named, key=len)
+            outputs, rest = steps[step_id]["outputs"], path[len(f"steps.{step_id}.") :]
+            first = next(iter(outputs.values()), None)
+            entry = {**steps[step_id], "output": first, **outputs}
+            value = _field(entry, rest) if rest else first
+    if value is None:
+        _complain(f"--print {path}: there is no such value")
+        return ""
+    text = value if isinstance(value, str) else _to_json(value, indent=2)
+    return text if text.endswith("\n") else text + "\n"
+
+
+class _Reporter:
+    """What a run shows on stderr: one live line on a terminal, log lines elsewhere."""
+
+    def __init__(self, options: argparse.Namespace, total: int) -> None:
+        setting = os.environ.get("LLM_ORCHESTRATOR_LOG", "").lower()
+        self.level = 2 if setting == "debug" else 1 if setting == "info" else 0
+        self.level = max(self.level, min(options.verbose, 2))
+        self.as_json = options.log_format == "json"
+        if self.as_json and not self.level and not options.quiet:
+            self.level = 1
+        try:
+            self.live = sys.stderr.isatty() and not self.level and not options.quiet
+        except (AttributeError, ValueError):
+            self.live = False
+        self.colour = self.live and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        self.wanted = self.live or bool(self.level) or not options.quiet
+        self.total, self.done, self.failed, self.tokens = total, 0, 0, 0
+        self.running: dict[str, None] = {}
+        self.started = self.drawn = time.monotonic()
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        kind, step_id = event["type"], event.get("step_id", "")
+        if kind == "step_running":
+            self.running[step_id] = None
+        elif kind in ("step_completed", "step_failed", "step_skipped", "step_cancelled"):
+            self.running.pop(step_id, None)
+            self.done += "." not in step_id
+            self.failed += kind == "step_failed"
+            self.tokens += (event.get("usage") or {}).get("total_tokens", 0)
+        if self.live:
+            self.draw()
+        else:
+            self.log(event)
+
+    def log(self, event: dict[str, Any]) -> None:
+        serious = event["type"] in ("step_failed", "step_retry", "log")
+        routine = event["type"] not in ("provider_call", "step_running")
+        if self.level >= 2 or (self.level == 1 and routine) or serious:
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(event["time"]))
+            _complain(_to_json({**event, "time": stamp}) if self.as_json else f"{stamp} {_event_text(event)}")
+
+    def draw(self) -> None:
+        now = time.monotonic()
+        if now - self.drawn < 0.05 and self.done < self.total:
+            return
+        self.drawn = now
+        names = ", ".join(list(self.running)[:3]) + (" ..." if len(self.running) > 3 else "")
+        text = f"{self.done}/{self.total} steps, {len(self.running)} running, {self.tokens} tokens, {now - self.started:.1f} s"
+        text = f"{text}  {names}"[: _terminal_width() - 1]
+        paint = "\x1b[31m" if self.failed else "\x1b[36m"
+        line = f"{paint}{text}\x1b[0m" if self.colour else text
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(f"\r\x1b[K{line}")
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        if self.live:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
+
+
+def _terminal_width() -> int:
+    try:
+        return max(20, os.get_terminal_size(sys.stderr.fileno()).columns)
+    except (OSError, ValueError):
+        return 80
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "validate": _validate_command,
+    "run": _run_command,
+    "graph": _graph_command,
+}
+
+
+def _run_as_program() -> None:
+    """`python -m llm_orchestrator`: this module is `__main__`, and must not be loaded a second time by its name."""
+    module = sys.modules["__main__"]
+    spec = getattr(module, "__spec__", None)
+    for name in ("llm_orchestrator", getattr(spec, "name", None)):
+        if name and name != "__main__":
+            sys.modules.setdefault(name, module)
+    status = main()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # interpreter exit would wait for nothing either, but a stuck thread may hold its locks
+
+
+if __name__ == "__main__":
+    _run_as_program()

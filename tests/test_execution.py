@@ -1,0 +1,441 @@
+"""Room 13, Execution: the promises of the SPEC's section 5, each with real threads and a real clock."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_orchestrator import (
+    AuthenticationError,
+    CompletionRequest,
+    CompletionResponse,
+    ExecutionError,
+    ProviderError,
+    RateLimitError,
+    RunResult,
+    RunTimeoutError,
+    Step,
+    ValidationError,
+    Workflow,
+    WorkflowExecutor,
+)
+
+
+class Scripted:
+    """A provider that answers with its prompt, after a delay, or raises what its script says."""
+
+    def __init__(self, delay: float = 0.0, script: list[Exception | str] | None = None) -> None:
+        self.delay, self.script = delay, list(script or [])
+        self.lock = threading.Lock()
+        self.calls = self.active = self.most_active = 0
+        self.times: list[float] = []
+        self.prompts: list[str] = []
+
+    def complete(self, request: CompletionRequest) -> CompletionResponse:
+        with self.lock:
+            self.calls += 1
+            self.times.append(time.monotonic())
+            self.prompts.append(request.prompt)
+            self.active += 1
+            self.most_active = max(self.most_active, self.active)
+            answer = self.script.pop(0) if self.script else None
+        time.sleep(self.delay)
+        with self.lock:
+            self.active -= 1
+        if isinstance(answer, Exception):
+            raise answer
+        return CompletionResponse(text=answer or request.prompt, model=request.model, input_tokens=3, output_tokens=2)
+
+
+def llm(step_id: str, prompt: str = "hi", **keys: Any) -> Step:
+    return Step(id=step_id, type="llm", provider="p", model="m", prompt=prompt, **keys)
+
+
+def value(step_id: str, template: str = "x", **keys: Any) -> Step:
+    return Step(id=step_id, type="transform", function="template", template=template, **keys)
+
+
+def failing(step_id: str, **keys: Any) -> Step:
+    return Step(id=step_id, type="action", action="fail", message="boom", **keys)
+
+
+def run(*steps: Step, inputs: Any = None, provider: Any = None, concurrency: int | None = None, **keys: Any) -> RunResult:
+    names = ("actions", "transforms", "on_event", "offline", "output_folder")
+    options = {name: keys.pop(name) for name in names if name in keys}
+    workflow = Workflow("t", steps, **keys)
+    return WorkflowExecutor(
+        workflow, inputs, {"p": provider or Scripted()}, max_concurrency=concurrency, **options
+    ).run()
+
+
+def statuses(result: RunResult) -> dict[str, str]:
+    return {step_id: step.reason or step.status for step_id, step in result.items()}
+
+
+# results
+
+
+def test_outputs_flow_from_step_to_step_and_to_the_run() -> None:
+    result = run(
+        llm("a", "Hello {{inputs.name}}", output=["text", "model", "tokens"]),
+        llm("b", "<<steps.a.text>>, <<steps.a.tokens>> tokens of <<outputs.a.model>>", output="text"),
+        inputs={"name": "Ann"}, outputs={"last": "{{steps.b}}", "tokens": "{{steps.a.tokens}}"},
+    )  # fmt: skip
+    assert result.outputs == {"last": "Hello Ann, 5 tokens of m", "tokens": 5}
+    assert result.usage == {"input_tokens": 6, "output_tokens": 4, "total_tokens": 10, "calls": 2}
+    assert result.status == "completed"
+    result.raise_for_status()
+
+
+def test_the_result_is_json_of_the_documented_shape() -> None:
+    result = run(llm("a", output="text"), failing("b", depends_on="a"), value("c", depends_on="b")).to_dict()
+    assert set(result) == {"run_id", "workflow", "status", "duration_ms", "outputs", "usage", "error", "steps"}
+    assert result["status"] == "failed"
+    assert result["error"]["message"] == "b: boom" or result["error"]["message"] == "boom"
+    assert result["steps"]["a"]["usage"]["total_tokens"] == 5
+    assert result["steps"]["a"]["provider"] == "p"
+    assert result["steps"]["b"]["error"] == {"type": "ExecutionError", "message": "boom", "retryable": False}
+    assert result["steps"]["c"]["reason"] == "upstream_failed"
+    assert result["steps"]["c"]["outputs"] == {"output": None}
+
+
+def test_results_are_in_workflow_order_whatever_finished_first() -> None:
+    def slow(seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+    steps = [Step(id=f"s{n}", type="action", action="slow", seconds=0.1 - n / 50) for n in range(5)]
+    assert list(run(*steps, actions={"slow": slow}, concurrency=5)) == [f"s{n}" for n in range(5)]
+
+
+def test_a_failed_step_never_loses_another_steps_result() -> None:
+    result = run(llm("a", output="text"), failing("b"), llm("c", "{{steps.a}}", output="text"))
+    assert statuses(result) == {"a": "completed", "b": "failed", "c": "completed"}
+    with pytest.raises(ExecutionError) as caught:
+        result.raise_for_status()
+    assert caught.value.step_id == "b"
+
+
+# when a step runs
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([failing("a"), value("b", depends_on="a")], {"b": "upstream_failed"}),
+        ([value("a", condition="false"), value("b", depends_on="a")], {"a": "condition", "b": "upstream_skipped"}),
+        ([value("a", condition="false"), value("b"), value("c", depends_on=["a", "b"])], {"c": "completed"}),
+        ([failing("a", continue_on_error=True), value("b", depends_on="a")], {"a": "failed", "b": "completed"}),
+        ([failing("a"), value("b", depends_on="a", trigger_rule="all_done")], {"b": "completed"}),
+        ([failing("a"), value("b", depends_on="a", trigger_rule="one_failed")], {"b": "completed"}),
+        ([value("a"), value("b", depends_on="a", trigger_rule="one_failed")], {"b": "trigger_rule"}),
+        ([failing("a"), value("b"), value("c", depends_on=["a", "b"], trigger_rule="one_success")], {"c": "completed"}),
+        (
+            [value("a", condition="false"), value("b"), value("c", depends_on=["a", "b"], trigger_rule="all_success")],
+            {"c": "upstream_skipped"},
+        ),
+    ],
+)
+def test_the_state_of_the_dependencies_decides(steps: list[Step], expected: dict[str, str]) -> None:
+    found = statuses(run(*steps))
+    assert {step_id: found[step_id] for step_id in expected} == expected
+
+
+def test_continue_on_error_keeps_the_error_and_lets_the_run_succeed() -> None:
+    result = run(failing("a", continue_on_error=True, output="x"), value("b", "[{{steps.a.x}}] {{steps.a.error}}"))
+    assert result.status == "completed"
+    assert result["a"].outputs == {"x": None}
+    assert result["b"].outputs == {"output": "[] boom"}
+
+
+def test_fail_fast_cancels_everything_else() -> None:
+    provider = Scripted(delay=0.5)
+    started = time.monotonic()
+    result = run(failing("a"), llm("b"), llm("c", "{{steps.b}}"), provider=provider, fail_fast=True)
+    assert statuses(result) == {"a": "failed", "b": "cancelled", "c": "cancelled"}
+    assert time.monotonic() - started < 5
+    assert result.status == "failed"
+
+
+def test_a_missing_value_fails_the_step_and_names_the_path() -> None:
+    result = run(value("a", "{{inputs.user.nam}}", condition="true"), inputs={"user": {"name": "x"}})
+    assert result["a"].error is not None
+    assert result["a"].error["type"] == "TemplateError"
+    assert "inputs.user.nam" in result["a"].error["message"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["ok", "fail", "tolerated", "false"]), st.sets(st.integers(0, 11), max_size=4)),
+        min_size=1, max_size=12,
+    ),
+    st.integers(1, 5),
+)  # fmt: skip
+def test_every_state_is_what_the_rules_say_whatever_the_concurrency(graph: list[Any], concurrency: int) -> None:
+    steps, expected = [], {}
+    for index, (kind, depends) in enumerate(graph):
+        upstream = sorted(other for other in depends if other < index)
+        keys: dict[str, Any] = {"depends_on": [f"s{other}" for other in upstream]}
+        if kind == "false":
+            keys["condition"] = "1 == 2"
+        if kind == "tolerated":
+            keys["continue_on_error"] = True
+        steps.append(failing(f"s{index}", **keys) if kind in ("fail", "tolerated") else value(f"s{index}", **keys))
+        before = [expected[f"s{other}"] for other in upstream]
+        if "failed" in before:
+            state = "upstream_failed"
+        elif before and all(state not in ("completed", "tolerated") for state in before):
+            state = "upstream_skipped"
+        else:
+            state = {"ok": "completed", "fail": "failed", "tolerated": "tolerated", "false": "condition"}[kind]
+        expected[f"s{index}"] = state
+    found = statuses(run(*steps, concurrency=concurrency))
+    assert found == {step_id: "failed" if state == "tolerated" else state for step_id, state in expected.items()}
+
+
+# concurrency
+
+
+def test_256_slow_calls_at_concurrency_256_take_the_time_of_one() -> None:
+    provider = Scripted(delay=0.2)
+    started = time.monotonic()
+    result = run(*(llm(f"s{n}") for n in range(256)), provider=provider, concurrency=256)
+    assert time.monotonic() - started < 2  # one after the other they take 51 s, by asyncio's own pool at least 8
+    assert provider.most_active > 200
+    assert result.status == "completed"
+
+
+def test_all_slots_are_busy_and_never_more() -> None:
+    provider = Scripted(delay=0.02)
+    run(*(llm(f"s{n}") for n in range(64)), provider=provider, concurrency=8)
+    assert provider.most_active == 8
+
+
+def test_a_step_starts_when_its_own_dependencies_end_not_when_a_level_does() -> None:
+    ends: dict[str, float] = {}
+
+    def work(name: str, seconds: float) -> None:
+        time.sleep(seconds)
+        ends[name] = time.monotonic()
+
+    def step(name: str, seconds: float, *depends_on: str) -> Step:
+        return Step(id=name, type="action", action="work", name=name, seconds=seconds, depends_on=list(depends_on))
+
+    run(step("slow", 1.0), step("quick", 0.01), step("after", 0.01, "quick"), actions={"work": work})
+    assert ends["after"] < ends["slow"]
+
+
+def test_a_step_that_waits_to_retry_holds_no_slot() -> None:
+    provider = Scripted(script=[RateLimitError("slow down", provider="p", status=429, retryable=True, retry_after=0.5)])
+    started = time.monotonic()
+    result = run(
+        llm("a", retry={"max_attempts": 2}), llm("b"), llm("c"), provider=provider, concurrency=1, on_event=lambda event: None
+    )
+    assert result.status == "completed"
+    assert provider.calls == 4
+    assert provider.times[2] - started < 0.4  # b and c went ahead while a was waiting
+    assert provider.times[3] - provider.times[0] >= 0.5
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_providers_may_be_plain_functions(asynchronous: bool) -> None:
+    async def later(request: CompletionRequest) -> str:
+        await asyncio.sleep(0)
+        return request.prompt.upper()
+
+    provider = later if asynchronous else lambda request: request.prompt.upper()
+    assert run(llm("a", "hi"), provider=provider)["a"].outputs == {"output": "HI"}
+
+
+# retries
+
+
+def test_attempts_are_counted_and_bounded() -> None:
+    errors: list[Exception | str] = [ProviderError("down", provider="p", status=503, retryable=True) for _ in range(9)]
+    provider = Scripted(script=errors)
+    result = run(llm("a", retry={"max_attempts": 4, "initial_delay": 1}), provider=provider)
+    assert (provider.calls, result["a"].attempts, result["a"].status) == (4, 4, "failed")
+    assert result["a"].error == {"type": "ProviderError", "message": str(errors[0]), "status": 503, "retryable": True}
+
+
+def test_an_error_that_is_final_is_not_retried() -> None:
+    provider = Scripted(script=[ProviderError("bad request", provider="p", status=400, retryable=False)])
+    assert run(llm("a"), provider=provider)["a"].attempts == 1
+
+
+def test_a_retry_after_longer_than_max_delay_fails_at_once_and_says_how_long() -> None:
+    provider = Scripted(script=[RateLimitError("slow down", provider="p", status=429, retryable=True, retry_after=90)])
+    result = run(llm("a"), provider=provider)
+    assert result["a"].attempts == 1
+    assert result["a"].error is not None
+    assert "90" in result["a"].error["message"]
+
+
+# deadlines and cancelling
+
+
+def test_a_deadline_ends_an_attempt_and_is_retried() -> None:
+    provider = Scripted(delay=30)
+    started = time.monotonic()
+    result = run(llm("a", timeout_seconds=0.1, retry={"max_attempts": 2, "initial_delay": 1}), provider=provider)
+    assert time.monotonic() - started < 5
+    assert result["a"].attempts == 2
+    assert result["a"].error is not None
+    assert result["a"].error["type"] == "ProviderTimeoutError"
+
+
+def test_the_whole_run_has_a_deadline_and_keeps_what_was_done() -> None:
+    result = run(value("a"), llm("b", depends_on="a"), llm("c", depends_on="b"), provider=Scripted(delay=30), timeout_seconds=0.2)
+    assert result.status == "timed_out"
+    assert statuses(result) == {"a": "completed", "b": "cancelled", "c": "cancelled"}
+    with pytest.raises(RunTimeoutError):
+        result.raise_for_status()
+
+
+def test_cancelling_the_task_keeps_the_partial_result() -> None:
+    executor = WorkflowExecutor(Workflow("t", [value("a"), llm("b", "{{steps.a}}")]), {}, {"p": Scripted(delay=30)})
+
+    async def cancelled() -> None:
+        task = asyncio.ensure_future(executor.execute())
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    started = time.monotonic()
+    asyncio.run(cancelled())
+    assert time.monotonic() - started < 3
+    assert executor.result is not None
+    assert executor.result.status == "cancelled"
+    assert statuses(executor.result) == {"a": "completed", "b": "cancelled"}
+
+
+def test_cancel_from_another_thread_ends_the_run() -> None:
+    executor = WorkflowExecutor(Workflow("t", [llm("a")]), {}, {"p": Scripted(delay=30)})
+    threading.Timer(0.2, executor.cancel).start()
+    started = time.monotonic()
+    assert executor.run().status == "cancelled"
+    assert time.monotonic() - started < 3
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0, 0.05), st.integers(1, 8))
+def test_cancelling_at_any_moment_leaves_nothing_unfinished(moment: float, concurrency: int) -> None:
+    provider = Scripted(delay=0.01)
+    steps = [llm(f"s{n}", "{{steps.s%d}}" % (n - 1) if n % 3 else "x") for n in range(12)]
+    executor = WorkflowExecutor(Workflow("t", steps), {}, {"p": provider}, max_concurrency=concurrency)
+
+    async def cancelled() -> int:
+        task = asyncio.ensure_future(executor.execute())
+        await asyncio.sleep(moment)
+        task.cancel()
+        await asyncio.wait([task])
+        return provider.calls
+
+    calls = asyncio.run(cancelled())
+    time.sleep(0.03)
+    assert provider.calls == calls  # no call starts after cancellation
+    assert executor.result is not None
+    final = {"completed", "cancelled"}
+    assert not executor.result.steps or {step.status for _, step in executor.result.items()} <= final
+
+
+# where it runs
+
+
+def test_run_works_inside_a_running_loop() -> None:
+    async def notebook() -> RunResult:
+        return run(llm("a", "hi"))
+
+    assert asyncio.run(notebook())["a"].outputs == {"output": "hi"}
+
+
+def test_many_executors_share_one_loop() -> None:
+    async def many() -> list[RunResult]:
+        executors = [WorkflowExecutor(Workflow("t", [llm("a", f"n{n}")]), {}, {"p": Scripted(0.05)}) for n in range(20)]
+        return list(await asyncio.gather(*(executor.execute() for executor in executors)))
+
+    started = time.monotonic()
+    assert [result["a"].outputs["output"] for result in asyncio.run(many())] == [f"n{n}" for n in range(20)]
+    assert time.monotonic() - started < 1
+
+
+def test_an_executor_may_be_run_again() -> None:
+    executor = WorkflowExecutor(Workflow("t", [llm("a")]), {}, {"p": Scripted()})
+    assert executor.run().run_id != executor.run().run_id
+
+
+def test_no_thread_is_left_behind() -> None:
+    before = set(threading.enumerate())
+    run(*(llm(f"s{n}") for n in range(20)), concurrency=20)
+    deadline = time.monotonic() + 5
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
+
+
+# before the first step
+
+
+def test_missing_inputs_are_refused_before_the_first_step() -> None:
+    provider = Scripted()
+    with pytest.raises(ValidationError, match="'name' is missing"):
+        run(llm("a"), llm("b", "{{steps.a}} {{inputs.name}}"), provider=provider)
+    assert provider.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [({}, "'n' is missing"), ({"n": "x"}, "must be an integer"), ({"n": 1, "m": 2}, "unknown input 'm'"), ({"n": 9}, "one of")],
+)
+def test_declared_inputs_are_checked(inputs: dict[str, Any], message: str) -> None:
+    workflow = Workflow("t", [value("a")], inputs={"n": {"type": "integer", "required": True, "enum": [1, 2]}})
+    with pytest.raises(ValidationError, match=message):
+        WorkflowExecutor(workflow, inputs)
+
+
+def test_a_missing_key_is_an_error_before_the_first_step_naming_the_variable() -> None:
+    provider = Scripted()
+    steps = [llm("a"), Step(id="b", type="llm", provider="openai", model="m", prompt="x", depends_on="a")]
+    with pytest.raises(AuthenticationError, match="OPENAI_API_KEY"):
+        run(*steps, provider=provider)
+    assert provider.calls == 0
+
+
+def test_an_unknown_provider_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(ValidationError, match="did you mean 'openai'"):
+        run(Step(id="b", type="llm", provider="opnai", model="m", prompt="x"))
+
+
+def test_an_unregistered_action_is_an_error_before_the_first_step() -> None:
+    with pytest.raises(ValidationError, match="publish"):
+        run(Step(id="b", type="action", action="publish"))
+
+
+# events
+
+
+def test_events_tell_the_story_of_a_run() -> None:
+    events: list[dict[str, Any]] = []
+    provider = Scripted(script=[ProviderError("down", provider="p", status=503, retryable=True)])
+    run(llm("a", retry={"max_attempts": 2, "initial_delay": 1}), value("b", condition="false"), provider=provider, on_event=events.append)
+    kinds = [event["type"] for event in events]
+    assert kinds[0] == "run_started"
+    assert kinds[-1] == "run_finished"
+    for kind in ("step_running", "step_retry", "provider_call", "step_completed", "step_skipped"):
+        assert kind in kinds
+    assert len({event["run_id"] for event in events}) == 1
+
+
+def test_a_listener_that_raises_does_not_harm_the_run() -> None:
+    def broken(event: dict[str, Any]) -> None:
+        raise ValueError("listener")
+
+    assert run(llm("a"), on_event=broken).status == "completed"
