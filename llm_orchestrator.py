@@ -30,6 +30,7 @@ import collections
 import contextlib
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -38,45 +39,19 @@ import time
 from bisect import bisect_right
 from collections import ChainMap
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AuthenticationError",
-    "BadResponseError",
-    "BlockOptions",
-    "CompletionRequest",
-    "CompletionResponse",
-    "Condition",
-    "ConditionError",
-    "DagError",
-    "EchoProvider",
-    "EmbeddingRequest",
-    "EmbeddingResponse",
-    "ExecutionError",
-    "LocalVectorStore",
-    "OpenAIProvider",
-    "OrchestratorError",
-    "PROVIDERS",
-    "ParseError",
-    "Problem",
-    "Provider",
-    "ProviderConnectionError",
-    "ProviderError",
-    "ProviderTimeoutError",
-    "RateLimitError",
-    "RetryPolicy",
-    "RunResult",
-    "RunTimeoutError",
-    "Step",
-    "StepResult",
-    "Template",
-    "TemplateError",
-    "ValidationError",
-    "Workflow",
-    "WorkflowDAG",
-    "WorkflowExecutor",
-    "load_yaml",
+__all__ = [  # noqa: RUF022
+    "AnthropicProvider", "AuthenticationError", "AzureOpenAIProvider", "BadResponseError", "CohereProvider",
+    "CompletionRequest", "CompletionResponse", "Condition", "ConditionError", "ContextLengthError", "DagError",
+    "EchoProvider", "EmbeddingRequest", "EmbeddingResponse", "ExecutionError", "GeminiProvider", "LocalVectorStore",
+    "MistralProvider", "OllamaProvider", "OpenAICompatibleProvider", "OpenAIProvider", "OrchestratorError",
+    "PROVIDERS", "ParseError", "Problem", "Provider", "ProviderConnectionError", "ProviderError",
+    "ProviderTimeoutError", "QuotaExceededError", "RateLimitError", "RetryPolicy", "RunResult", "RunTimeoutError",
+    "Step", "StepResult", "Template", "TemplateError", "VECTOR_STORES", "ValidationError", "VoyageProvider",
+    "Workflow", "WorkflowDAG", "WorkflowExecutor", "load_yaml",
 ]
 
 TYPE_CHECKING = False  # the name is enough for type checkers, and `typing` is slow to import
@@ -118,7 +93,9 @@ class ParseError(OrchestratorError):
         super().__init__(reason)
 
     def __str__(self) -> str:
-        return f"{self.source or '<text>'}:{self.line}:{self.column}: {self.reason}" + _caret(self.source_line, self.column)
+        return f"{self.source or '<text>'}:{self.line}:{self.column}: {self.reason}" + _caret(
+            self.source_line, self.column
+        )
 
 
 def _caret(source_line: str, column: int) -> str:
@@ -210,14 +187,72 @@ class RunTimeoutError(OrchestratorError):
     """The whole run took longer than its `timeout_seconds`."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. YAML and JSON
-# Text comes in, plain values go out: exactly what YAML 1.2 (core schema) or JSON says, or a ParseError with its place.
-# ---------------------------------------------------------------------------------------------------------------------
+class ProviderError(OrchestratorError):
+    """A call of a provider or another server failed.
+
+    `provider` is its name, `status` the HTTP status or None, `retryable` whether another attempt may help, `retry_after`
+    the seconds that the server asks to wait, `request_id` the server's name for the call. Messages never hold keys.
+    """
+
+    _retryable = False
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        provider: str = "",
+        status: int | None = None,
+        retryable: bool | None = None,
+        retry_after: float | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(f"{provider}: {reason}" if provider else reason)
+        self.provider, self.status, self.retry_after, self.request_id = provider, status, retry_after, request_id
+        self.retryable = self._retryable if retryable is None else retryable
+
+    def _too_long_a_wait(self, limit_seconds: float) -> None:
+        """Adds to the message why a retryable error was not retried."""
+        self.args = (
+            f"{self}; the server asks to wait {self.retry_after:g} s, longer than max_delay {limit_seconds:g} s",
+        )
+
+
+class AuthenticationError(ProviderError):
+    """The key is missing, wrong, or not allowed to do this (401, 403)."""
+
+
+class RateLimitError(ProviderError):
+    """Too many requests or tokens for the moment (429)."""
+
+    _retryable = True
+
+
+class QuotaExceededError(ProviderError):
+    """No money or quota is left (402, 429 `insufficient_quota`); waiting does not help."""
+
+
+class ProviderTimeoutError(ProviderError):
+    """No answer in time (408, 504, or our own deadline)."""
+
+    _retryable = True
+
+
+class ProviderConnectionError(ProviderError):
+    """The server could not be reached, or the connection was lost before the answer was complete."""
+
+    _retryable = True
+
+
+class BadResponseError(ProviderError):
+    """The server answered something that is no answer. The message shows how it begins."""
+
+
+class ContextLengthError(ProviderError):
+    """The request is longer than what the model can read."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# YAML and JSON: text or bytes come in, plain values go out: dict, list, str, int, float, bool, None.
+# 3. YAML and JSON: text or bytes come in, plain values go out: dict, list, str, int, float, bool, None.
 # Each text is read exactly as YAML 1.2 (core schema) or JSON defines it, or refused with a ParseError at its place,
 # in linear time. The reader is a recursive descent over (text, position); regular expressions find where things end.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1130,40 +1165,28 @@ def _finite(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Templates
-# Text comes in, a compiled Template goes out; it is parsed once and rendered often.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# ======================================================================================================================
-# Templates: text -> compiled closures -> text or a value. Handlebars without HTML escaping, in two spellings, {{x}} and
+# 4. Templates: text -> compiled closures -> text or a value. Handlebars without HTML escaping, in two spellings, {{x}} and
 # <<x>>. The source is scanned into texts and tags, the lines of stand-alone tags are taken out, and each tag becomes a
 # closure `read(this, frame)`. Linear in the source; paths reach keys and indexes only; values are never rendered again.
-# ======================================================================================================================
+# ---------------------------------------------------------------------------------------------------------------------
 
 _MAX_NESTING = 100
 _NAME = r"""[^\s!"#%-,./;->@\[-^`{-~]+"""
 _STEP = rf"(?:{_NAME}|\[[^\]\\]*(?:\\\]?[^\]\\]*)*\])"
-_QUOTED = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
 _PATH = rf"@?(?:(?:\.\.?/)+(?={_STEP})|\.\.?(?:/\.\.?)*)?(?:{_STEP}(?:[./]{_STEP}|\[\d+\])*)?"
+_QUOTED = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
 _TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))")
 _STEPS = re.compile(rf"\.\.?(?=/|\Z)|{_STEP}")
-_PIPE, _EQUALS = re.compile(r"\s*\|"), re.compile(r"\s*=")
-_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
-_WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "undefined": None}
-_OPENER = re.compile(r"\{\{|<<")
+_SIMPLE_TAG = re.compile(r"\{\{\s*([A-Za-z_][\w-]*(?:\.[\w-]+)*)\s*\}\}(?!\})|<<([A-Za-z_][\w-]*(?:\.[\w-]+)*)>>")
+_OPENER, _EQUALS, _LITERAL_NUMBER = re.compile(r"\{\{|<<"), re.compile(r"\s*="), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
 _TAG = re.compile(r"(\{\{\{\{|\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
-_REGION_END = re.compile(r"<<|\n")
 _TAG_ENDS = {
-    key: re.compile(pattern)
-    for key, pattern in {
-        "{{": r"\s*(~?)\}\}(?!\})", "{{{": r"\s*\}(~?)\}\}", "<<": r"\s*(~?)>>", "<<<": r"\s*>(~?)>>",
-        "{{{{": r"\s*()\}\}\}\}", "(": r"\s*()\)", "{{!": r"(~?)\}\}", "{{!--": r"--(~?)\}\}", "<<!": "(~?)>>",
-        "<<!--": "--(~?)>>",
-    }.items()
+    "{{": r"\s*(~?)\}\}(?!\})", "{{{": r"\s*\}(~?)\}\}", "{{{{": r"\s*()\}\}\}\}", "{{!": r"(~?)\}\}",
+    "{{!--": r"--(~?)\}\}", "<<": r"\s*(~?)>>", "<<<": r"\s*>(~?)>>", "<<!": "(~?)>>", "<<!--": "--(~?)>>", "(": r"\s*()\)",
 }  # fmt: skip
-_RAW_TAG = re.compile(rf"\{{\{{\{{\{{(?:/({_NAME})\}}\}}\}}\}}|(?=[^/]))")
+_RAW_TAG = rf"\{{\{{\{{\{{(?:/({_NAME})\}}\}}\}}\}}|(?=[^/]))"
 _STANDALONE = frozenset(("#", "^", "/", "else", ">", "#>", "#*", "!"))
+_LITERAL_WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "undefined": None}
 
 
 class _Malformed(Exception):
@@ -1171,22 +1194,21 @@ class _Malformed(Exception):
 
 
 class _Tag:
-    """One tag: its sign ("" for a value), white space control, and its parts as nodes."""
+    """One tag: its sign ("" for a value), `~` on either side, and what is in it."""
 
     __slots__ = ("arguments", "end", "head", "indent", "left", "named", "names", "position", "right", "sign")
 
-    def __init__(self, sign: str, position: int, left: bool = False) -> None:
-        self.sign, self.position, self.end, self.left, self.right = sign, position, position, left, False
-        self.head: _Expression | None = None
+    def __init__(self, sign: str, position: int, head: _Expression | None = None, end: int = 0) -> None:
+        self.sign, self.position, self.head, self.end, self.indent = sign, position, head, end, ""
+        self.left = self.right = False
         self.arguments: list[_Expression] = []
         self.named: dict[str, _Expression] = {}
-        self.names: tuple[str, ...] = ()
-        self.indent = ""
+        self.names: tuple[str, ...] = ()  # block parameters
 
     @property
     def name(self) -> str:
         """What the tag calls, as written: `each`, `steps.a`, `../x`."""
-        return str(self.head[-2]) if self.head else ""
+        return self.head[2] if self.head else ""
 
 
 def _scan(source: str) -> list[str | _Tag]:
@@ -1194,148 +1216,118 @@ def _scan(source: str) -> list[str | _Tag]:
     items: list[str | _Tag] = []
     start = search = 0
     while opener := _OPENER.search(source, search):
-        position = opener.start()
-        escapes = 0 if position == start or source[position - 1] != "\\" else 1
-        escapes += escapes and position - 2 >= start and source[position - 2] == "\\"
+        position, curly = opener.start(), opener[0] == "{{"
+        escaped = position > start and source[position - 1] == "\\"
+        literal = escaped and source[max(start, position - 2) : position] != "\\\\"
         try:
-            tag = _read_tag(source, position) if source[position] == "<" or escapes != 1 else None
+            tag = None if literal and curly else _read_tag(source, position)
         except _Malformed as error:
-            if source[position] == "{":
+            if curly:
                 raise TemplateError(error.args[0], source, error.args[1]) from None
             search = position + 1
             continue
-        if start < position - bool(escapes):
-            items.append(source[start : position - bool(escapes)])
-        if tag is None or escapes == 1:
+        if start < position - escaped:
+            items.append(source[start : position - escaped])
+        if literal or tag is None:
             start, search = position, position + 2
-            continue
-        items.append(tag)
-        start = search = tag.end
-        if tag.sign == "raw":
-            start = search = _scan_raw(source, tag, items)
-    if start < len(source):
-        items.append(source[start:])
-    return items
+        else:
+            items.append(tag)
+            start = search = _scan_raw(source, tag, items) if tag.sign == "raw" else tag.end
+    return [*items, source[start:]] if start < len(source) else items
 
 
 def _scan_raw(source: str, tag: _Tag, items: list[str | _Tag]) -> int:
     """Adds the text of a raw block, nested ones included, and its closing tag; returns where that ends."""
     level, tag.sign = 1, "#"
-    for match in _RAW_TAG.finditer(source, tag.end):
+    for match in re.compile(_RAW_TAG).finditer(source, tag.end):
         level += -1 if match[1] else 1
         if level == 0:
-            closing = _Tag("/", match.start())
-            closing.head = ("path", match[1], match.start() + 5)
-            items += [source[tag.end : match.start()], closing] if match.start() > tag.end else [closing]
+            text = source[tag.end : match.start()]
+            items += [text] * bool(text) + [_Tag("/", match.start(), ("path", match[1], match[1], match.start()))]  # type: ignore[operator]
             return match.end()
     raise TemplateError(f"raw block {tag.name!r} is never closed", source, tag.position)
 
 
 def _read_tag(source: str, position: int) -> _Tag:
-    """The tag at `position`. A `<<` tag ends on its line and holds no other `<<`, so that failing is cheap."""
+    """The tag at `position`. A `<<` tag ends on its line and holds no other `<<`, so that to fail is cheap."""
+    simple = _SIMPLE_TAG.match(source, position)
+    if simple and (text := simple[1] or simple[2]) != "else" and text not in _LITERAL_WORDS:
+        return _Tag("", position, ("path", text, text, simple.start(simple.lastindex or 0)), simple.end())
     match = _TAG.match(source, position)
     assert match
     opener, sign, limit = match[1], match[3] or "", len(source)
-    if opener == "<<":
-        stop = _REGION_END.search(source, match.end())
-        limit = stop.start() if stop else limit
-    tag = _Tag("raw" if opener == "{{{{" else sign, position, bool(match[2]))
+    if opener == "<<" and (stop := re.compile(r"<<|\n").search(source, match.end())):
+        limit = stop.start()
+    tag = _Tag("raw" if opener == "{{{{" else "" if sign in ("{", "<", "&") else sign, position)
+    if sign in ("{", "<") and sign != opener[0]:
+        raise _Malformed(f"unexpected {sign!r}", position)
     if sign == "!":
         kind = opener + ("!--" if source.startswith("--", match.end()) else "!")
-        end = _TAG_ENDS[kind].search(source, match.end(), limit)
+        end = re.compile(_TAG_ENDS[kind]).search(source, match.end(), limit)
         if not end:
             raise _Malformed("comment is never closed", position)
-        tag.end, tag.right = end.end(), bool(end[1])
-        return tag
-    if sign in ("{", "<", "&"):
-        if sign != "&" and sign != opener[0]:
-            raise _Malformed(f"unexpected {sign!r}", position)
-        opener, tag.sign = opener + (sign if sign != "&" else ""), ""
-    end = _read_arguments(source, match.end(), limit, opener, tag, 0)
-    tag.end, tag.right = end.end(), bool(end[1])
+    else:
+        end = _read_arguments(source, match.end(), limit, opener + (sign if sign in ("{", "<") else ""), tag, 0)
+    tag.left, tag.right, tag.end = bool(match[2]), bool(end[1]), end.end()
     if tag.sign == "" and tag.name == "else" and tag.head and tag.head[0] == "path":
         tag.sign, tag.head = "else", tag.arguments.pop(0) if tag.arguments else None
     elif tag.sign == "^" and not tag.head:
         tag.sign = "else"
-    elif not tag.head:
+    elif not tag.head and sign != "!":
         raise _Malformed("empty tag", position)
-    if tag.sign == "" and tag.names or tag.sign == "" and tag.head and tag.head[0] == "call" and tag.arguments:
-        raise _Malformed("a value takes no block parameters" if tag.names else "a helper name must come first", position)
+    elif opener == "<<" and tag.sign == "" and tag.head and tag.head[0] == "literal":
+        raise _Malformed("a number or a text is no tag", position)
     return tag
 
 
 def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _Tag, depth: int) -> re.Match[str]:
-    """Fills in head, arguments, named arguments and block parameters; returns the match of the tag's end."""
+    """Reads head, arguments, named arguments and block parameters into the tag; returns the match of its end."""
     if depth > _MAX_NESTING:
         raise _Malformed(f"sub-expressions nested deeper than {_MAX_NESTING}", position)
-    ending = _TAG_ENDS[opener]
+    ending, parameters = re.compile(_TAG_ENDS[opener]), re.compile(rf"\s*\|((?:\s*{_NAME})+)\s*\|")
     while not (end := ending.match(source, position, limit)):
-        token = _TOKEN.match(source, position, limit)
-        if not token or token.lastgroup == "mark" and token["mark"] != "(":
-            raise _Malformed(_unexpected(source, token.start("mark") if token else position, limit, opener), position)
-        start, position = token.start(token.lastgroup or 0), token.end()
-        word = token["path"]
-        if word and (equals := _EQUALS.match(source, position, limit)):
-            key, position = _STEPS.findall(word), equals.end()
-            token = _TOKEN.match(source, position, limit)
-            if len(key) != 1 or key[0] in (".", "..") or word[0] == "@" or not token or not tag.head:
-                raise _Malformed(f"bad named argument {word!r}", start)
-            value, position = _read_operand(source, token, limit, depth)
-            tag.named[_unbracketed(key[0])] = value
+        token, key = _TOKEN.match(source, position, limit), ""
+        if token and tag.head and token["path"] == "as" and (names := parameters.match(source, token.end(), limit)):
+            tag.names, position = tuple(names[1].split()), names.end()
             continue
-        if word == "as" and tag.head and (pipe := _PIPE.match(source, position, limit)):
-            stop = source.find("|", pipe.end(), limit)
-            tag.names, position = tuple(source[pipe.end() : stop].split()), stop + 1
-            if stop < 0 or not tag.names or not all(re.fullmatch(_NAME, name) for name in tag.names):
-                raise _Malformed("block parameters are written `as |item index|`", start)
-            continue
-        if tag.named or tag.names:
-            raise _Malformed("named arguments and block parameters come last", start)
-        value, position = _read_operand(source, token, limit, depth)
-        if tag.head:
-            tag.arguments.append(value)
+        if token and tag.head and (equals := _EQUALS.match(source, token.end(), limit)):
+            key = token["path"] or ""
+            token = _TOKEN.match(source, equals.end(), limit) if re.fullmatch(_STEP, key) else None
+        if not token or (not key and (tag.named or tag.names)):
+            rest = source[position : min(limit, position + 60)].lstrip()
+            if opener == "{{" and rest.startswith("}}}"):
+                raise _Malformed("'}}}' closes only '{{{': put a space before a brace that is text", position)
+            raise _Malformed(f"unexpected {rest.split()[0]!r} in a tag" if rest else f"{opener!r} is never closed", position)
+        node, position = _read_operand(source, token, limit, depth)
+        if key:
+            tag.named[_unbracketed(key)] = node
+        elif tag.head:
+            tag.arguments.append(node)
         else:
-            tag.head = value
+            tag.head = node
     return end
 
 
 def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> tuple[_Expression, int]:
     """The node that a token opens (a path, a literal or a sub-expression) and where it ends."""
     kind = token.lastgroup or ""
-    start, position, text = token.start(kind), token.end(), token[kind]
+    text, start, end = token[kind], token.start(kind), token.end()
     if kind == "text":
         value = text[1:-1].replace("\\" + text[0], text[0])
-        return ("literal", value, value, start), position
+        return ("literal", value, value, start), end
+    if text in _LITERAL_WORDS:
+        return ("literal", _LITERAL_WORDS[text], text, start), end
+    if kind == "path" and (number := _LITERAL_NUMBER.fullmatch(text)):
+        return ("literal", float(text) if number[1] else int(text), text, start), end
     if kind == "path":
-        if text in _WORDS or _NUMBER.fullmatch(text):
-            value = _WORDS[text] if text in _WORDS else _literal_number(text, start)
-            return ("literal", value, text, start), position
-        return ("path", text, start), position
+        return ("path", text, text, start), end
     inner = _Tag("(", start)
     if text != "(":
-        raise _Malformed(f"unexpected {text!r}", start)
-    inner.end = _read_arguments(source, position, limit, "(", inner, depth + 1).end()
+        raise _Malformed(f"unexpected {text!r} in a tag", start)
+    end = _read_arguments(source, end, limit, "(", inner, depth + 1).end()
     if not inner.head or inner.head[0] != "path":
         raise _Malformed("a sub-expression starts with the name of a helper", start)
-    return ("call", inner, inner.name, start), inner.end
-
-
-def _literal_number(text: str, position: int) -> int | float:
-    """The number that a literal spells; a whole number of thousands of digits is refused, as Python does."""
-    try:
-        return float(text) if "." in text else int(text)
-    except ValueError:
-        raise _Malformed("number is too long", position) from None
-
-
-def _unexpected(source: str, position: int, limit: int, opener: str) -> str:
-    """Why a tag does not go on at `position`."""
-    rest = source[position : min(limit, position + 30)].lstrip()
-    if not rest:
-        return f"{opener!r} is never closed"
-    if opener == "{{" and rest.startswith("}}}"):
-        return "'}}}' closes '{{{' only: put a space before a brace that is text"
-    return f"unexpected {rest.split()[0]!r} in a tag"
+    return ("call", inner, inner.name, start), end
 
 
 def _unbracketed(step: str) -> str:
@@ -1344,55 +1336,46 @@ def _unbracketed(step: str) -> str:
 
 
 def _split_path(text: str) -> tuple[int, tuple[str, ...], bool]:
-    """Levels up, steps, and whether the path is fixed to a scope: "../a.[b c]" -> (1, ("a", "b c"), True)."""
-    steps = _STEPS.findall(text.lstrip("@"))
-    depth = first = 0
-    while first < len(steps) and steps[first] in (".", "..", "this"):
-        depth += steps[first] == ".."
-        first += 1
-    if any(step in ("this", ".", "..") for step in steps[first:]):
-        raise _Malformed(f"invalid path {text!r}: '.', '..' and 'this' come first", 0)
-    return depth, tuple(map(_unbracketed, steps[first:])), first > 0
+    """Levels up, steps, and whether the path names its scope: "../a.[b c]" -> (1, ("a", "b c"), True)."""
+    steps = _STEPS.findall(text)
+    first = next((index for index, step in enumerate(steps) if step not in (".", "..", "this")), len(steps))
+    return steps[:first].count(".."), tuple(map(_unbracketed, steps[first:])), first > 0
 
 
-def _strip_lines(items: list[str | _Tag]) -> list[str | _Tag]:
+def _strip_lines(items: list[Any]) -> list[Any]:
     """Applies `~`, and takes block tags, comments and partials that stand alone on a line out with their line."""
-    stripped, last = list(items), len(items) - 1
-    for index, tag in enumerate(items):
-        if isinstance(tag, str):
+    stripped, last = ["", *items, ""], len(items)
+    for index, tag in enumerate(items, 1):
+        if isinstance(tag, str) or not (tag.sign in _STANDALONE or tag.left or tag.right):
             continue
-        before, after = items[index - 1] if index else "\n", items[index + 1] if index < last else "\n"
-        alone = tag.sign in _STANDALONE and isinstance(before, str) and isinstance(after, str)
-        if alone and isinstance(before, str) and isinstance(after, str):
-            line_start, line_end = before.rfind("\n") + 1, after.find("\n")
-            indent = before[line_start:]
-            alone = (line_start > 0 or index == 1) and (line_end >= 0 or index == last - 1)
-            if alone and not indent.strip() and not (after[:line_end] if line_end >= 0 else after).strip():
-                if index and not tag.left:
-                    tag.indent = indent[len(indent.rstrip(" \t")) :] if tag.sign == ">" else ""
-                    stripped[index - 1] = str(stripped[index - 1]).rstrip(" \t")
-                if index < last:
-                    stripped[index + 1] = re.sub(r"\A[ \t]*\r?\n?", "", str(stripped[index + 1]))
-        if tag.left and index and isinstance(stripped[index - 1], str):
-            stripped[index - 1] = str(stripped[index - 1]).rstrip()
-        if tag.right and index < last and isinstance(stripped[index + 1], str):
-            stripped[index + 1] = str(stripped[index + 1]).lstrip()
+        before, after = items[index - 2] if index > 1 else "\n", items[index] if index < last else "\n"
+        if tag.sign in _STANDALONE and isinstance(before, str) and isinstance(after, str):
+            _, newline, indent = before.rpartition("\n")
+            rest, ending, _ = after.partition("\n")
+            if not (indent.strip() or rest.strip()) and (newline or index == 2) and (ending or index == last - 1):
+                tag.indent = indent[len(indent.rstrip(" \t")) :] if tag.sign == ">" and not tag.left else ""
+                stripped[index - 1] = stripped[index - 1].rstrip(" \t")
+                stripped[index + 1] = re.sub(r"\A[ \t]*\r?\n?", "", stripped[index + 1])
+        if tag.left and isinstance(stripped[index - 1], str):
+            stripped[index - 1] = stripped[index - 1].rstrip()
+        if tag.right and isinstance(stripped[index + 1], str):
+            stripped[index + 1] = stripped[index + 1].lstrip()
     return [item for item in stripped if item != ""]
 
 
-# ---- Values ----------------------------------------------------------------------------------------------------------
+# ---- Values: lookup, truth, text, comparison -------------------------------------------------------------------------
 
 _MISSING: Any = object()
-_PLAIN = frozenset((str, int, float, bool, list, dict, tuple))  # types that a path may end at; null takes the slow way
-_KINDS = ((type(None), "null"), (bool, "a boolean"), ((int, float), "a number"), (str, "text"), ((list, tuple), "a list"))
+_PLAIN = frozenset((str, int, float, bool, list, dict, tuple))  # what a path may end at as it is; null goes the slow way
+_KINDS: tuple[tuple[Any, str], ...] = (
+    (type(None), "null"), (bool, "a boolean"), ((int, float), "a number"), (str, "text"), ((list, tuple), "a list"),
+    (Mapping, "a map"), (object, "a Python object"),
+)  # fmt: skip
 
 
 def _kind(value: Any) -> str:
     """What an error calls a value."""
-    for types, name in _KINDS:
-        if isinstance(value, types):
-            return name
-    return "a map" if isinstance(value, Mapping) else type(value).__name__
+    return next(name for types, name in _KINDS if isinstance(value, types))
 
 
 def _settled(value: Any) -> Any:
@@ -1406,14 +1389,26 @@ def _child(value: Any, step: str) -> Any:
     if isinstance(value, Mapping):
         if step in value:
             return value[step]
-        number = int(step) if len(step) < 19 and re.fullmatch(r"-?(0|[1-9][0-9]*)", step, re.A) else None
+        number = int(step) if len(step) < 19 and re.fullmatch(r"-?(?:0|[1-9][0-9]*)", step) else None
         return value[number] if number is not None and number in value else _MISSING
     if isinstance(value, (list, tuple)):
-        if step == "length":
-            return len(value)
         if len(step) < 19 and step.isascii() and step.isdigit() and int(step) < len(value):
             return value[int(step)]
+        return len(value) if step == "length" else _MISSING
     return _MISSING
+
+
+def _there(value: Any, *steps: str) -> str:
+    """What is there where a path breaks off, for an error: the keys and the nearest of them, or the kind of value."""
+    reached = 0
+    while reached < len(steps) - 1 and (following := _child(value, steps[reached])) is not _MISSING:
+        value, reached = following, reached + 1
+    where = repr(".".join(steps[:reached])) if reached else "the scope"
+    if not isinstance(value, Mapping):
+        return f": {where} is {_kind(value)}" + (f" of {len(value)}" if isinstance(value, (list, tuple)) else "")
+    keys = [str(key)[:50] for key, _ in zip(value, range(200))]
+    listed = ", ".join(keys[:10]) + (", ..." if len(keys) > 10 else "")
+    return f": {where} has {listed or 'no keys'}" + _suggestion(steps[reached], keys)
 
 
 def _truthy(value: Any) -> bool:
@@ -1422,46 +1417,53 @@ def _truthy(value: Any) -> bool:
 
 
 def _unpacked(value: Any) -> Any:
-    """What JSON does not know, as what it does."""
-    if getattr(type(value), "__template_value__", None):
+    """What JSON does not know, as something that it does."""
+    if hasattr(type(value), "__template_value__"):
         return _settled(value)
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_unpacked)
+
+
 def _json_text(value: Any, indent: int | None = None) -> str:
-    """JSON text of a value, compact unless indented; TemplateError for what JSON cannot say (nan and infinity too)."""
+    """JSON of a value, compact unless indented; TemplateError for what JSON cannot say (nan and infinity too)."""
     try:
-        separators = (",", ":") if indent is None else (",", ": ")
-        return json.dumps(
-            value, ensure_ascii=False, allow_nan=False, separators=separators, indent=indent, default=_unpacked
-        )
-    except (TypeError, ValueError, RecursionError, OverflowError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise TemplateError(f"cannot render {_kind(value)} as text: {reason}") from None
+        if indent is None:
+            return _ENCODER.encode(value)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=_unpacked)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise TemplateError(f"cannot write {_kind(value)} as text: {reason}") from None
 
 
 def _to_text(value: Any) -> str:
-    """How a value is written into text: null as nothing, numbers, true, false, lists and maps as JSON."""
+    """How a value is written into text: null as nothing; numbers, true, false, lists and maps as JSON."""
     if isinstance(value, str):
         return value
-    if value is None or value is _MISSING:
-        return ""
-    return _json_text(value)
+    if type(value) is int and -1000000 < value < 1000000:
+        return repr(value)
+    return "" if value is None else _json_text(value)
+
+
+def _as_number(text: str) -> int | float | None:
+    """The number that a text spells (`5`, `-0.5`, `1e3`, white space around), or None."""
+    match = re.fullmatch(r"\s*([-+]?[0-9]{1,4000}(\.[0-9]+)?([eE][-+]?[0-9]+)?)\s*", text)
+    return None if not match else float(match[1]) if match[2] or match[3] else int(match[1])
 
 
 def _equal(left: Any, right: Any) -> bool:
-    """Equality of `==`, `in` and `eq`: see Condition."""
-    if isinstance(left, str) and isinstance(right, str):
-        return str.__eq__(left, right)
+    """Equality of `==`, `in` and `eq`, as Condition describes it."""
+    if isinstance(right, str):
+        left, right = right, left
+    if isinstance(left, str):
+        if isinstance(right, bool):
+            return left.strip().lower() == _to_text(right)
+        return _as_number(left) == right if isinstance(right, (int, float)) else left == right
     if isinstance(left, bool) or isinstance(right, bool):
-        if isinstance(left, str) or isinstance(right, str):
-            return _to_text(left).strip().lower() == _to_text(right).strip().lower()
         return left is right
-    if isinstance(left, str) or isinstance(right, str):
-        text, other = (left, right) if isinstance(left, str) else (right, left)
-        return isinstance(other, (int, float)) and _as_number(text) == other
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
         return len(left) == len(right) and all(map(_equal, left, right))
     if isinstance(left, Mapping) and isinstance(right, Mapping):
@@ -1469,50 +1471,27 @@ def _equal(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def _as_number(text: str) -> int | float | None:
-    """The number that a text spells as JSON does (`5`, `-0.5`, `1e3`; white space around is fine), or None."""
-    match = re.fullmatch(r"\s*([-+]?[0-9]{1,4000}(\.[0-9]+)?([eE][-+]?[0-9]+)?)\s*", text, re.A)
-    if not match:
-        return None
-    return float(match[1]) if match[2] or match[3] else int(match[1])
-
-
-def _compare(left: Any, right: Any) -> int | None:
-    """-1, 0 or 1; None if either is null (or not a number at all); TypeError for what has no order."""
+def _order(left: Any, right: Any) -> int | None:
+    """-1, 0 or 1; None if either is null (or nan); TypeError for what has no order."""
     if left is None or right is None:
         return None
-    if isinstance(left, str) != isinstance(right, str):
-        text, other = (left, right) if isinstance(left, str) else (right, left)
-        number = _as_number(text) if isinstance(other, (int, float)) and not isinstance(other, bool) else None
-        if number is None:
-            raise TypeError(f"cannot order {_kind(left)} and {_kind(right)}" + _excerpt(text))
-        left, right = (number, right) if text is left else (left, number)
-    elif not isinstance(left, str):
-        for value in (left, right):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"cannot order {_kind(left)} and {_kind(right)}")
+    if not (isinstance(left, str) and isinstance(right, str)):
+        numbers = [_as_number(value) if isinstance(value, str) else value for value in (left, right)]
+        if any(isinstance(number, bool) or not isinstance(number, (int, float)) for number in numbers):
+            raise TypeError(f"cannot order {_kind(left)} and {_kind(right)}")
+        left, right = numbers
     return -1 if left < right else 1 if left > right else 0 if left == right else None
 
 
-def _excerpt(text: str) -> str:
-    return f": {text[:40]!r} is not a number"
-
-
-# ---- Helpers: plain functions, positional arguments and named ones -------------------------------------------------
+# ---- Helpers: plain functions of the arguments of a tag --------------------------------------------------------------
 
 
 def _lookup(value: Any, key: Any) -> Any:
     return _settled(_child(value, _to_text(key)))
 
 
-def _default(value: Any, *fallbacks: Any) -> Any:
-    for fallback in fallbacks:
-        value = fallback if value is None or value == "" else value
-    return value
-
-
 def _length_of(value: Any) -> int:
-    if value is not None and not isinstance(value, (str, list, tuple, Mapping)):
+    if not isinstance(value, (str, list, tuple, Mapping, type(None))):
         raise TypeError(f"{_kind(value)} has no length")
     return len(value or ())
 
@@ -1523,148 +1502,129 @@ def _join_values(values: Any, separator: Any = ", ") -> str:
     return _to_text(separator).replace("\\n", "\n").replace("\\t", "\t").join(map(_to_text, values))
 
 
-def _truncate(value: Any, length: int, suffix: str = "...") -> str:
+def _truncate(value: Any, length: int, suffix: Any = "...") -> str:
     text, suffix = _to_text(value), _to_text(suffix)
     if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-        raise TypeError("needs a whole number of characters")
+        raise TypeError("needs a number of characters")
     return text if len(text) <= length else text[: max(0, length - len(suffix))] + suffix[:length]
 
 
-def _and(*values: Any) -> Any:
-    return next((value for value in values if not _truthy(value)), values[-1])
-
-
-def _or(*values: Any) -> Any:
-    return next((value for value in values if _truthy(value)), values[-1])
-
-
+_ORDERS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": lambda left, right: _equal(left, right),
+    "!=": lambda left, right: not _equal(left, right),
+    "<": lambda left, right: _order(left, right) == -1,
+    "<=": lambda left, right: _order(left, right) in (-1, 0),
+    ">": lambda left, right: _order(left, right) == 1,
+    ">=": lambda left, right: _order(left, right) in (0, 1),
+}
 _HELPERS: dict[str, Callable[..., Any]] = {
+    **dict(zip(("eq", "ne", "lt", "le", "gt", "ge"), _ORDERS.values())),
+    "and": lambda *values: next((value for value in values if not _truthy(value)), values[-1]),
+    "or": lambda *values: next((value for value in values if _truthy(value)), values[-1]),
+    "not": lambda value: not _truthy(value),
     "lookup": _lookup,
     "json": lambda value, indent=None: _json_text(value, indent),
-    "default": _default,
+    "default": lambda *values: next((value for value in values[:-1] if value is not None and value != ""), values[-1]),
     "length": _length_of,
     "join": _join_values,
     "upper": lambda value: _to_text(value).upper(),
     "lower": lambda value: _to_text(value).lower(),
     "trim": lambda value: _to_text(value).strip(),
     "truncate": _truncate,
-    "eq": _equal,
-    "ne": lambda left, right: not _equal(left, right),
-    "lt": lambda left, right: _compare(left, right) == -1,
-    "le": lambda left, right: _compare(left, right) in (-1, 0),
-    "gt": lambda left, right: _compare(left, right) == 1,
-    "ge": lambda left, right: _compare(left, right) in (1, 0),
-    "and": _and,
-    "or": _or,
-    "not": lambda value: not _truthy(value),
     "log": lambda *values, **named: "",
 }
 _LENIENT = frozenset(("if", "unless", "default", "and", "or", "not"))  # a missing value is null in their arguments
-_LOOP_VALUES = {"index": 0, "key": 1, "first": 2, "last": 3}
-
-
-class BlockOptions:
-    """What a block helper gets as `options`: `fn(context)` and `inverse(context)` render its two bodies (without an
-    argument: in the context it stands in), `hash` holds the named arguments, `this` is the context."""
-
-    __slots__ = ("fn", "hash", "inverse", "this")
-
-    def __init__(self, this: Any, named: dict[str, Any], fn: Callable[..., str], inverse: Callable[..., str]) -> None:
-        self.this, self.hash, self.fn, self.inverse = this, named, fn, inverse
-
-
-class _Frame:
-    """What a tag sees besides `this`: the contexts around it, the loop, block parameters, partials, the root."""
-
-    __slots__ = ("block", "contexts", "level", "loop", "parameters", "partials", "root")
-
-    def __init__(self, root: Any) -> None:
-        self.root: Any = root
-        self.contexts: Any = (root, None)  # (this, (its parent, ...)), a linked list
-        self.loop: Any = None  # (index, key, first, last, the loop around it)
-        self.parameters: Any = None  # (values, (those of the block around it, ...))
-        self.partials: dict[str, tuple[_Read, _Frame]] = {}  # inline partials, with the frame they were defined in
-        self.block: tuple[_Read, _Frame] | None = None  # @partial-block
-        self.level = 0
-
-    def child(self, this: Any = _MISSING) -> _Frame:
-        frame = _Frame.__new__(_Frame)
-        frame.root, frame.loop, frame.parameters = self.root, self.loop, self.parameters
-        frame.partials, frame.block, frame.level = self.partials, self.block, self.level
-        frame.contexts = self.contexts if this is _MISSING else (this, self.contexts)
-        return frame
 
 
 # ---- Compiler --------------------------------------------------------------------------------------------------------
+
+
+def _root_frame(root: Any) -> _Frame:
+    """What a tag sees besides `this`. The tuples are linked lists: the last item is the tuple of the block around."""
+    return {
+        "root": root,
+        "contexts": (root, None),  # this, the contexts around it
+        "loop": None,  # (index, key, first, last, the loop around it)
+        "parameters": None,  # (the values of block parameters ..., those of the block around it)
+        "partials": {},  # inline partials: name -> (program, the frame it is defined in)
+        "block": None,  # @partial-block: (program, the frame it is defined in)
+        "level": 0,  # of partials in partials
+    }
+
+
+def _inside(frame: _Frame, value: Any, names: Sequence[str] = ()) -> _Frame:
+    """The frame of a block whose `this` is the value; its block parameter too, if it has one."""
+    inner = {**frame, "contexts": (value, frame["contexts"])}
+    if names:
+        inner["parameters"] = (value, frame["parameters"])
+    return inner
 
 
 def _nothing(this: Any, frame: Any) -> str:
     return ""
 
 
-def _fast_path(steps: tuple[str, ...], slow: _Read) -> _Read:
-    """Reads a path whose maps are plain dicts and which ends at a plain value; everything else is left to `slow`."""
-    if len(steps) == 1:
-        (first,) = steps
+def _constant(value: Any) -> Callable[..., Any]:
+    """A closure that gives the value, whatever it is called with, and says so."""
 
-        def read(this: Any, frame: Any) -> Any:
-            try:
-                if type(this) is dict and type(value := this[first]) in _PLAIN:
-                    return value
-            except KeyError:
-                pass
-            return slow(this, frame)
+    def evaluate(this: Any, frame: Any = None) -> Any:
+        return value
 
-    elif len(steps) == 2:
-        first, second = steps
+    evaluate.constant = value  # type: ignore[attr-defined]
+    return evaluate
 
-        def read(this: Any, frame: Any) -> Any:
-            try:
-                if type(this) is dict and type(one := this[first]) is dict and type(value := one[second]) in _PLAIN:
-                    return value
-            except KeyError:
-                pass
-            return slow(this, frame)
 
-    elif len(steps) == 3:
-        first, second, third = steps
+def _climber(chain: str, levels: int, slot: int) -> _Read:
+    """Reads a slot of one of the frame's linked lists, some levels up."""
 
-        def read(this: Any, frame: Any) -> Any:
-            try:
-                if type(this) is dict and type(one := this[first]) is dict and type(two := one[second]) is dict:
-                    value = two[third]
-                    if type(value) in _PLAIN:
-                        return value
-            except KeyError:
-                pass
-            return slow(this, frame)
+    def read(this: Any, frame: _Frame) -> Any:
+        link = frame[chain]
+        for _ in range(levels):
+            link = link and link[-1]
+        return link[slot] if link and slot < len(link) - 1 else _MISSING
 
-    else:
-        return slow
     return read
 
 
+def _path_reader(steps: tuple[str, ...], start: _Read | None = None, missing: _Read | None = None, raw: bool = False) -> _Read:
+    """Reads a path from `this` or from what `start` reads. A missing value is null unless `missing` raises."""
+
+    def read(this: Any, frame: Any) -> Any:
+        value = start(this, frame) if start else this
+        for step in steps:
+            value = _child(value, step)
+        if value is _MISSING:
+            return missing(this, frame) if missing else None
+        return value if raw else _settled(value)
+
+    first, second, third = (*steps, "", "", "")[:3]
+
+    def read_one(this: Any, frame: Any) -> Any:
+        value = this.get(first) if type(this) is dict else None
+        return value if type(value) in _PLAIN else read(this, frame)
+
+    def read_two(this: Any, frame: Any) -> Any:
+        value = this.get(first) if type(this) is dict else None
+        value = value.get(second) if type(value) is dict else None
+        return value if type(value) in _PLAIN else read(this, frame)
+
+    def read_three(this: Any, frame: Any) -> Any:
+        value = this.get(first) if type(this) is dict else None
+        value = value.get(second) if type(value) is dict else None
+        value = value.get(third) if type(value) is dict else None
+        return value if type(value) in _PLAIN else read(this, frame)
+
+    return read if start or not 1 <= len(steps) <= 3 else (read_one, read_two, read_three)[len(steps) - 1]
+
+
 def _joined(parts: list[Any]) -> _Read:
-    """A program: the texts of the parts (constant text, or a closure), joined."""
-    merged: list[Any] = []
-    for part in parts:
-        if merged and isinstance(part, str) and isinstance(merged[-1], str):
-            merged[-1] = [merged[-1], part]
-        elif merged and isinstance(part, str) and isinstance(merged[-1], list):
-            merged[-1].append(part)
-        else:
-            merged.append(part)
-    pieces = ["".join(part) if isinstance(part, list) else part for part in merged]
-    reads = [(index, part) for index, part in enumerate(pieces) if not isinstance(part, str)]
+    """A program: the texts of the parts (constant texts and closures), joined."""
+    reads = [(index, part) for index, part in enumerate(parts) if not isinstance(part, str)]
     if not reads:
-        constant = "".join(pieces)
-        return lambda this, frame: constant
-    if len(pieces) == 1:
-        (single,) = pieces
-        return lambda this, frame: value if type(value := single(this, frame)) is str else _to_text(value)
+        return _constant("".join(parts))
 
     def render(this: Any, frame: Any) -> str:
-        texts = pieces[:]
+        texts = parts[:]
         for index, read in reads:
             value = read(this, frame)
             texts[index] = value if type(value) is str else _to_text(value)
@@ -1673,366 +1633,301 @@ def _joined(parts: list[Any]) -> _Read:
     return render
 
 
-def _render_each(value: Any, body: _Read, inverse: _Read, names: Sequence[str], this: Any, frame: _Frame) -> str:
-    """The body once for each item of a list or map, or the inverse if there is none."""
-    keys: Any = range(len(value)) if isinstance(value, (list, tuple)) else list(value) if isinstance(value, Mapping) else ()
+def _render_each(value: Any, body: _Read, inverse: _Read, names: Sequence[str], this: Any, frame: _Frame) -> Any:
+    """The body once for each item of a list or map; the inverse if there is none."""
+    listed = isinstance(value, (list, tuple))
+    keys: Any = range(len(value)) if listed else list(value) if isinstance(value, Mapping) else ()
     if not keys:
-        return str(inverse(this, frame))
-    items = value if isinstance(value, (list, tuple)) else [value[key] for key in keys]
-    child, contexts, around, last, texts = frame.child(), frame.contexts, frame.loop, len(keys) - 1, []
-    for index, (key, item) in enumerate(zip(keys, items)):
-        child.contexts = (item, contexts)
-        child.loop = (index, key, index == 0, index == last, around)
+        return inverse(this, frame)
+    inner, contexts, around, last, texts = {**frame}, frame["contexts"], frame["loop"], len(keys) - 1, []
+    for index, (key, item) in enumerate(zip(keys, value if listed else [value[key] for key in keys])):
+        inner["contexts"], inner["loop"] = (item, contexts), (index, key, index == 0, index == last, around)
         if names:
-            child.parameters = ((item, key), frame.parameters)
-        texts.append(body(item, child))
+            inner["parameters"] = (item, key, frame["parameters"])
+        texts.append(body(item, inner))
     return "".join(texts)
 
 
-class _Partials:
-    """Named partial templates, each compiled once, when it is first used."""
+class _Partials(dict):  # type: ignore[type-arg]
+    """Partials by name: sources, each replaced by its Template when it is first asked for."""
 
-    __slots__ = ("_known", "helpers", "strict")
+    def __init__(self, sources: Mapping[str, Any] | None, strict: bool, helpers: _Helpers | None) -> None:
+        super().__init__(sources or {})
+        self.strict, self.helpers = strict, helpers
 
-    def __init__(self, sources: Mapping[str, Any] | None, strict: bool, helpers: Mapping[str, Any] | None) -> None:
-        self._known, self.strict, self.helpers = dict(sources or {}), strict, helpers
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._known
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._known)
-
-    def get(self, name: str) -> Template | None:
-        """The compiled partial, or None; TemplateError if it does not compile."""
-        partial = self._known.get(name)
-        if partial is not None and not isinstance(partial, Template):
-            partial = self._known[name] = Template(partial, self.strict, self, self.helpers, _name=name)
-        return partial
+    def template(self, name: str) -> Template | None:
+        source = self.get(name)
+        if source is not None and not isinstance(source, Template):
+            source = self[name] = Template(source, self.strict, self, self.helpers, _name=name)
+        return source
 
 
 class _TemplateCompiler:
-    """Turns one source into its program and collects what that refers to."""
+    """Turns one source into its program, and collects what that refers to."""
 
-    def __init__(
-        self, source: str, strict: bool, partials: _Partials, helpers: Mapping[str, Callable[..., Any]], name: str
-    ) -> None:
+    def __init__(self, source: str, strict: bool, partials: _Partials, helpers: _Helpers, name: str) -> None:
         self.source, self.strict, self.partials, self.helpers, self.name = source, strict, partials, helpers, name
         self.items = _strip_lines(_scan(source))
         self.next = self.nesting = 0
-        self.scopes: list[bool | None] = [True]  # is `this` the root, level by level? None: cannot be known
+        self.end = _Tag("", 0)  # the tag that ended the program compiled last
+        self.inlines: dict[str, _Read] = {}  # and its inline partials
+        self.scopes: list[bool | None] = [True]  # is `this` the root, level by level? None: depends on a value
         self.names: list[tuple[str, ...]] = []  # block parameters, level by level
-        self.guards: list[tuple[str, ...]] = []  # paths that an enclosing #if or #unless has asked for
-        self.references: list[tuple[tuple[str, ...], bool, int, bool]] = []  # the last: from @root
-        self.calls: list[tuple[str, bool, frozenset[str], int]] = []  # partials: name, context is the root, keys, position
-        self.dynamic = self.framed = False  # not a constant; needs a frame
-        self.inlines = {tag.arguments[0][1] for tag in self.items if isinstance(tag, _Tag) and tag.sign == "#*" and tag.arguments}
+        self.guards: list[tuple[str, ...]] = []  # the paths that the #if and #unless around ask for
+        self.references: list[tuple[tuple[str, ...], bool, int, bool]] = []  # the last: starts at @root
+        self.calls: list[tuple[str, bool, set[str], int]] = []  # partials: name, context is the root, keys, position
+        self.dynamic = self.framed = False  # has tags that render; needs a frame
 
     def error(self, reason: str, position: int) -> TemplateError:
         return TemplateError(reason + (f" in partial {self.name!r}" if self.name else ""), self.source, position)
 
-    # -- blocks
-
-    def program(self, opener: _Tag | None = None, scope: tuple[bool | None, ...] = (), names: tuple[str, ...] = ()) -> tuple[_Read, _Tag | None]:
-        """Compiles up to the tag that ends the opener's body (the whole source without an opener)."""
-        if self.nesting > _MAX_NESTING and opener:
-            raise self.error(f"blocks nested deeper than {_MAX_NESTING}", opener.position)
+    def program(self, opener: _Tag | None, scope: Sequence[bool | None] = (), names: Sequence[str] = ()) -> _Read:
+        """Compiles up to the tag that ends the opener's body, or to the end of the source."""
         parts: list[Any] = []
         inlines: dict[str, _Read] = {}
-        end = None
+        outer_scopes, outer_names, end = len(self.scopes), len(self.names), _Tag("", 0)
         self.scopes += scope
-        self.names += [names] if names else []
+        self.names += [tuple(names)] if names else []
         self.nesting += 1
-        while self.next < len(self.items):
+        if self.nesting > _MAX_NESTING + 1:
+            raise self.error(f"blocks nested deeper than {_MAX_NESTING}", opener.position if opener else 0)
+        while self.next < len(self.items) and not end.sign:
             item = self.items[self.next]
             self.next += 1
             if isinstance(item, str):
                 parts.append(item)
-                continue
-            if item.sign in ("/", "else"):
-                if not opener:
-                    raise self.error("`else` outside of a block" if item.sign == "else" else f"'/{item.name}' closes nothing", item.position)
+            elif item.sign in ("/", "else"):
                 end = item
-                break
-            part = self.tag(item, inlines)
-            if part:
-                parts.append(part)
-        if opener and not end:
+            elif item.sign == "#*":
+                inlines.update(self.inline(item))
+            elif item.sign != "!":
+                parts.append(self.tag(item))
+        if opener and not end.sign:
             raise self.error(f"block '{opener.sign}{opener.name}' is never closed", opener.position)
+        if end.sign and not opener:
+            raise self.error(f"'{end.sign}{end.name}' outside of a block", end.position)
+        del self.scopes[outer_scopes:], self.names[outer_names:]
         self.nesting -= 1
-        del self.scopes[len(self.scopes) - len(scope) :]
-        del self.names[len(self.names) - bool(names) :]
-        return self.with_inlines(_joined(parts), inlines), end
-
-    def with_inlines(self, program: _Read, inlines: dict[str, _Read]) -> _Read:
-        """The program with its inline partials defined before it starts."""
-        if not inlines:
-            return program
+        self.end, self.inlines, program = end, inlines, _joined(parts)
 
         def render(this: Any, frame: _Frame) -> Any:
-            child = frame.child()
-            child.partials = {**frame.partials, **{name: (body, child) for name, body in inlines.items()}}
-            return program(this, child)
+            inner = {**frame}
+            inner["partials"] = {**frame["partials"], **{name: (body, inner) for name, body in inlines.items()}}
+            return program(this, inner)
 
-        render.inlines = inlines  # type: ignore[attr-defined]
-        return render
+        return render if inlines else program
 
-    def tag(self, tag: _Tag, inlines: dict[str, _Read]) -> _Read | None:
-        """The closure of a tag and, if it opens a block, of all up to its end; None for what renders nothing."""
-        if tag.sign == "!":
-            return None
-        self.dynamic = True
-        try:
-            if tag.sign == "":
-                return self.value(tag)
-            self.framed = True
-            if tag.sign in ("#", "^"):
-                return self.block(tag)
-            if tag.sign in (">", "#>"):
-                return self.partial(tag)
-            if tag.sign == "#*" and tag.name == "inline" and tag.arguments and tag.arguments[0][0] == "literal":
-                inlines[_to_text(tag.arguments[0][1])] = self.closed(tag, self.program(tag, (None,)))
-                return None
-        except _Malformed as error:
-            raise self.error(error.args[0], tag.position) from None
-        raise self.error("the only decorator is {{#*inline \"name\"}}", tag.position)
-
-    def closed(self, opener: _Tag, program: tuple[_Read, _Tag | None]) -> _Read:
-        """The program, once the tag that ended it has been checked to close the opener."""
-        body, end = program
-        if end is None or end.sign != "/" or _comparable(end) != _comparable(opener):
+    def close(self, opener: _Tag) -> None:
+        """Checks that the tag that ended the last program closes the opener."""
+        wanted, found = (_split_path(name) for name in (opener.name, self.end.name))
+        if self.end.sign != "/" or wanted != found:
             line = self.source.count("\n", 0, opener.position) + 1
-            found = f"'/{end.name}'" if end and end.sign == "/" else "a second `else`"
-            raise self.error(f"{found} does not close '{opener.sign}{opener.name}' of line {line}", end.position if end else 0)
-        return body
+            ending = f"'/{self.end.name}'" if self.end.sign == "/" else "a second else"
+            raise self.error(f"{ending} does not close '{opener.sign}{opener.name}' of line {line}", self.end.position)
 
-    def bodies(self, tag: _Tag, scope: tuple[bool | None, ...], chained: bool) -> tuple[_Read, _Read]:
-        """The body and inverse of a block. A chained block (`else if`) leaves its end for the block that it is in."""
-        first, second = ((), scope) if tag.sign == "^" else (scope, ())
-        body, end = self.program(tag, first, tag.names if first else ())
-        inverse: _Read = _nothing
-        if end and end.sign == "else":
-            if end.head:
-                self.nesting += 1
-                self.scopes += second
-                inverse, end = self.chain(end)
-                del self.scopes[len(self.scopes) - len(second) :]
-                self.nesting -= 1
-            else:
-                inverse, end = self.program(tag, second, tag.names if second else ())
-        if chained:
-            self.chain_end = end
-        else:
-            self.closed(tag, (body, end))
+    def bodies(self, tag: _Tag, scope: Sequence[bool | None], chained: bool) -> tuple[_Read, _Read]:
+        """The body and the inverse of a block. A chained one (`else if`) leaves its end to the block it is in."""
+        first: tuple[Any, ...] = (scope, tag.names)
+        second: tuple[Any, ...] = ((), ())
+        if tag.sign == "^":
+            first, second = second, first
+        body, inverse = self.program(tag, *first), _nothing
+        if self.end.sign == "else" and self.end.head:
+            self.end.sign = "#"
+            self.nesting += 1
+            inverse = self.block(self.end, chained=True)
+            self.nesting -= 1
+        elif self.end.sign == "else":
+            inverse = self.program(tag, *second)
+        if not chained:
+            self.close(tag)
         return (inverse, body) if tag.sign == "^" else (body, inverse)
 
-    def chain(self, tag: _Tag) -> tuple[_Read, _Tag | None]:
-        """`{{else if x}}` as a block of its own, and the tag that ended it."""
-        tag.sign = "#"
-        return self.block(tag, chained=True), self.chain_end
+    def tag(self, tag: _Tag) -> _Read:
+        """The closure of a tag and, if it opens a block, of all up to its end."""
+        self.dynamic = True
+        if tag.sign == "":
+            return self.value(tag)
+        self.framed = True
+        if tag.sign in ("#", "^"):
+            return self.block(tag)
+        if tag.sign in (">", "#>"):
+            return self.partial(tag)
+        raise self.error(f"unexpected {tag.sign!r}", tag.position)
+
+    def inline(self, tag: _Tag) -> dict[str, _Read]:
+        """{{#*inline "name"}}: a partial for the block it stands in."""
+        if tag.name != "inline" or len(tag.arguments) != 1 or tag.arguments[0][0] != "literal":
+            raise self.error('the only decorator is {{#*inline "name"}}', tag.position)
+        self.framed = True
+        body = self.program(tag, (None,))
+        self.close(tag)
+        return {tag.arguments[0][2]: body}
 
     def block(self, tag: _Tag, chained: bool = False) -> _Read:
         name = tag.name if tag.head and tag.head[0] == "path" else ""
         if name in self.helpers:
-            return self.helper_block(tag, self.helpers[name], chained)
+            return self.helper_block(tag, chained)
         if name in _BLOCKS:
             if len(tag.arguments) != 1:
                 raise self.error(f"#{name} takes one argument", tag.position)
             return _BLOCKS[name](self, tag, chained)
         if name == "raw" and not tag.arguments:
             return self.bodies(tag, (), chained)[0]
-        if tag.arguments or tag.named:
-            read = self.call(tag, False)
-        else:
-            read = self.value(tag)
-        body, inverse = self.bodies(tag, (None,), chained)
-        names = tag.names
+        return self.section(self.value(tag), tag, chained)
 
-        def section(this: Any, frame: _Frame) -> Any:
+    def section(self, read: _Read, tag: _Tag, chained: bool) -> _Read:
+        """`{{#x}}`: once for true, for each item of a list, with any other value as `this`; else the inverse."""
+        names, (body, inverse) = tag.names, self.bodies(tag, (None,), chained)
+
+        def render(this: Any, frame: _Frame) -> Any:
             value = read(this, frame)
-            if value is None or value is False:
-                return inverse(this, frame)
-            if value is True:
-                return body(this, frame)
             if isinstance(value, (list, tuple)):
                 return _render_each(value, body, inverse, names, this, frame)
-            return body(value, frame.child(value))
+            if value is None or value is False:
+                return inverse(this, frame)
+            inner = _inside(frame, value, names)
+            return body(value, inner) if value is not True else body(this, {**inner, "contexts": frame["contexts"]})
 
-        return section
+        return render
 
     def if_block(self, tag: _Tag, chained: bool) -> _Read:
-        seen = len(self.references)
-        test, zero = self.expression(tag.arguments[0], True), self.named(tag, True).get("includeZero")
-        guards = [segments for segments, *_ in self.references[seen:]]
-        self.guards += guards
+        seen, guarded = len(self.references), len(self.guards)
+        test, zero = self.expression(tag.arguments[0], True), self.named(tag, True).get("includeZero", _nothing)
+        self.guards += [steps for steps, *_ in self.references[seen:]]
         body, inverse = self.bodies(tag, (), chained)
-        del self.guards[len(self.guards) - len(guards) :]
+        del self.guards[guarded:]
         if tag.name == "unless":
             body, inverse = inverse, body
 
-        def choose(this: Any, frame: _Frame) -> Any:
+        def render(this: Any, frame: _Frame) -> Any:
             value = test(this, frame)
-            if _truthy(value) or zero and value == 0 and value is not False and _truthy(zero(this, frame)):
-                return body(this, frame)
-            return inverse(this, frame)
+            true = _truthy(value) or (value is not False and value == 0 and _truthy(zero(this, frame)))
+            return body(this, frame) if true else inverse(this, frame)
 
-        return choose
+        return render
 
     def each_block(self, tag: _Tag, chained: bool) -> _Read:
-        read, names, strict, error = self.expression(tag.arguments[0]), tag.names, self.strict, self.error
+        read, names, strict = self.expression(tag.arguments[0]), tag.names, self.strict
         body, inverse = self.bodies(tag, (False,), chained)
 
-        def each(this: Any, frame: _Frame) -> str:
+        def render(this: Any, frame: _Frame) -> Any:
             value = read(this, frame)
-            if strict and value is not None and not isinstance(value, (list, tuple, Mapping)):
-                raise error(f"#each needs a list or a map, not {_kind(value)}", tag.position)
+            if strict and not isinstance(value, (list, tuple, Mapping, type(None))):
+                raise self.error(f"#each needs a list or a map, not {_kind(value)}", tag.position)
             return _render_each(value, body, inverse, names, this, frame)
 
-        return each
+        return render
 
     def with_block(self, tag: _Tag, chained: bool) -> _Read:
-        read, names = self.expression(tag.arguments[0], raw=True), tag.names
-        same = tag.arguments[0][1] in (".", "this")
+        read, names, same = self.expression(tag.arguments[0], raw=True), tag.names, tag.arguments[0][2] in (".", "this")
         body, inverse = self.bodies(tag, () if same else (False,), chained)
 
-        def within(this: Any, frame: _Frame) -> Any:
+        def render(this: Any, frame: _Frame) -> Any:
             value = read(this, frame)
-            settled = _settled(value)
+            settled, inner = _settled(value), _inside(frame, value, names)
             if not _truthy(settled) and (settled is False or settled != 0):
                 return inverse(this, frame)
-            child = frame.child() if same else frame.child(value)
-            if names:
-                child.parameters = ((value,), frame.parameters)
-            return body(value, child)
+            return body(value, {**inner, "contexts": frame["contexts"]} if same else inner)
 
-        return within
+        return render
 
-    def helper_block(self, tag: _Tag, function: Callable[..., Any], chained: bool) -> _Read:
+    def helper_block(self, tag: _Tag, chained: bool) -> _Read:
+        """A block that calls a helper. One that takes `options` renders the bodies itself: options.fn(context) and
+        options.inverse(context), for the context around it by default; options.hash has the named arguments and
+        options.this the context. What another helper returns is the value of a section."""
+        function, names = self.helpers[tag.name], tag.names
         code = getattr(function, "__code__", None)
-        accepted = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code else ()
-        if "options" not in accepted and not getattr(function, "wants_options", False):
-            read = self.call(tag, False)
-            body, inverse = self.bodies(tag, (), chained)
-            return lambda this, frame: (body if _truthy(read(this, frame)) else inverse)(this, frame)
-        arguments = [self.expression(node) for node in tag.arguments]
-        named = self.named(tag)
+        if not code or "options" not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
+            return self.section(self.call(tag, False), tag, chained)
+        arguments, named = [self.expression(node) for node in tag.arguments], self.named(tag)
         body, inverse = self.bodies(tag, (None,), chained)
-        names, invoke = tag.names, self.invoke
 
-        def call(this: Any, frame: _Frame) -> Any:
-            def renderer(program: _Read) -> Callable[..., str]:
-                def render(context: Any = _MISSING, *parameters: Any) -> str:
-                    same = context is _MISSING or context is this
-                    child = frame.child() if same else frame.child(context)
-                    if names:
-                        child.parameters = (parameters or (context,), frame.parameters)
-                    return str(program(this if same else context, child))
+        def render(this: Any, frame: _Frame) -> Any:
+            def render_body(program: _Read, context: Any = _MISSING) -> Any:
+                same = context is _MISSING or context is this
+                return program(this, frame) if same else program(context, _inside(frame, context, names))
 
-                return render
-
+            fn, other = functools.partial(render_body, body), functools.partial(render_body, inverse)
             values = {key: read(this, frame) for key, read in named.items()}
-            options = BlockOptions(this, values, renderer(body), renderer(inverse))
-            return invoke(tag, function, [read(this, frame) for read in arguments], {**values, "options": options})
+            options = SimpleNamespace(fn=fn, inverse=other, hash=values, this=this)
+            return self.invoke(tag, function, [read(this, frame) for read in arguments], {**values, "options": options})
 
-        return call
-
-    # -- values
+        return render
 
     def value(self, tag: _Tag) -> _Read:
-        """The value of `{{head arguments}}`: a helper's if there is one or arguments ask for one, else a path's."""
-        head = tag.head
-        assert head
-        if head[0] == "call":
-            return self.expression(head)
-        if tag.arguments or tag.named or head[0] == "path" and head[1] in self.helpers:
+        """`{{head arguments}}`: a helper's value if arguments or a helper of the caller's ask for one, else a path's."""
+        assert tag.head
+        kind, content, text, position = tag.head
+        if kind != "call" and (tag.arguments or tag.named or text in self.helpers):
             return self.call(tag, False)
-        return self.expression(head if head[0] == "path" else ("path", f"[{head[2]}]" , head[3]), literal=head[0] != "path")
+        if tag.arguments or tag.named or (tag.names and not tag.sign):
+            raise self.error("unexpected arguments", position)
+        return self.expression(("key" if kind == "literal" else kind, content, text, position))
 
     def call(self, tag: _Tag, lenient: bool) -> _Read:
-        """A helper call. A missing value is null in the arguments of the helpers that ask whether it is there."""
-        name = tag.name
-        function = self.helpers.get(name) or _HELPERS.get(name)
+        """A helper call. A missing value is null in the arguments of helpers that ask whether it is there."""
+        function = self.helpers.get(tag.name) or _HELPERS.get(tag.name)
         if function is None:
-            known = [*self.helpers, *_HELPERS]
-            raise self.error(f"unknown helper {name!r}" + _suggestion(name, known), tag.head[-1] if tag.head else 0)
-        lenient = lenient or name in _LENIENT
+            known = _suggestion(tag.name, [*self.helpers, *_HELPERS])
+            raise self.error(f"unknown helper {tag.name!r}{known}", tag.head[3] if tag.head else 0)
+        lenient = lenient or tag.name in _LENIENT
         reads = [self.expression(node, lenient, raw=function is _lookup) for node in tag.arguments]
         named, invoke, strict = self.named(tag, lenient), self.invoke, self.strict and not lenient
 
-        def call(this: Any, frame: Any) -> Any:
+        def read(this: Any, frame: Any) -> Any:
             values = [read(this, frame) for read in reads]
             value = invoke(tag, function, values, {key: read(this, frame) for key, read in named.items()})
-            if value is not _MISSING:
-                return value
-            if strict:
-                raise self.error(f"missing value {_to_text(values[-1])!r}" + _there(values[0], _to_text(values[-1])), tag.position)
-            return None
+            if value is _MISSING and strict:
+                raise self.error(f"missing value {values[1]!r}{_there(values[0], _to_text(values[1]))}", tag.position)
+            return None if value is _MISSING else value
 
-        return call
+        return read
 
     def named(self, tag: _Tag, lenient: bool = False) -> dict[str, _Read]:
         return {key: self.expression(node, lenient) for key, node in tag.named.items()}
 
-    def invoke(self, tag: _Tag, function: Callable[..., Any], values: list[Any], named: dict[str, Any]) -> Any:
+    def invoke(self, tag: _Tag, function: Any, values: list[Any], named: dict[str, Any]) -> Any:
         try:
             return function(*values, **named)
         except RecursionError:
             raise
         except Exception as error:
-            reason = str(error) if not isinstance(error, KeyError) else f"no key {error}"
-            raise self.error(f"helper {tag.name!r}: {reason.replace('<lambda>', tag.name)}", tag.position) from error
+            reason = str(error).replace("<lambda>()", "it") or type(error).__name__
+            raise self.error(f"helper {tag.name!r}: {reason}", tag.position) from error
 
-    def expression(self, node: _Expression, lenient: bool = False, raw: bool = False, literal: bool = False) -> _Read:
-        """The closure of a node. Lenient: a missing value is null. Raw: views at the end of a path stay views."""
-        if node[0] == "literal":
-            constant = node[1]
-            return lambda this, frame: constant
-        if node[0] == "call":
-            return self.call(node[1], lenient)
-        text, position = node[1], node[-1]
-        depth, steps, fixed = (0, (text[1:-1],), True) if literal else _split_path(text)
-        base = self.base(text, depth, steps, fixed, lenient, position)
-        steps = base.steps if base else steps
-        start = base.read if base else None
-        missing = self.missing(text, steps, start, position) if self.strict and not lenient else None
-
-        def read(this: Any, frame: Any) -> Any:
-            value = start(this, frame) if start else this
-            for step in steps:
-                if value is _MISSING:
-                    break
-                value = _child(value, step)
-            if value is _MISSING:
-                return missing(this, frame) if missing else None
-            return value if raw else _settled(value)
-
-        return read if start else _fast_path(steps, read)
-
-    def base(self, text: str, depth: int, steps: tuple[str, ...], fixed: bool, lenient: bool, position: int) -> _Base | None:
-        """Where a path starts, if that is not `this`; notes the path if that is the root."""
-        if text[0] == "@":
-            self.framed = True
+    def expression(self, node: _Expression, lenient: bool = False, raw: bool = False) -> _Read:
+        """The closure of a node. Lenient: a missing value is null. Raw: a view at the end of a path stays a view."""
+        kind, content, text, position = node
+        if kind == "literal":
+            return _constant(content)
+        if kind == "call":
+            return self.call(content, lenient)
+        depth, steps, fixed = (0, (text,), True) if kind == "key" else _split_path(text)
+        if kind == "path" and not {".", "..", "this"}.isdisjoint(step for step in _STEPS.findall(text)[-len(steps) :] if steps):
+            raise self.error(f"invalid path {text!r}: '.', '..' and 'this' come first", position)
+        start: _Read | None = None
+        level = next((level for level, names in enumerate(reversed(self.names)) if steps and steps[0] in names), None)
+        if kind == "path" and text[0] == "@":
+            slots = {"index": 0, "key": 1, "first": 2, "last": 3}
             if steps[:1] == ("root",):
                 self.refer(steps[1:], lenient, position, True)
-                return _Base(steps[1:], lambda this, frame: frame.root)
-            if steps == ("partial-block",):
-                return _Base((), lambda this, frame: frame.block is not None)
-            slot = _LOOP_VALUES.get(steps[0] if steps else "")
-            if slot is None:
-                return _Base(steps, lambda this, frame: _MISSING)
-            return _Base(steps[1:], _loop_value(slot, depth))
-        if not fixed and steps:
-            for level, names in enumerate(reversed(self.names)):
-                if steps[0] in names:
-                    self.framed = True
-                    return _Base(steps[1:], _parameter(level, names.index(steps[0])))
-        scopes = self.scopes[len(self.scopes) - 1 - depth :] if depth < len(self.scopes) else [False]
-        if scopes[0]:
-            self.refer(steps, lenient or None in scopes, position, False)
-        if not depth:
-            return None
-        self.framed = True
-        return _Base(steps, _outer_context(depth))
+                start = lambda this, frame: frame["root"]  # noqa: E731
+            elif steps == ("partial-block",):
+                start = lambda this, frame: frame["block"] is not None  # noqa: E731
+            else:
+                start = _climber("loop", depth, slots.get(steps[0] if steps else "", 9))
+            steps = steps[1:]
+        elif level is not None and not fixed:
+            start, steps = _climber("parameters", level, self.names[-1 - level].index(steps[0])), steps[1:]
+        else:
+            scopes = self.scopes[len(self.scopes) - 1 - depth :] if depth < len(self.scopes) else [False]
+            if scopes[0]:
+                self.refer(steps, lenient or None in scopes, position, False)
+            start = _climber("contexts", depth, 0) if depth else None
+        self.framed = self.framed or start is not None
+        missing = self.missing(text, steps, start, position) if self.strict and not lenient else None
+        return _path_reader(steps, start, missing, raw)
 
     def refer(self, steps: tuple[str, ...], lenient: bool, position: int, absolute: bool) -> None:
         if steps:
@@ -2041,132 +1936,62 @@ class _TemplateCompiler:
 
     def missing(self, text: str, steps: tuple[str, ...], start: _Read | None, position: int) -> _Read:
         """Raises the error for a missing value: what there is instead, and where it may be meant."""
-        inside, error = len(self.scopes) > 1, self.error
+        inside = len(self.scopes) > 1
 
         def fail(this: Any, frame: Any) -> Any:
             value = start(this, frame) if start else this
-            hint = ""
-            if inside and frame and not start and _child(frame.root, steps[0]) is not _MISSING:
-                hint = f"; inside a block write @root.{text} or ../{text}"
             if value is _MISSING:
-                raise error(f"missing value {text!r}: there is no such scope or loop here", position)
-            raise error(f"missing value {text!r}" + _there(value, *steps) + hint, position)
+                raise self.error(f"missing value {text!r}: there is no such scope or loop here", position)
+            elsewhere = inside and not start and frame and _child(frame["root"], steps[0]) is not _MISSING
+            hint = f"; inside a block write ../{text} or @root.{text}" if elsewhere else ""
+            raise self.error(f"missing value {text!r}{_there(value, *steps)}{hint}", position)
 
         return fail
 
-    # -- partials
-
     def partial(self, tag: _Tag) -> _Read:
         """`{{> name context key=value}}`, or `{{#> name}}` with a block that the partial renders as @partial-block."""
-        head, partials, error, indent = tag.head, self.partials, self.error, tag.indent
-        assert head
-        name = head[-2] if head[0] != "path" or head[1][0] != "[" else _unbracketed(head[1])
-        name_of = self.call(head[1], False) if head[0] == "call" else None
+        assert tag.head
+        kind, content, name, _ = tag.head
+        name = _unbracketed(name) if kind == "path" else name
+        name_of = self.call(content, False) if kind == "call" else None
         if len(tag.arguments) > 1:
-            raise error("a partial takes one context at most", tag.position)
-        own_block = name == "@partial-block"
-        if self.strict and tag.sign == ">" and not (name_of or own_block or self.name or name in partials or name in self.inlines):
-            raise error(f"unknown partial {name!r}" + _suggestion(name, partials), tag.position)
+            raise self.error("a partial takes one context", tag.position)
+        own_block, indent, partials = kind == "path" and name == "@partial-block", tag.indent, self.partials
+        if self.strict and tag.sign == ">" and not (name_of or own_block or self.name or name in partials):
+            inlines = [item.arguments[0][2] for item in self.items if type(item) is _Tag and item.sign == "#*" and item.arguments]
+            if name not in inlines:
+                raise self.error(f"unknown partial {name!r}{_suggestion(name, partials)}", tag.position)
         context = self.expression(tag.arguments[0], raw=True) if tag.arguments else None
-        same = not tag.arguments or tag.arguments[0][1] in (".", "this")
-        named = self.named(tag)
-        if not name_of and not own_block and self.scopes[-1] is not False:
-            self.calls.append((name, same and self.scopes[-1] is True, frozenset(named), tag.position))
-        block = self.closed(tag, self.program(tag)) if tag.sign == "#>" else None
-        inlines: dict[str, _Read] = getattr(block, "inlines", {})
+        named, same = self.named(tag), not tag.arguments or tag.arguments[0][2] in (".", "this")
+        self.calls.append((name, same and self.scopes[-1] is True, set(named), tag.position))
+        block = self.program(tag) if tag.sign == "#>" else None
+        defined = self.inlines if block else {}
+        if block:
+            self.close(tag)
 
         def render(this: Any, frame: _Frame) -> str:
             known = _to_text(name_of(this, frame)) if name_of else name
-            if frame.level >= _MAX_NESTING:
-                raise error(f"partial recursion deeper than {_MAX_NESTING}: {known!r}", tag.position)
+            if frame["level"] >= _MAX_NESTING:
+                raise self.error(f"partial recursion: {known!r} is more than {_MAX_NESTING} partials deep", tag.position)
             value = context(this, frame) if context else this
             if named:
                 values = {key: read(this, frame) for key, read in named.items()}
                 value = ChainMap(values, value) if isinstance(value, Mapping) else values  # type: ignore[arg-type]
-            inline = frame.block if own_block else frame.partials.get(known)
-            target = None if inline or own_block else partials.get(known)
-            if target:
-                program, child = target._program, frame.child() if value is this else frame.child(value)
-            elif inline or block:
-                program, definition = inline or (block, frame)
-                child = definition.child() if value is definition.contexts[0] else definition.child(value)
-                child.loop = frame.loop
-            else:
-                raise error(f"unknown partial {known!r}" + _suggestion(known, partials), tag.position)
-            child.level = frame.level + 1
-            if not own_block and target or inline and not own_block:
-                child.block = (block, frame) if block else frame.block
-            if inlines:
-                child.partials = {**child.partials, **{key: (body, frame) for key, body in inlines.items()}}
-            text = str(program(value, child))
-            return re.sub(r"^(?!\Z)", indent, text, flags=re.M) if indent else text
+            found = frame["block"] if own_block else frame["partials"].get(known)
+            template = None if found or own_block else partials.template(known)
+            if not (template or found or block):
+                raise self.error(f"unknown partial {known!r}{_suggestion(known, partials)}", tag.position)
+            program, origin = (template._program, frame) if template else found or (block, frame)
+            inner = {**origin} if value is origin["contexts"][0] else _inside(origin, value)
+            inner["level"], inner["loop"] = frame["level"] + 1, frame["loop"]
+            if not own_block and (found or template):
+                inner["block"] = (block, frame) if block else frame["block"]
+            if defined:
+                inner["partials"] = {**inner["partials"], **{key: (body, frame) for key, body in defined.items()}}
+            text = program(value, inner)
+            return re.sub(r"^(?!\Z)", indent, text, flags=re.M) if indent else str(text)
 
         return render
-
-
-class _Base:
-    """Where a path starts that does not start at `this`, and its steps from there."""
-
-    __slots__ = ("read", "steps")
-
-    def __init__(self, steps: tuple[str, ...], read: _Read) -> None:
-        self.steps, self.read = steps, read
-
-
-def _loop_value(slot: int, depth: int) -> _Read:
-    def read(this: Any, frame: _Frame) -> Any:
-        loop = frame.loop
-        for _ in range(depth):
-            loop = loop and loop[4]
-        return loop[slot] if loop else _MISSING
-
-    return read
-
-
-def _parameter(level: int, index: int) -> _Read:
-    def read(this: Any, frame: _Frame) -> Any:
-        parameters = frame.parameters
-        for _ in range(level):
-            parameters = parameters[1]
-        return parameters[0][index] if index < len(parameters[0]) else _MISSING
-
-    return read
-
-
-def _outer_context(depth: int) -> _Read:
-    def read(this: Any, frame: _Frame) -> Any:
-        contexts = frame.contexts
-        for _ in range(depth):
-            contexts = contexts and contexts[1]
-        return contexts[0] if contexts else _MISSING
-
-    return read
-
-
-def _comparable(tag: _Tag) -> Any:
-    """The name of an opening or closing tag, in a form that is the same for all its spellings."""
-    head = tag.head
-    return _split_path(head[1]) if head and head[0] == "path" else tag.name
-
-
-def _there(value: Any, *steps: str) -> str:
-    """What is there where a path breaks off, for an error: its keys or its kind, and the nearest key."""
-    reached = []
-    for step in steps:
-        following = _child(value, step)
-        if following is _MISSING:
-            break
-        value = following
-        reached.append(step)
-    where = repr(".".join(reached)) if reached else "it"
-    missed = steps[len(reached)] if len(reached) < len(steps) else ""
-    if isinstance(value, Mapping):
-        keys = [str(key)[:50] for key, _ in zip(value, range(200))]
-        listed = ", ".join(keys[:10]) + (", ..." if len(keys) > 10 else "")
-        return (f": {where if reached else 'the scope'} has {listed or 'no keys'}") + _suggestion(missed, keys)
-    if isinstance(value, (list, tuple)):
-        return f": {where} is a list of {len(value)}"
-    return f": {where} is {_kind(value)}"
 
 
 _BLOCKS: dict[str, Callable[[_TemplateCompiler, _Tag, bool], _Read]] = {
@@ -2182,112 +2007,464 @@ class Template:
 
     `strict`: a missing value is a TemplateError (else it renders as nothing), but not in the arguments of #if, #unless,
     default, and, or, not. `partials`: name -> source or Template. `helpers`: name -> function, called with the
-    arguments of the tag, named ones as keywords; one that takes `options` can be a block (see BlockOptions).
+    arguments of the tag, the named ones as keywords; one that takes `options` can be a block (options.fn, .inverse).
 
-    A `<<` opens a tag if what follows up to `>>` reads as one: on the same line, without another `<<` in it, a path, a
-    helper call or a block tag, not a bare number or text. Otherwise it is plain text. `\\{{x}}` and `\\<<x>>` are
-    text. A number that JSON cannot write (nan, infinity) is refused.
+    A `<<` opens a tag if what follows, on the same line and up to `>>`, is a tag: a path, a helper call, a block tag;
+    not a bare number or quoted text, and with no other `<<` in it. Otherwise it is plain text, as in `cout << x`.
+    `\\{{x}}` and `\\<<x>>` are text too. Numbers that JSON cannot write (nan, infinity) are refused.
     """
 
-    __slots__ = ("_calls", "_framed", "_partials", "_program", "_references", "_value", "is_expression", "source")
+    __slots__ = ("_calls", "_constant", "_framed", "_partials", "_program", "_references", "_value", "is_expression", "source")
 
     def __init__(
-        self,
-        source: str,
-        strict: bool = True,
-        partials: Mapping[str, Any] | _Partials | None = None,
-        helpers: Mapping[str, Callable[..., Any]] | None = None,
-        _name: str = "",
-    ) -> None:
+        self, source: str, strict: bool = True, partials: Mapping[str, Any] | None = None,
+        helpers: _Helpers | None = None, _name: str = "",
+    ) -> None:  # fmt: skip
         if not isinstance(source, str):
             raise TemplateError(f"a template is text, not {_kind(source)}")
         self.source = source
         self._partials = partials if isinstance(partials, _Partials) else _Partials(partials, strict, helpers)
         compiler = _TemplateCompiler(source, strict, self._partials, helpers or {}, _name)
         first = compiler.items[0] if len(compiler.items) == 1 else ""
-        self.is_expression = isinstance(first, _Tag) and first.sign == "" and first.position == 0 and first.end == len(source)
-        try:
-            if self.is_expression and isinstance(first, _Tag):
-                compiler.dynamic = True
-                self._value: _Read = compiler.value(first)
-                self._program = _joined([self._value])
-            else:
-                self._program = self._value = compiler.program()[0]
-        except _Malformed as error:
-            raise compiler.error(error.args[0], error.args[1]) from None
-        self._framed = compiler.framed
+        self.is_expression = isinstance(first, _Tag) and first.sign == "" and first.end - first.position == len(source)
+        self._value = compiler.tag(first) if self.is_expression else compiler.program(None)
+        self._program = _joined([self._value]) if self.is_expression else self._value
+        self._framed, self._constant = compiler.framed, not compiler.dynamic
         self._references, self._calls = compiler.references, compiler.calls
 
     def render(self, context: Any) -> str:
         """The text for a context (a map of names to JSON-like values). TemplateError for a missing value (strict)."""
         try:
-            return str(self._program(context, _Frame(context) if self._framed else None))
+            return self._program(context, _root_frame(context) if self._framed else None)  # type: ignore[no-any-return]
         except RecursionError:
             raise TemplateError("nested too deeply to render") from None
 
     def evaluate(self, context: Any) -> Any:
         """The value itself if the source is one `{{expression}}` and nothing else; otherwise the text."""
         try:
-            return self._value(context, _Frame(context) if self._framed else None)
+            return self._value(context, _root_frame(context) if self._framed else None)
         except RecursionError:
             raise TemplateError("nested too deeply to render") from None
 
     @property
     def references(self) -> tuple[Reference, ...]:
-        """Every path read from the root: (segments, required, position). Required: missing, it may raise (strict)."""
+        """Every path read from the root: (segments, required, position). Required: it raises if missing and strict."""
         return tuple(reference[:3] for reference in self._root_references(()))
 
     def _root_references(self, active: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool, int, bool]]:
         found = list(self._references)
         for name, at_root, keys, position in self._calls:
-            partial = self._partials.get(name) if name not in active else None
+            partial = self._partials.template(name) if name not in active else None
             for steps, required, _, absolute in partial._root_references((*active, name)) if partial else ():
-                if absolute or at_root and steps[0] not in keys:
+                if absolute or (at_root and steps[0] not in keys):
                     found.append((steps, required, position, absolute))
         return found
 
 
-import json
-class Condition:
-    """C"""
-    def __init__(self, source, helpers=None):
-        self.source = str(source); s = re.sub(r"[{}]", "", self.source)
-        self.parts = re.split(r"\s*==\s*", s)
-        self.references = tuple(_StubReference(tuple(p.strip().split(".")), False) for p in self.parts if re.match(r"[a-z]+\.", p))
-    def _v(self, p, ctx):
-        p = p.strip()
-        try: return json.loads(p.replace("'", '"'))
-        except ValueError: return _stub_look(ctx, p.split("."), False)
-    def value(self, ctx): 
-        vs = [self._v(p, ctx) for p in self.parts]
-        return vs[0] if len(vs) == 1 else vs[0] == vs[1]
-    def evaluate(self, ctx): return bool(self.value(ctx))
-def _stub_look(ctx, segs, strict=True):
-    cur = ctx
-    for s in segs:
-        try: cur = cur[int(s)] if isinstance(cur, list) else cur[s]
-        except Exception:
-            if strict: raise TemplateError("missing " + ".".join(segs))
-            return None
-    if hasattr(type(cur), "__template_value__"): cur = cur.__template_value__()
-    return cur
-
-
-def _compile_regex(p): return re.compile(p)
-def _guarded(c, t): return c
-
-def _StubReference(segments, required=True, position=0): return (segments, required, position)
-def _compile_value(value, strict, partials, helpers):
-    if isinstance(value, str):
-        t = Template(value, strict); return (t.evaluate if t.references else lambda c: value), t.references
-    if isinstance(value, list):
-        xs = [_compile_value(v, strict, partials, helpers) for v in value]
-        return (lambda c: [x[0](c) for x in xs]), tuple(r for x in xs for r in x[1])
+def _compile_value(
+    value: Any, strict: bool = True, partials: Mapping[str, Any] | None = None, helpers: _Helpers | None = None, depth: int = 0
+) -> tuple[Callable[[Any], Any], tuple[Reference, ...]]:
+    """(context -> value, references) for a JSON-like value whose texts, keys aside, are templates."""
+    if depth > _MAX_NESTING:
+        raise TemplateError(f"values nested deeper than {_MAX_NESTING}")
+    if isinstance(value, str) and ("{{" in value or "<<" in value):
+        template = Template(value, strict, partials, helpers)
+        return (template.evaluate, template.references) if not template._constant else (_constant(template.render({})), ())
+    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    compiled = [_compile_value(item, strict, partials, helpers, depth + 1) for item in items]
+    results, references = [evaluate for evaluate, _ in compiled], tuple(found for _, inner in compiled for found in inner)
+    if all(getattr(evaluate, "constant", _MISSING) is item for evaluate, item in zip(results, items)):
+        return _constant(value), ()
     if isinstance(value, dict):
-        xs = {k: _compile_value(v, strict, partials, helpers) for k, v in value.items()}
-        return (lambda c: {k: x[0](c) for k, x in xs.items()}), tuple(r for x in xs.values() for r in x[1])
-    return (lambda c: value), ()
+        keys = list(value)
+        return lambda context: dict(zip(keys, [evaluate(context) for evaluate in results])), references
+    return lambda context: [evaluate(context) for evaluate in results], references
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Conditions: text -> compiled predicate. A parser of its own (never `eval`); a reference or a tag is an operand, so that
+# no value can change the expression. Regular expressions pass a guard that bounds what backtracking may cost.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_CONDITION_TOKEN = re.compile(
+    r"""\s*(?:(?P<text>"[^"\\]*(?:\\.[^"\\]*)*"|'[^'\\]*(?:\\.[^'\\]*)*')|(?P<tag>\{\{|<<)"""
+    r"""|(?P<number>-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[-+]?[0-9]+)?(?![\w.]))"""
+    r"""|(?P<mark>not\s+in(?![\w.-])|\|\||&&|[=!]=(?!=)|<=|>=|[<>!()\[\],])"""
+    r"""|(?P<path>[^\W\d][\w-]*(?:\.(?:[\w-]+|\[[^\]\n]*\])|\[(?:\d+|'[^'\]\n]*'|"[^"\]\n]*")\])*))""",
+    re.S | re.I,
+)
+_CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
+_CONDITION_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
+_OR, _AND, _NOT, _COMPARISON = 1, 2, 3, 4  # precedence
+
+
+def _holds(value: Any) -> bool:
+    """Truth in conditions: as in templates, but the texts "", "false", "no" and "0" are false, in any case."""
+    return value.strip().lower() not in ("", "false", "no", "0") if isinstance(value, str) else _truthy(value)
+
+
+def _contains(container: Any, item: Any) -> bool:
+    """Whether an item is part of a text, a member of a list or a key of a map; nothing is in null."""
+    if isinstance(container, (list, tuple)):
+        return any(_equal(item, member) for member in container)
+    if container is None or (item is None and isinstance(container, str)):
+        return False
+    if not isinstance(item, (str, int, float)) or not isinstance(container, (str, Mapping)):
+        raise TypeError(f"cannot look for {_kind(item)} in {_kind(container)}")
+    return _to_text(item) in container if isinstance(container, str) else _child(container, _to_text(item)) is not _MISSING
+
+
+def _on_texts(test: Callable[[str, str], bool]) -> Callable[[Any, Any], bool]:
+    """A comparison of texts: numbers and booleans stand for their text, null compares as false."""
+
+    def compare(left: Any, right: Any) -> bool:
+        for value in (left, right):
+            if not isinstance(value, (str, int, float, type(None))):
+                raise TypeError(f"needs text, not {_kind(value)}")
+        return left is not None and right is not None and test(_to_text(left), _to_text(right))
+
+    return compare
+
+
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    **_ORDERS,
+    "in": lambda left, right: _contains(right, left),
+    "not in": lambda left, right: not _contains(right, left),
+    "contains": _contains,
+    "startswith": _on_texts(str.startswith),
+    "endswith": _on_texts(str.endswith),
+    "matches": _on_texts(lambda text, pattern: _guarded_search(_compile_regex(pattern), text) is not None),
+}
+_PRECEDENCE = {"or": _OR, "||": _OR, "and": _AND, "&&": _AND, **dict.fromkeys(_COMPARISONS, _COMPARISON)}
+_FUNCTIONS = {"len": _length_of, **{name: _HELPERS[name] for name in ("lower", "upper", "trim")}}
+
+
+class _ConditionParser:
+    """Precedence climbing over the tokens of a condition; what it reads it returns as closures."""
+
+    def __init__(self, source: str, helpers: _Helpers | None) -> None:
+        self.source, self.helpers, self.end, self.depth = source, helpers, 0, 0
+        self.references: list[Reference] = []
+        self.advance()
+
+    def advance(self) -> None:
+        """To the next token: its kind (None for none), its text and where it starts; `mark` is an operator's spelling."""
+        match = _CONDITION_TOKEN.match(self.source, self.end)
+        self.kind = match.lastgroup if match else None
+        self.word, self.start = (match[self.kind], match.start(self.kind)) if match and self.kind else ("", self.end)
+        self.mark = " ".join(self.word.lower().split()) if self.kind in ("mark", "path") else ""
+        self.end = match.end() if match else self.end
+
+    def error(self, reason: object, position: int) -> ConditionError:
+        return ConditionError(str(reason), self.source, position)
+
+    def unexpected(self) -> ConditionError:
+        rest = re.compile(r"\s*(\S[\w.=]*)").match(self.source, self.start)
+        if not rest:
+            return self.error("the condition ends too early", self.start)
+        hints = {"=": ": use '=='", "'": ": this text is never closed", '"': ": this text is never closed"}
+        return self.error(f"unexpected {rest[1][:40]!r}{hints.get(rest[1][0], '') if not self.word else ''}", rest.start(1))
+
+    def expect(self, mark: str) -> None:
+        if self.mark != mark:
+            raise self.unexpected()
+        self.advance()
+
+    def expression(self, lowest: int = _OR) -> _Read:
+        self.depth += 1
+        if self.depth > _MAX_NESTING:
+            raise self.error(f"nested deeper than {_MAX_NESTING}", self.start)
+        left, compared = self.operand(lowest), False
+        while (precedence := _PRECEDENCE.get(self.mark, 0)) >= lowest:
+            if precedence == _COMPARISON:
+                if compared:
+                    raise self.error("comparisons do not chain: join them with `and`", self.start)
+                left, compared = self.comparison(left), True
+                continue
+            terms = [left]
+            while _PRECEDENCE.get(self.mark) == precedence:
+                self.advance()
+                terms.append(self.expression(precedence + 1))
+            left = self.junction(terms, precedence == _OR)
+        self.depth -= 1
+        return left
+
+    def junction(self, terms: list[_Read], decisive: bool) -> _Read:
+        """`or` (an operand that holds decides) or `and` (one that does not); its value is that of the deciding operand."""
+
+        def read(this: Any, frame: Any) -> Any:
+            value = None
+            for term in terms:
+                value = term(this, frame)
+                if _holds(value) is decisive:
+                    break
+            return value
+
+        return read
+
+    def comparison(self, left: _Read) -> _Read:
+        operator, start, compare = self.mark, self.start, _COMPARISONS[self.mark]
+        self.advance()
+        right = self.expression(_COMPARISON + 1)
+
+        def read(this: Any, frame: Any) -> bool:
+            first, second = left(this, frame), right(this, frame)
+            try:
+                return compare(first, second)
+            except (TypeError, TemplateError) as error:
+                raise self.error(error.reason if isinstance(error, TemplateError) else error, start) from None
+
+        if operator == "matches" and isinstance(pattern := getattr(right, "constant", None), str):
+            try:
+                _compile_regex(pattern)
+            except ConditionError as error:
+                raise self.error(error.reason, start) from None
+        return read
+
+    def operand(self, lowest: int) -> _Read:
+        kind, word, start = self.kind, self.word, self.start
+        if kind == "tag":
+            return self.tag(start)
+        if not kind or self.mark in _PRECEDENCE or word in (")", "]", ","):
+            raise self.unexpected()
+        negated = self.mark in ("not", "!")
+        self.advance()
+        if negated:
+            inner = self.expression(max(lowest, _NOT))
+            return lambda this, frame: not _holds(inner(this, frame))
+        if kind == "text":
+            return self.text(word, start)
+        if kind == "number":
+            number = _as_number(word)
+            return _constant(float(word) if number is None else number)
+        if kind == "path":
+            return self.place(word, start)
+        if word == "(":
+            inner = self.expression()
+            self.expect(")")
+            return inner
+        items = [] if self.mark == "]" else [self.expression()]
+        while items and self.mark == ",":
+            self.advance()
+            items.append(self.expression())
+        self.expect("]")
+        return lambda this, frame: [item(this, frame) for item in items]
+
+    def template(self, source: str, start: int) -> Template:
+        try:
+            template = Template(source, False, None, self.helpers)
+        except TemplateError as error:
+            raise self.error(error.reason, start) from None
+        self.references += [(steps, False, start + at) for steps, _, at in template.references]
+        return template
+
+    def text(self, quoted: str, start: int) -> _Read:
+        """Quoted text; with tags in it, it is a template whose text is the operand."""
+        text = re.sub(r"\\([nt\\'\"])", lambda match: _CONDITION_ESCAPES[match[1]], quoted[1:-1])
+        if "{{" not in text and "<<" not in text:
+            return _constant(text)
+        template = self.template(text, start)
+        return _constant(template.render({})) if template._constant else lambda this, frame: template.render(this)
+
+    def tag(self, start: int) -> _Read:
+        try:
+            self.end = _read_tag(self.source, start).end
+        except _Malformed as error:
+            raise self.error(*error.args) from None
+        template = self.template(self.source[start : self.end], start)
+        if not template.is_expression:
+            raise self.error("only a reference or a helper call can be an operand", start)
+        self.advance()
+        return lambda this, frame: template.evaluate(this)
+
+    def place(self, text: str, start: int) -> _Read:
+        """A word: a constant, a function call or a reference."""
+        if text.lower() in _CONSTANTS:
+            return _constant(_CONSTANTS[text.lower()])
+        if self.mark != "(":
+            steps = tuple(step.strip("[]'\"") if step[0] == "[" else step for step in re.findall(r"\[[^\]]*\]|[\w-]+", text))
+            self.references.append((steps, False, start))
+            return _path_reader(steps)
+        function = _FUNCTIONS.get(text.lower())
+        if not function:
+            raise self.error(f"unknown function {text!r}{_suggestion(text, _FUNCTIONS)}", start)
+        self.advance()
+        inner = self.expression()
+        self.expect(")")
+
+        def call(this: Any, frame: Any) -> Any:
+            try:
+                return function(inner(this, frame))
+            except TypeError as error:
+                raise self.error(error, start) from None
+
+        return call
+
+
+class Condition:
+    """A compiled condition, such as `steps.a.score >= 0.7 and not inputs.dry_run`.
+
+    Operands: numbers, 'text', true, false, null, [lists], references (`steps.a.x`, `a[0]`, `a['k']`, `a.[odd key]`),
+    tags (`{{x}}`, `<<x>>`: the value), '{{x}} text' (the rendered text), len(), lower(), upper(), trim(), parentheses.
+    Operators, loosest first: or ||, and &&, not !, then == != < <= > >= in, not in, contains, matches (regular
+    expression), startswith, endswith. What is missing is null.
+
+    Equality: a text equals the number that it spells and, in any case, the boolean; booleans and numbers are never equal
+    (`true == 1` is false); lists and maps are equal item by item. Order: numbers, or texts by code point; a text that
+    spells a number orders with numbers; null orders with nothing (false). Truth: Handlebars', with the texts "false",
+    "no" and "0" false too. `or` and `and` give the value of the operand that decides, as in Python.
+    """
+
+    __slots__ = ("_read", "references", "source")
+
+    def __init__(self, source: str | bool | int | float, helpers: _Helpers | None = None) -> None:
+        if not isinstance(source, (str, int, float)):
+            raise ConditionError(f"a condition is text, not {_kind(source)}")
+        self.source = source if isinstance(source, str) else str(source)
+        parser = _ConditionParser(self.source, helpers)
+        self._read = parser.expression()
+        if parser.kind or self.source[parser.end :].strip():
+            raise parser.unexpected()
+        self.references: tuple[Reference, ...] = tuple(parser.references)
+
+    def value(self, context: Any) -> Any:
+        """The value of the expression, before it is tested. ConditionError for what cannot be compared."""
+        try:
+            return self._read(context, None)
+        except ConditionError:
+            raise
+        except TemplateError as error:
+            raise ConditionError(error.reason, self.source) from error
+        except RecursionError:
+            raise ConditionError("a value is nested too deeply to compare", self.source) from None
+
+    def evaluate(self, context: Any) -> bool:
+        """Whether the condition holds."""
+        return _holds(self.value(context))
+
+
+# ---- Guarded regular expressions -------------------------------------------------------------------------------------
+
+_MAX_SEARCHED = 1_000_000  # characters
+_MAX_STEPS = 100_000_000  # of backtracking in the worst case: about a second
+_SAMPLES = "".join(map(chr, range(128))) + "\u00e9\u0416\u4e2d\u0663\u00a0\u2028\u00b2\u20ac\U0001f600"
+_regex_parser: Any = getattr(re, "_parser", None) or getattr(re, "sre_parse", None)
+_regex_compiler: Any = getattr(re, "_compiler", None) or getattr(re, "sre_compile", None)
+
+
+def _compile_regex(pattern: str) -> re.Pattern[str]:
+    """A compiled pattern whose worst case is bounded (see _regex_plan); ConditionError for a bad or unsafe one."""
+    try:
+        _regex_plan(pattern)
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, ValueError) as error:
+        raise ConditionError(f"bad regular expression: {str(error) or 'nested too deeply'}", pattern) from None
+
+
+def _guarded_search(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """pattern.search(text); ConditionError if the text is so long that this could take more than about a second."""
+    longest, search = _regex_plan(pattern.pattern)
+    if len(text) > longest:
+        reason = f"a text of {len(text)} characters is too long for this regular expression (at most {longest})"
+        raise ConditionError(reason + "; anchoring it with ^ helps", pattern.pattern)
+    return search(text)
+
+
+@functools.lru_cache(maxsize=256)
+def _regex_plan(pattern: str) -> tuple[int, Callable[[str], re.Match[str] | None]]:
+    """How long a text may be for a search to end in about a second, and that search; ConditionError for no length.
+
+    Backtracking costs ways * length ** power: a choice that the next character does not decide multiplies the ways
+    (alternatives, bounded repeats) or raises the power (open repeats). A search starts at every character, but for a
+    pattern that begins with an open repeat of a set: within a run of the set it need start only once.
+    """
+    tree = _regex_parser.parse(pattern)
+    nodes, cost = list(tree), _RegexCost(tree, pattern)
+    if len(pattern) > 2000:
+        raise ConditionError("a regular expression has at most 2000 characters", pattern[:100])
+    _, ways, power, _, _ = cost.sequence(nodes, (frozenset(), 1, 0, False, True), 0)
+    starts_anywhere = not (nodes and str(nodes[0][1]) in ("AT_BEGINNING", "AT_BEGINNING_STRING")) or tree.state.flags & re.M
+    search = re.compile(pattern).search
+    lead = nodes
+    while lead and lead[0][0].name == "SUBPATTERN" and not (lead[0][1][1] or lead[0][1][2]):
+        lead = list(lead[0][1][-1])
+    if lead and lead[0][0].name in ("MAX_REPEAT", "MIN_REPEAT") and lead[0][1][1] == _regex_parser.MAXREPEAT:
+        body = list(lead[0][1][2])
+        if len(body) == 1 and body[0][0].name in _SETS and cost.rest_power == 0:
+            guard = _regex_parser.SubPattern(tree.state, body)
+            tree.insert(0, (_regex_parser.ASSERT_NOT, (-1, guard)))
+            search, starts_anywhere = _regex_compiler.compile(tree).search, False
+    longest = min(_MAX_SEARCHED, int((_MAX_STEPS / ways) ** (1 / max(1, power + bool(starts_anywhere)))))
+    if longest < 500:
+        raise ConditionError("this regular expression can take forever on some texts", pattern)
+    return longest, search
+
+
+_SETS = frozenset(("LITERAL", "NOT_LITERAL", "IN", "ANY"))  # nodes that take one character
+
+
+class _RegexCost:
+    """Walks a parsed pattern from its end. A state, of what follows a place: the characters it may start with, ways,
+    power, whether a choice in it is ambiguous, and whether it cannot fail."""
+
+    def __init__(self, tree: Any, pattern: str) -> None:
+        self.tree, self.pattern, self.rest_power, self.known = tree, pattern, 0, {}  # type: ignore[var-annotated]
+        numbers = (int(number) for number in re.findall(r"\d+", repr(tree)))
+        self.samples = set(_SAMPLES) | {chr(number) for number in numbers if number < 0x110000}
+
+    def sequence(self, nodes: Any, state: Any, depth: int) -> Any:
+        for operation, argument in reversed(list(nodes)):
+            self.rest_power = state[2]
+            state = self.node(operation, argument, state, depth)
+        return state
+
+    def characters(self, node: Any) -> frozenset[str]:
+        """The sample characters that a node takes."""
+        if repr(node) not in self.known:
+            single = _regex_compiler.compile(_regex_parser.SubPattern(self.tree.state, [node]))
+            self.known[repr(node)] = frozenset(filter(single.match, self.samples))
+        return self.known[repr(node)]  # type: ignore[no-any-return]
+
+    def node(self, operation: Any, argument: Any, state: Any, depth: int) -> Any:
+        first, ways, power, ambiguous, _ = state
+        name = operation.name
+        if name in _SETS:
+            return self.characters((operation, argument)), ways, power, ambiguous, False
+        if name == "AT":
+            return first, ways, power, ambiguous, False
+        if name in ("SUBPATTERN", "ATOMIC_GROUP"):
+            return self.sequence(argument[-1] if name == "SUBPATTERN" else argument, state, depth)
+        if name == "BRANCH":
+            arms = [self.sequence(arm, state, depth) for arm in argument[1]]
+            firsts = frozenset().union(*(arm[0] for arm in arms))
+            overlap = sum(len(arm[0]) for arm in arms) > len(firsts)
+            total = (sum if overlap else max)(arm[1] for arm in arms)
+            return firsts, total, max(arm[2] for arm in arms), overlap or any(arm[3] for arm in arms), False
+        if name in ("ASSERT", "ASSERT_NOT"):
+            inner = self.sequence(argument[1], (frozenset(), 1, 0, False, True), depth)
+            return first, ways * inner[1], power + inner[2], ambiguous or inner[3], False
+        if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            return self.repeat(*argument, state, depth + 1)
+        raise ConditionError("back references and conditions in a regular expression can take forever", self.pattern)
+
+    def repeat(self, low: int, high: int, body: Any, state: Any, depth: int) -> Any:
+        first, ways, power, ambiguous, sure = state
+        if depth > 6:
+            raise ConditionError("repeats in a regular expression are nested deeper than 6", self.pattern)
+        starts = self.sequence(body, (frozenset([""]), 1, 0, False, False), depth)[0]
+        optional, starts = low == 0 or "" in starts, starts - {""}
+        inner = self.sequence(body, (starts | first if high > 1 else first, 1, 0, False, False), depth)
+        undecided = low != high and bool(starts & first)
+        if inner[3] and high > 20:
+            raise ConditionError("nested repeats in this regular expression can take forever", self.pattern)
+        ways *= inner[1] ** high if inner[3] else 1
+        power = power + inner[2] * high if inner[3] else max(power, inner[2])
+        if high > 50:
+            power = power + 1 if undecided else power if sure else max(power, 1)
+            ways *= 1 if len(body) == 1 and body[0][0].name in _SETS else 10  # groups repeat more slowly than sets
+        elif undecided:
+            ways *= high - low + 1
+        return starts | (first if optional else frozenset()), ways, power, ambiguous or inner[3] or undecided, sure and low == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3547,66 +3724,1815 @@ _NO_RETRY = RetryPolicy(max_attempts=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. HTTP
-# A request comes in, a bounded response goes out before its deadline.
+# 9. HTTP: connections, deadlines, cancellation
+# A request goes out, a bounded response comes back before its deadline, or an error of the ProviderError family says
+# what happened. Connections are kept and reused; another thread can break a call off by the socket under it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_CONNECT_SECONDS = 10.0
+_CALL_SECONDS = 120.0  # for a whole attempt, unless it has its own deadline
+_IDLE_SECONDS = 60.0  # after which an unused connection is not trusted any more
+_MAX_BODY_BYTES = 64 * 1024 * 1024
+_MAX_HEADERS = 200
+_RETRIED_STATUSES = frozenset((408, 409, 425, 429, *range(500, 600)))
+_CALL = threading.local()  # .scope: the _CancelScope of the call that this thread makes
+
+
+class _CancelScope:
+    """One call in a worker thread. `cancel`, from any thread, shuts down the socket that the call waits for.
+
+    As a context it is the calling thread's scope, and cancels itself after `timeout_seconds`.
+    """
+
+    __slots__ = ("cancelled", "expired", "lock", "socket", "timeout_seconds", "timer")
+
+    def __init__(self, timeout_seconds: float | None = None) -> None:
+        self.cancelled = self.expired = False
+        self.lock, self.socket, self.timeout_seconds = threading.Lock(), None, timeout_seconds
+        self.timer: threading.Timer | None = None
+
+    def __enter__(self) -> _CancelScope:
+        _CALL.scope = self
+        if self.timeout_seconds is not None:
+            self.timer = threading.Timer(self.timeout_seconds, self.expire)
+            self.timer.daemon = True
+            self.timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _CALL.scope = None
+        if self.timer:
+            self.timer.cancel()
+
+    def expire(self) -> None:
+        self.expired = True
+        self.cancel()
+
+    def cancel(self) -> None:
+        import socket
+
+        with self.lock:
+            self.cancelled = True
+            if self.socket is not None:
+                with contextlib.suppress(OSError):  # not the method of an SSLSocket, which another thread is reading
+                    socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+
+    def attach(self, sock: Any) -> None:
+        """The socket to shut down from now on; None when the call is done with it."""
+        with self.lock:
+            self.socket = sock
+            if self.cancelled and sock is not None:
+                raise ConnectionAbortedError("the call was cancelled")
+
+
+class _Response:
+    """What a server answered: status, headers with lower-case names, and the decoded body."""
+
+    __slots__ = ("body", "headers", "status")
+
+    def __init__(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8", "replace")
+
+
+@functools.cache
+def _response_class() -> Any:
+    """http.client's response with a strict and small reading of headers, instead of the email package's."""
+    from http.client import BadStatusLine, HTTPException, HTTPResponse, IncompleteRead, LineTooLong
+
+    class StrictResponse(HTTPResponse):
+        def begin(self) -> None:
+            status, headers = 100, {}
+            while status < 200 and status != 101:
+                version, status, self.reason = self._read_status()  # type: ignore[attr-defined]
+                headers = self.header_lines()
+            self.version = 10 if version in ("HTTP/1.0", "HTTP/0.9") else 11
+            self.code = self.status = status
+            self.headers = self.msg = headers  # type: ignore[assignment]
+            coding, length = headers.get("transfer-encoding", "identity").lower(), headers.get("content-length")
+            if coding not in ("identity", "chunked"):
+                raise HTTPException(f"unknown transfer encoding {coding[:50]!r}")
+            self.chunked, self.chunk_left = coding == "chunked", None  # type: ignore[assignment]
+            self.will_close = self._check_close()  # type: ignore[attr-defined]
+            if status in (204, 304) or self._method == "HEAD":  # type: ignore[attr-defined]
+                self.length: int | None = 0
+            elif self.chunked or length is None:
+                self.length = None
+                self.will_close = self.will_close or not self.chunked
+            elif not (length.isascii() and length.isdigit() and len(length) < 19):
+                raise HTTPException(f"the content length {length[:50]!r} is no number")
+            else:
+                self.length = int(length)
+
+        def header_lines(self) -> dict[str, str]:
+            headers: dict[str, str] = {}
+            for _ in range(_MAX_HEADERS):
+                line = self.fp.readline(65537)
+                if line in (b"\r\n", b"\n"):
+                    return headers
+                if len(line) > 65536:
+                    raise LineTooLong("header line")
+                if not line.endswith(b"\n"):
+                    raise IncompleteRead(line)
+                name, colon, value = line.decode("latin-1").partition(":")
+                name, value = name.strip().lower(), value.strip()
+                if not colon:
+                    raise BadStatusLine(name)
+                if name == "content-length" and headers.get(name, value) != value:
+                    raise HTTPException("two different content lengths")
+                headers[name] = f"{headers[name]}, {value}" if name in headers and name != "content-length" else value
+            raise HTTPException(f"more than {_MAX_HEADERS} headers")
+
+    return StrictResponse
+
+
+class _HttpClient:
+    """Requests to any http or https address, over connections that are kept and reused; safe for many threads.
+
+    `name` opens its error messages. `proxy` is a URL ("" for none); otherwise HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and
+    NO_PROXY count. `timeout_seconds` bounds a call that no step's deadline bounds already.
+    """
+
+    def __init__(self, name: str, *, proxy: str | None = None, timeout_seconds: float | None = None) -> None:
+        self.name, self.proxy, self.timeout_seconds = name, proxy, timeout_seconds
+        self.idle: dict[tuple[Any, ...], list[tuple[Any, float]]] = {}
+        self.lock = threading.Lock()
+        self.context: Any = None
+        self.proxies: dict[tuple[str, str, int], str | None] = {}
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        on_bytes: Callable[[bytes], Any] | None = None,
+    ) -> _Response:
+        """The response, whatever its status; redirects are refused. Errors: ProviderConnectionError (retryable, but for
+        certificates), ProviderTimeoutError, BadResponseError.
+
+        With `on_bytes` the body of a 2xx answer is handed over piece by piece as it arrives, until it returns True.
+        """
+        scope: _CancelScope | None = getattr(_CALL, "scope", None)
+        if scope is None:
+            with _CancelScope(self.timeout_seconds or _CALL_SECONDS):
+                return self.request(method, url, headers, body, on_bytes)
+        target = self.target(url)
+        try:
+            response = self.exchange(scope, target, method, headers, body, on_bytes)
+        except OrchestratorError:
+            raise
+        except Exception as error:
+            raise self.fault(error, scope, target) from error
+        if 300 <= response.status < 400:
+            place = response.headers.get("location", "")[:200]
+            reason = f"answered {response.status}, a redirect to {place!r}; redirects are not followed, so give the final address"
+            raise BadResponseError(reason, provider=self.name, status=response.status)
+        return response
+
+    def exchange(
+        self,
+        scope: _CancelScope,
+        target: _Target,
+        method: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        on_bytes: Any,
+    ) -> _Response:
+        connection, reused = self.connection(scope, target, False)
+        try:
+            try:
+                raw = self.send(connection, target, method, headers, body)
+            except ConnectionError:  # a kept connection that the server had closed: once more, on a new one
+                if not reused or scope.cancelled:
+                    raise
+                scope.attach(None)
+                connection.close()
+                connection, _ = self.connection(scope, target, True)
+                raw = self.send(connection, target, method, headers, body)
+            response, complete = self.receive(raw, on_bytes)
+        except BaseException:
+            scope.attach(None)
+            connection.close()
+            raise
+        scope.attach(None)
+        if complete and not raw.will_close and not scope.cancelled:
+            raw.close()
+            with self.lock:
+                self.idle.setdefault(target.key, []).append((connection, time.monotonic()))
+        else:
+            raw.close()
+            connection.close()
+        return response
+
+    def send(
+        self, connection: Any, target: _Target, method: str, headers: Mapping[str, str], body: bytes | None
+    ) -> Any:
+        """Sends the request in one piece and reads the head of the response."""
+        sent = {name.lower() for name in headers}
+        connection.putrequest(method, target.request_path, skip_accept_encoding=True, skip_host="host" in sent)
+        for name, value in (*headers.items(), *target.headers):
+            connection.putheader(name, value)
+        if body is not None or method in ("POST", "PUT", "PATCH"):
+            connection.putheader("Content-Length", str(len(body or b"")))
+        connection.endheaders(body)
+        return connection.getresponse()
+
+    def receive(self, raw: Any, on_bytes: Callable[[bytes], Any] | None) -> tuple[_Response, bool]:
+        """The response and whether its body was read to the end."""
+        response = _Response(raw.status, raw.headers)
+        if raw.length is not None and raw.length > _MAX_BODY_BYTES:
+            raise self.too_large(response)
+        coding = response.headers.get("content-encoding", "identity").lower()
+        if coding not in ("identity", "", "gzip", "x-gzip", "deflate"):
+            raise BadResponseError(
+                f"answered in the encoding {coding[:50]!r}, which was not asked for", provider=self.name
+            )
+        inflate = None
+        if coding not in ("identity", ""):
+            import zlib
+
+            inflate = zlib.decompressobj(47)
+        pieces, size, live = [], 0, on_bytes is not None and 200 <= raw.status < 300
+        for piece in iter(lambda: raw.read1(1 << 20), b""):
+            piece = inflate.decompress(piece, _MAX_BODY_BYTES + 1) if inflate else piece
+            size += len(piece)
+            if size > _MAX_BODY_BYTES or (inflate and inflate.unconsumed_tail):
+                raise self.too_large(response)
+            if not live:
+                pieces.append(piece)
+            elif on_bytes is not None and piece and on_bytes(piece):
+                return response, False
+        if raw.length or (inflate and not inflate.eof):
+            raise ConnectionResetError("the connection was lost in the middle of the answer")
+        response.body = b"".join(pieces)
+        return response, True
+
+    def too_large(self, response: _Response) -> ProviderError:
+        return BadResponseError(
+            f"the answer is larger than {_MAX_BODY_BYTES >> 20} MiB", provider=self.name, status=response.status
+        )
+
+    # ---- connections
+
+    def connection(self, scope: _CancelScope, target: _Target, fresh: bool) -> tuple[Any, bool]:
+        """(connection, whether it was used before), attached to the scope."""
+        import select
+
+        while not fresh:
+            with self.lock:
+                kept = self.idle.get(target.key)
+                connection, since = kept.pop() if kept else (None, 0.0)
+            if connection is None:
+                break
+            usable = time.monotonic() - since < _IDLE_SECONDS and connection.sock is not None
+            if usable:
+                poll = getattr(select, "poll", None)  # select() itself fails for descriptors above 1023
+                if poll:
+                    waiting = poll()
+                    waiting.register(connection.sock, select.POLLIN)
+                    usable = not waiting.poll(0)
+                if usable:
+                    try:
+                        scope.attach(connection.sock)
+                    except BaseException:
+                        connection.close()
+                        raise
+                    return connection, True
+            connection.close()
+        return self.connect(scope, target), False
+
+    def connect(self, scope: _CancelScope, target: _Target) -> Any:
+        """A new connection: through the proxy if there is one, with TLS for https."""
+        from http.client import HTTPConnection
+
+        host, port = target.proxy or (target.host, target.port)
+        connection = HTTPConnection(host, port, timeout=_CONNECT_SECONDS)
+        connection.response_class = _response_class()
+        connection._create_connection = functools.partial(_open_socket, scope)  # type: ignore[attr-defined]
+        try:
+            if target.proxy and target.secure:
+                netloc = f"[{target.host}]:{target.port}" if ":" in target.host else f"{target.host}:{target.port}"
+                connection.set_tunnel(target.host, target.port, {"Host": netloc, **dict(target.tunnel_headers)})
+            connection.connect()
+            if target.secure:
+                context = self.tls()
+                name = target.host.rstrip(".")
+                connection.sock = sock = context.wrap_socket(
+                    connection.sock, server_hostname=name, do_handshake_on_connect=False
+                )
+                scope.attach(sock)
+                sock.do_handshake()
+            connection.sock.settimeout(None)  # from here on the deadline of the call decides
+        except BaseException:
+            scope.attach(None)
+            connection.close()
+            raise
+        return connection
+
+    def tls(self) -> Any:
+        with self.lock:
+            if self.context is None:
+                try:
+                    import ssl
+                except ImportError:
+                    reason = "https needs Python's ssl module, which this Python was built without"
+                    raise ProviderConnectionError(reason, provider=self.name, retryable=False) from None
+                bundle = os.environ.get("SSL_CERT_FILE")
+                if bundle and not os.path.isfile(bundle):
+                    reason = f"SSL_CERT_FILE names {bundle!r}, which is no file"
+                    raise ProviderConnectionError(reason, provider=self.name, retryable=False)
+                self.context = ssl.create_default_context()
+                self.context.set_alpn_protocols(["http/1.1"])
+            return self.context
+
+    def target(self, url: str) -> _Target:
+        try:
+            target = _Target(url)
+            place = (target.scheme, target.host, target.port)
+            if place not in self.proxies:
+                self.proxies[place] = _proxy_for(*place) if self.proxy is None else self.proxy or None
+            target.go_through(self.proxies[place])
+        except ValueError as error:
+            raise ProviderConnectionError(f"bad address: {error}", provider=self.name, retryable=False) from None
+        return target
+
+    def fault(self, error: Exception, scope: _CancelScope, target: _Target) -> ProviderError:
+        """What an exception of the network means. Only the host is named: a path or a query may hold a secret."""
+        from http.client import HTTPException, IncompleteRead
+
+        place = f"{target.host}:{target.port}" + (
+            f" through the proxy {target.proxy[0]}:{target.proxy[1]}" if target.proxy else ""
+        )
+        kind: type[ProviderError] = ProviderConnectionError
+        retryable, text = True, str(error) or type(error).__name__
+        if scope.expired:
+            kind, reason = ProviderTimeoutError, f"no answer from {place} within {scope.timeout_seconds:g} s"
+        elif scope.cancelled:
+            reason, retryable = "the call was cancelled", False
+        elif isinstance(error, TimeoutError) or "timed out" in text:
+            kind, reason = ProviderTimeoutError, f"cannot connect to {place} within {_CONNECT_SECONDS:g} s"
+        elif type(error).__name__ == "gaierror":
+            reason = f"cannot find the host of {place}: {text}"
+        elif type(error).__name__ == "SSLCertVerificationError":
+            reason, retryable = (
+                f"the certificate of {place} is not trusted: {getattr(error, 'verify_message', text)}",
+                False,
+            )
+        elif refused := re.match(r"Tunnel connection failed: (\d+)", text):
+            reason, retryable = f"the proxy refused {place}: {text}", int(refused[1]) in _RETRIED_STATUSES
+        elif isinstance(error, (IncompleteRead, ConnectionError, OSError)):
+            reason = f"lost the connection to {place}: {text}" if not isinstance(error, ConnectionRefusedError) else (
+                f"{place} refused the connection"
+            )  # fmt: skip
+        elif isinstance(error, HTTPException):
+            shown = _shorten(text.strip("'\""), 200)
+            kind, reason, retryable = BadResponseError, f"{place} answered something that is not HTTP: {shown}", False
+        else:  # a header that cannot be sent; its value may be a secret
+            reason, retryable = (
+                f"the request to {place} cannot be sent: {type(error).__name__} in its address or headers",
+                False,
+            )
+        return kind(reason, provider=self.name, retryable=retryable)
+
+    def close(self) -> None:
+        """Closes the connections that are not in use."""
+        with self.lock:
+            kept = [connection for connections in self.idle.values() for connection, _ in connections]
+            self.idle.clear()
+        for connection in kept:
+            connection.close()
+
+
+class _Target:
+    """Where a URL leads: scheme, host, port, the path to ask for, and the proxy on the way. ValueError if nowhere."""
+
+    __slots__ = (
+        "headers",
+        "host",
+        "key",
+        "path",
+        "port",
+        "proxy",
+        "request_path",
+        "scheme",
+        "secure",
+        "tunnel_headers",
+    )
+
+    def __init__(self, url: str) -> None:
+        from urllib.parse import quote, urlsplit
+
+        if re.search(r"[\x00-\x20\x7f]", url):
+            raise ValueError("it holds white space or control characters")
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("it does not start with http:// or https:// and a host")
+        self.scheme, self.host, self.secure = parts.scheme, parts.hostname, parts.scheme == "https"
+        self.port = parts.port or (443 if self.secure else 80)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self.path = self.request_path = path if path.isascii() else quote(path, safe="/%:=&?~+!$,;'@()*[]")
+        self.headers = _basic("Authorization", parts.username, parts.password)
+        self.proxy: tuple[str, int] | None = None
+        self.tunnel_headers: tuple[tuple[str, str], ...] = ()
+        self.key: tuple[Any, ...] = (self.scheme, self.host, self.port, None)
+
+    def go_through(self, proxy: str | None) -> None:
+        if not proxy:
+            return
+        from urllib.parse import urlsplit
+
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError(f"proxies are reached by http://, not {parts.scheme}://")
+        self.proxy = (parts.hostname, parts.port or 80)
+        credentials = _basic("Proxy-Authorization", parts.username, parts.password)
+        self.key = (self.scheme, self.host, self.port, self.proxy)
+        if self.secure:
+            self.tunnel_headers = credentials
+        else:
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            self.request_path, self.headers = f"http://{host}:{self.port}{self.path}", (*self.headers, *credentials)
+
+
+def _basic(header: str, user: str | None, password: str | None) -> tuple[tuple[str, str], ...]:
+    """The header of basic authentication; none without a user."""
+    if user is None:
+        return ()
+    from base64 import b64encode
+    from urllib.parse import unquote
+
+    return ((header, "Basic " + b64encode(f"{unquote(user)}:{unquote(password or '')}".encode()).decode()),)
+
+
+def _open_socket(scope: _CancelScope, address: tuple[str, int], timeout: float, _source: Any = None) -> Any:
+    """socket.create_connection, with each socket attached to the scope before it connects."""
+    import socket
+
+    failure: OSError = OSError("the host has no address")
+    deadline = time.monotonic() + timeout
+    for family, kind, protocol, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            scope.attach(sock)
+            sock.settimeout(max(0.1, deadline - time.monotonic()))
+            sock.connect(place)
+            sock.settimeout(timeout)
+            return sock
+        except OSError as error:
+            failure = error
+            scope.attach(None)
+            sock.close()
+            if scope.cancelled:
+                break
+    raise failure
+
+
+def _proxy_for(scheme: str, host: str, port: int) -> str | None:
+    """The proxy that the environment names for an address, as curl and urllib read it."""
+    names: tuple[str, ...] = (f"{scheme}_proxy", f"{scheme}_proxy".upper(), "all_proxy", "ALL_PROXY")
+    if "REQUEST_METHOD" in os.environ:  # a CGI program: HTTP_PROXY may be a header of the request
+        names = tuple(name for name in names if name != "HTTP_PROXY")
+    proxy = next((os.environ[name] for name in names if os.environ.get(name)), None)
+    for entry in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",") if proxy else ():
+        name, _, entry_port = entry.strip().lower().rpartition(":")
+        if not name or not entry_port.isdigit() or name.endswith(":"):
+            name, entry_port = entry.strip().lower(), ""
+        name = name.strip("[]").lstrip("*.") if name != "*" else name
+        within = host == name or host.endswith("." + name) or name == "*" or ("/" in name and _in_network(host, name))
+        if name and within and entry_port in ("", str(port)):
+            return None
+    return proxy
+
+
+def _in_network(host: str, network: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False)
+    except ValueError:
+        return False
+
+
+def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+    """How long the server asks to wait: `retry-after-ms`, or `retry-after` in seconds or as an HTTP date (RFC 9110)."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        text = headers.get(name, "").strip()
+        if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{0,12})?", text):
+            return float(text) * unit
+        if text and unit == 1.0:
+            from email.utils import mktime_tz, parsedate_tz
+
+            with contextlib.suppress(ValueError, TypeError, OverflowError):
+                moment = parsedate_tz(text)
+                return max(0.0, mktime_tz(moment) - time.time()) if moment else None
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Providers: requests and responses of each vendor, one class each, built from small shared pieces
+# A vendor says where a request goes, how it is written, how its answer is read and how the events of a stream build
+# that answer up. The wire facts are those of the vendors' API references and official SDKs, named at each class.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class ProviderError(OrchestratorError):
-    """P"""
-    def __init__(self, reason, *, provider="", status=None, retryable=False, retry_after=None, request_id=None):
-        super().__init__(f"{provider}: {reason}"); self.provider, self.status, self.retryable, self.retry_after = provider, status, retryable, retry_after
-class AuthenticationError(ProviderError):
-    """A"""
-class RateLimitError(ProviderError):
-    """A"""
-class ProviderTimeoutError(ProviderError):
-    """A"""
-    def __init__(self, reason, **k): k.setdefault("retryable", True); super().__init__(reason, **k)
-class ProviderConnectionError(ProviderError):
-    """A"""
-class BadResponseError(ProviderError):
-    """A"""
-_CALL = threading.local()
-class _CancelScope:
-    def __init__(self, timeout): self.cancelled = False
-    def cancel(self): self.cancelled = True
 class CompletionRequest:
-    """R"""
-    def __init__(self, **k): self.__dict__.update(k)
+    """What a step asks of a language model.
+
+    `messages` are maps of role (user, assistant, system, tool) and content. `params` go to the vendor as they are.
+    `schema` is a JSON Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema).
+    `on_text` is called with each piece of text of a streamed answer as it arrives, in the thread that makes the call.
+    """
+
+    def __init__(
+        self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, temperature: float | None = None,
+        max_tokens: int | None = None, top_p: float | None = None, top_k: int | None = None, stop: Any = None,
+        seed: int | None = None, frequency_penalty: float | None = None, presence_penalty: float | None = None,
+        stream: bool = False, params: Mapping[str, Any] | None = None, schema: Any = None,
+        tools: list[dict[str, Any]] | None = None, on_text: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.messages, self.system = model, messages, system
+        self.temperature, self.max_tokens, self.top_p, self.top_k = temperature, max_tokens, top_p, top_k
+        self.stop, self.seed = stop, seed
+        self.frequency_penalty, self.presence_penalty = frequency_penalty, presence_penalty
+        self.stream, self.params, self.schema, self.tools, self.on_text = (
+            stream,
+            dict(params or {}),
+            schema,
+            tools,
+            on_text,
+        )
+
     @property
-    def prompt(self): return self.messages[-1]["content"]
+    def prompt(self) -> str:
+        """The text of the last message of the user."""
+        asked = [message for message in self.messages if message.get("role") == "user"]
+        return _joined_text(asked[-1].get("content")) if asked else ""
+
+    def __repr__(self) -> str:
+        return f"CompletionRequest(model={self.model!r}, prompt={_shorten(self.prompt, 60)!r})"
+
+
 class CompletionResponse:
-    """R"""
-    def __init__(self, text, model="", input_tokens=0, output_tokens=0, metadata=None):
-        self.text, self.model, self.input_tokens, self.output_tokens, self.metadata = text, model, input_tokens, output_tokens, metadata or {}
-        self.total_tokens = input_tokens + output_tokens
-class _HttpClient:
-    def __init__(self, name): pass
-    def close(self): pass
-_RETRIED_STATUSES = (408,)
-class Provider:
-    """P"""
-    def __init__(self, **k): pass
-    def close(self): pass
-    @classmethod
-    def from_env(cls, **k):
-        if not os.environ.get("OPENAI_API_KEY"): raise AuthenticationError("OPENAI_API_KEY is not set", provider="openai")
-        return cls()
-class OpenAIProvider(Provider):
-    """O"""
-class EchoProvider(Provider):
-    """E"""
-    instant = True
-    @classmethod
-    def from_env(cls, **k): return cls()
-    def complete(self, request): return CompletionResponse("echo: " + request.prompt, request.model, 1, 2)
-PROVIDERS = {"openai": OpenAIProvider, "anthropic": OpenAIProvider, "echo": EchoProvider}
-def _retry_after_seconds(h): return None
+    """What a language model answered.
+
+    Token counts are None where the vendor does not say. `finish_reason` is the vendor's word (such as stop, length,
+    tool_use). `tool_calls` are maps of id, name and arguments. `metadata` is JSON: finish_reason, request_id and more.
+    """
+
+    def __init__(
+        self, text: str, model: str = "", input_tokens: int | None = None, output_tokens: int | None = None,
+        finish_reason: str | None = None, request_id: str | None = None, tool_calls: Iterable[dict[str, Any]] = (),
+        metadata: Mapping[str, Any] | None = None, total_tokens: int | None = None,
+    ) -> None:  # fmt: skip
+        self.text, self.model = text, model
+        self.input_tokens, self.output_tokens = input_tokens, output_tokens
+        counts = [count for count in (input_tokens, output_tokens) if count is not None]
+        self.total_tokens = total_tokens if total_tokens is not None or not counts else sum(counts)
+        self.finish_reason, self.request_id, self.tool_calls = finish_reason, request_id, list(tool_calls)
+        named = {"finish_reason": finish_reason, "request_id": request_id, **(metadata or {})}
+        self.metadata: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+
+    def __repr__(self) -> str:
+        return (
+            f"CompletionResponse({_shorten(self.text, 60)!r}, model={self.model!r}, total_tokens={self.total_tokens})"
+        )
+
+
 class EmbeddingRequest:
-    """E"""
+    """Texts to embed with a model. `input_type` is "query" or "document" for vendors that tell them apart."""
+
+    def __init__(
+        self, model: str, input: list[str], dimensions: int | None = None, input_type: str | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.input, self.dimensions, self.input_type = model, input, dimensions, input_type
+        self.params = dict(params or {})
+
+
 class EmbeddingResponse:
-    """E"""
+    """`vectors` (lists of floats) in the order of the texts; `tokens` is None where the vendor does not say."""
+
+    def __init__(self, vectors: list[list[float]], model: str = "", tokens: int | None = None) -> None:
+        self.vectors, self.model, self.tokens = vectors, model, tokens
+
+
+def _joined_text(content: Any) -> str:
+    """The text of a content: itself, or the texts among its parts; TypeError if it is neither."""
+    if isinstance(content, str):
+        return content
+    return "".join(part if isinstance(part, str) else _joined_text(part.get("text", "")) for part in content or ())
+
+
+def _count(value: Any) -> int | None:
+    """A token count: None if there is none, TypeError or ValueError if it is no number."""
+    return None if value is None or isinstance(value, bool) else int(value + 0)
+
+
+# ---- From a bad answer to an error -----------------------------------------------------------------------------------
+
+_STATUS_ERRORS: dict[int, type[ProviderError]] = {
+    401: AuthenticationError, 402: QuotaExceededError, 403: AuthenticationError, 408: ProviderTimeoutError,
+    429: RateLimitError, 504: ProviderTimeoutError,
+}  # fmt: skip
+_TYPE_STATUSES = {  # of errors inside an answer that began as a 200
+    "overloaded_error": 529, "rate_limit_error": 429, "rate_limit_exceeded": 429, "api_error": 500, "server_error": 500,
+    "internal_server_error": 500, "timeout_error": 504, "authentication_error": 401, "permission_error": 403,
+    "billing_error": 402, "invalid_request_error": 400, "insufficient_quota": 429,
+}  # fmt: skip
+_NO_QUOTA = re.compile(
+    r"insufficient_quota|credit_balance|billing_(error|hard_limit)|credit balance|spend(ing)?[ _-](limit|cap)"
+)
+_TOO_LONG = re.compile(
+    r"context_length|maximum context|context window|prompt is too long|too many (input )?tokens|"
+    r"token count .{0,40}exceeds|exceeds? .{0,60}(context|token limit)|input is too long|reduce the length"
+)
+
+
+def _error_parts(document: Any) -> tuple[str, str, Any]:
+    """(message, code or type, the error map) of the error bodies that vendors send."""
+    if isinstance(document, list) and document:
+        document = document[0]
+    if not isinstance(document, Mapping):
+        return "", "", {}
+    fault = document.get("error")
+    if fault is None or isinstance(fault, (str, int, bool)):
+        words = next(
+            (document[key] for key in ("message", "detail", "error") if isinstance(document.get(key), str)), None
+        )
+        return words or _to_json(document), str(document.get("code") or document.get("type") or ""), document
+    fault = fault if isinstance(fault, Mapping) else {"message": _to_json(fault)}
+    code = " ".join(str(fault[key]) for key in ("code", "type", "status") if fault.get(key) is not None)
+    return str(fault.get("message") or _to_json(fault)), code, fault
+
+
+def _answer_error(name: str, status: int | None, headers: Mapping[str, str], document: Any, text: str) -> ProviderError:
+    """The error for an answer with an error in it: its class, whether to retry, and how long the server asks to wait."""
+    message, code, fault = _error_parts(document)
+    if status is None or status < 400:
+        number = fault.get("code")
+        known = [_TYPE_STATUSES[word] for word in code.split() if word in _TYPE_STATUSES]
+        status = number if isinstance(number, int) and 400 <= number < 600 else known[0] if known else None
+    message = message or text.strip() or "no reason was given"
+    kind = _STATUS_ERRORS.get(status or 0, ProviderError)
+    lowered = f"{code} {message[:2000]}".lower()
+    if status in (400, 402, 403, 429) and _NO_QUOTA.search(lowered):
+        kind = QuotaExceededError
+    elif status in (400, 413, 422) and _TOO_LONG.search(lowered):
+        kind = ContextLengthError
+    retryable = status in _RETRIED_STATUSES and kind is not QuotaExceededError
+    if headers.get("x-should-retry") in ("true", "false") and kind is not QuotaExceededError:
+        retryable = headers["x-should-retry"] == "true"
+    wait = _retry_after_seconds(headers)
+    for detail in fault.get("details") or () if isinstance(fault.get("details"), list) else ():
+        delay = detail.get("retryDelay") if isinstance(detail, Mapping) else None  # google.rpc.RetryInfo
+        wait = _seconds(delay, "s") if wait is None and isinstance(delay, str) else wait
+    request_id = headers.get("x-request-id") or headers.get("request-id")
+    reason = (
+        f"answered {status}: {_shorten(message, 500)}" if status else f"answered an error: {_shorten(message, 500)}"
+    )
+    return kind(reason, provider=name, status=status, retryable=retryable, retry_after=wait, request_id=request_id)
+
+
+class _RestClient:
+    """JSON calls to one server: its address, its headers, and one way from a bad answer to an error without secrets."""
+
+    def __init__(
+        self, name: str, base_url: str, headers: Mapping[str, str] | None = None, *, timeout_seconds: float | None = None,
+        proxy: str | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.base_url = name, base_url.rstrip("/")
+        self.headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": _USER_AGENT}
+        self.headers.update({str(key): str(value) for key, value in (headers or {}).items()})
+        secret = re.compile("auth|key|token|secret|cookie", re.I)
+        found = [value.partition("Bearer ")[2] or value for key, value in self.headers.items() if secret.search(key)]
+        self.secrets = [value for value in found if len(value) > 3]
+        self.http = _HttpClient(name, proxy=proxy, timeout_seconds=timeout_seconds)
+
+    def send(
+        self, method: str, path: str, payload: Any = None, on_bytes: Callable[[bytes], Any] | None = None
+    ) -> _Response:
+        """The response to a JSON payload; an error of the ProviderError family for every status from 400 on."""
+        body = None if payload is None else _request_json(payload, self.name)
+        response = self.http.request(method, self.base_url + path, self.headers, body, on_bytes)
+        if response.status >= 400:
+            document = None
+            with contextlib.suppress(ParseError):
+                document = _load_json(response.body)
+            raise self.error(response.status, response.headers, document, response.text)
+        return response
+
+    def error(self, status: int | None, headers: Mapping[str, str], document: Any, text: str) -> ProviderError:
+        error = _answer_error(self.name, status, headers, document, text)
+        for secret in self.secrets:
+            error.args = (str(error).replace(secret, "***"),)
+        return error
+
+    def parse(self, response: _Response) -> Any:
+        """The JSON of a response; an error for nonsense, and for a map whose only news is an error."""
+        try:
+            document = _load_json(response.body)
+        except ParseError as error:
+            reason = f"answered something that is not JSON ({error.reason}): {_shorten(response.text.strip(), 200)!r}"
+            raise BadResponseError(self.hide(reason), provider=self.name, status=response.status) from None
+        if isinstance(document, Mapping) and document.get("error"):
+            raise self.error(response.status, response.headers, document, response.text)
+        return document
+
+    def call(self, method: str, path: str, payload: Any = None) -> Any:
+        """The JSON that the server answers to a JSON payload."""
+        return self.parse(self.send(method, path, payload))
+
+    def hide(self, text: str) -> str:
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    def close(self) -> None:
+        """Closes the connections that are not in use."""
+        self.http.close()
+
+
+_USER_AGENT = f"llm_orchestrator/{__version__}"
+
+
+def _request_json(payload: Any, name: str) -> bytes:
+    try:
+        return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except (TypeError, ValueError, RecursionError) as error:  # a lone surrogate is a ValueError too
+        raise BadResponseError(f"the request has no JSON form: {error}", provider=name) from None
+
+
+class _Events:
+    """The events of a stream from its bytes: server-sent events (WHATWG HTML, 9.2), or lines of JSON."""
+
+    def __init__(self, plain_lines: bool) -> None:
+        self.plain_lines, self.rest, self.data = plain_lines, b"", []  # type: tuple[bool, bytes, list[str]]
+        self.seen = False  # whether anything was an event
+
+    def feed(self, piece: bytes) -> Iterator[str]:
+        """The data of each event that the piece completes. Raises UnicodeDecodeError."""
+        lines = (self.rest + piece).splitlines(keepends=True) if b"\r" in piece or b"\r" in self.rest else None
+        if lines is None:
+            *complete, self.rest = (self.rest + piece).split(b"\n")
+        else:  # a piece may end between a carriage return and its newline; other separators are no line ends here
+            text = (self.rest + piece).replace(b"\r\n", b"\n")
+            held = text.endswith(b"\r")
+            *complete, self.rest = (text[:-1] if held else text).replace(b"\r", b"\n").split(b"\n")
+            self.rest += b"\r" if held else b""
+        for line in complete:
+            yield from self.line(line.decode("utf-8"))
+
+    def line(self, line: str) -> Iterator[str]:
+        if self.plain_lines:
+            self.seen = self.seen or bool(line.strip())
+            if line.strip():
+                yield line
+        elif not line:
+            if self.data:
+                yield "\n".join(self.data)
+            self.data = []
+        elif line.startswith("data:"):
+            self.seen = True
+            self.data.append(line[6:] if line.startswith("data: ") else line[5:])
+
+    def end(self) -> Iterator[str]:
+        """What is left when the stream ends."""
+        yield from self.line(self.rest.decode("utf-8"))
+        yield from () if self.plain_lines else self.line("")
+
+
+# ---- Vendors ---------------------------------------------------------------------------------------------------------
+
+
+class Provider:
+    """Base of the vendors' clients; safe for many threads.
+
+    `api_key`, `base_url`, extra `headers`, `timeout_seconds` of each call, `proxy` (a URL, "" for none) and the options
+    that the class lists in `OPTIONS`. `from_env` fills what is not given from the official SDK's variables.
+    """
+
+    TYPE = ""
+    BASE_URL = ""
+    KEY_VARIABLES: tuple[str, ...] = ()
+    URL_VARIABLES: tuple[str, ...] = ()
+    OPTIONS: Mapping[str, str | None] = {}  # name -> the variable that sets it, or None
+    FIELDS: Mapping[str, str] = {}  # of a request -> the vendor's place for it ("options.seed": inside a map)
+    KEY_HEADER = ("Authorization", "Bearer ")
+    PLAIN_LINES = False  # streams are lines of JSON, not server-sent events
+    native_schema = True
+    max_batch = 2048  # texts in one embedding call
+
+    def __init__(
+        self, *, api_key: str | None = None, base_url: str | None = None, headers: Mapping[str, str] | None = None,
+        timeout_seconds: float | None = None, proxy: str | None = None, name: str | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        unknown = [option for option in options if option not in self.OPTIONS]
+        if unknown:
+            known = _suggestion(
+                unknown[0], [*self.OPTIONS, "api_key", "base_url", "headers", "timeout_seconds", "proxy"]
+            )
+            raise ValidationError(f"{self.TYPE}: unknown option {unknown[0]!r}{known}")
+        self.name, self.timeout_seconds = name or self.TYPE, timeout_seconds
+        self.options = {option: options.get(option) for option in self.OPTIONS}
+        self.base_url = self.address(base_url or self.BASE_URL)
+        key = (api_key or "").strip()
+        if not key.isascii() or not key.isprintable():
+            raise AuthenticationError("the key holds characters that no header can carry", provider=self.name)
+        own = self.key_headers(key) if key else {}
+        self._rest = _RestClient(
+            self.name,
+            self.base_url,
+            {**own, **self.extra_headers(), **(headers or {})},
+            timeout_seconds=timeout_seconds,
+            proxy=proxy,
+        )
+
+    @classmethod
+    def from_env(cls, **overrides: Any) -> Any:
+        """A client set up by the environment. AuthenticationError names the variable of a key that is missing."""
+        settings = dict(overrides)
+        settings.setdefault("base_url", _variable(*cls.URL_VARIABLES))
+        for option, variable in cls.OPTIONS.items():
+            if variable and settings.get(option) is None:
+                settings[option] = _variable(variable)
+        if not settings.get("api_key"):
+            settings["api_key"] = _variable(*cls.KEY_VARIABLES)
+        missing = cls.missing_settings(settings)
+        if missing:
+            raise AuthenticationError(f"set {missing} in the environment", provider=settings.get("name") or cls.TYPE)
+        return cls(**settings)
+
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        """Which variable has to be set, if one has to."""
+        return " or ".join(cls.KEY_VARIABLES) if cls.KEY_VARIABLES and not settings.get("api_key") else ""
+
+    def address(self, base_url: str) -> str:
+        return base_url.rstrip("/")
+
+    def key_headers(self, key: str) -> dict[str, str]:
+        return {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key}
+
+    def extra_headers(self) -> dict[str, str]:
+        return {}
+
+    def path(self, path: str) -> str:
+        """A path below the base URL, which may end with the path's first segment (/v1) already."""
+        first = path[: path.index("/", 1)]
+        return path[len(first) :] if self.base_url.endswith(first) else path
+
+    def complete(self, request: CompletionRequest) -> CompletionResponse:
+        """The answer to a request; errors of the ProviderError family."""
+        path, body = self.completion_call(request)
+        for key, value in request.params.items():
+            both = isinstance(value, Mapping) and isinstance(body.get(key), Mapping)
+            body[key] = {**body[key], **value} if both else value
+        started = time.perf_counter()
+        if not request.stream:
+            response = self._rest.send("POST", path, body)
+            document, first = self._rest.parse(response), None
+        else:
+            response, document, first = self.stream(path, body, request)
+        try:
+            answer = self.read_completion(document, request)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            shown = self._rest.hide(_shorten(_to_json(document), 200))
+            raise BadResponseError(f"answered something else than a completion: {shown}", provider=self.name) from None
+        if not answer.text and not answer.tool_calls and str(answer.finish_reason).lower() in _BLOCKED:
+            raise BadResponseError(f"gave no answer: it was stopped by {answer.finish_reason}", provider=self.name)
+        answer.model = answer.model or request.model
+        answer.request_id = (
+            response.headers.get("x-request-id") or response.headers.get("request-id") or answer.request_id
+        )
+        ignored = [name for name in _TUNING if getattr(request, name) is not None and name not in self.FIELDS]
+        extra: dict[str, Any] = {"request_id": answer.request_id, "ignored": ignored or None}
+        extra["time_to_first_token_ms"] = None if first is None else round((first - started) * 1000, 3)
+        answer.metadata.update({name: value for name, value in extra.items() if value is not None})
+        return answer
+
+    def stream(
+        self, path: str, body: dict[str, Any], request: CompletionRequest
+    ) -> tuple[_Response, Any, float | None]:
+        """(response, the document that the events built up, when the first text came). A stream that ends before its
+        end mark is a lost connection."""
+        events, document, raw = _Events(self.PLAIN_LINES), {}, []  # type: tuple[_Events, dict[str, Any], list[bytes]]
+        first: float | None = None
+
+        def on_event(text: str) -> None:
+            nonlocal first
+            if text == "[DONE]":
+                document["done"] = True
+                return
+            event = _load_json(text)
+            if isinstance(event, Mapping) and (event.get("error") or event.get("type") == "error"):
+                raise self._rest.error(None, {}, event if event.get("error") else {"error": event}, text)
+            piece = self.merge(document, event)
+            if piece:
+                first = first or time.perf_counter()
+                if request.on_text:
+                    request.on_text(piece)
+
+        def on_bytes(piece: bytes) -> bool:
+            if not events.seen:
+                raw.append(piece)
+            for text in events.feed(piece):
+                on_event(text)
+            return bool(document.get("done"))
+
+        try:
+            response = self._rest.send("POST", path, body, on_bytes)
+            for text in events.end() if not document.get("done") else ():
+                on_event(text)
+        except (ParseError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise BadResponseError(
+                f"sent a stream that cannot be read: {_shorten(str(error), 200)}", provider=self.name
+            ) from None
+        if not events.seen:  # the server does not stream: the whole answer at once
+            response.body = b"".join(raw)
+            return response, self._rest.parse(response), None
+        if not (document.get("done") or document.get("finished")):
+            raise ProviderConnectionError("the stream ended before its end mark", provider=self.name)
+        return response, document, first
+
+    def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
+        """The vectors of at most `max_batch` texts; errors of the ProviderError family."""
+        path, body = self.embedding_call(request)
+        document = self._rest.call("POST", path, {**body, **request.params})
+        try:
+            vectors, tokens = self.read_embeddings(document)
+            if len(vectors) != len(request.input) or not all(
+                type(number) in (int, float) for vector in vectors for number in vector
+            ):
+                raise ValueError
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            shown = self._rest.hide(_shorten(_to_json(document), 200))
+            reason = f"answered something else than {len(request.input)} embeddings: {shown}"
+            raise BadResponseError(reason, provider=self.name) from None
+        return EmbeddingResponse(vectors, str(document.get("model") or request.model), tokens)
+
+    # what a vendor says
+
+    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        """(path, body) of a completion."""
+        raise ValidationError(f"the provider {self.name!r} makes embeddings only")
+
+    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
+        """The answer in a document. May raise KeyError and the like for nonsense."""
+        raise NotImplementedError
+
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        """Adds a stream's event to the document that the plain answer would have been; returns its text.
+
+        Sets document["finished"] when the vendor said that the answer is complete, ["done"] at the end mark.
+        """
+        raise NotImplementedError
+
+    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
+        """(path, body) of an embedding call."""
+        raise ValidationError(f"the provider {self.name!r} makes no embeddings")
+
+    def read_embeddings(self, document: Any) -> tuple[list[list[float]], int | None]:
+        """(vectors, tokens) of the OpenAI shape, which most vendors use."""
+        ordered = sorted(document["data"], key=lambda entry: entry.get("index", 0))
+        usage = document.get("usage") or {}
+        return [entry["embedding"] for entry in ordered], _count(usage.get("prompt_tokens", usage.get("total_tokens")))
+
+    def tuned(self, request: CompletionRequest) -> dict[str, Any]:
+        """A body with the request's settings at the vendor's places."""
+        body: dict[str, Any] = {}
+        for name, place in self.FIELDS.items():
+            value = getattr(request, name)
+            if value is not None:
+                *outer, last = place.split(".")
+                inner = body
+                for key in outer:
+                    inner = inner.setdefault(key, {})
+                inner[last] = [value] if name == "stop" and isinstance(value, str) else value
+        return body
+
+    def close(self) -> None:
+        """Closes the connections that are not in use."""
+        self._rest.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(name={self.name!r}, base_url={self.base_url!r})"
+
+
+_TUNING = ("temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "frequency_penalty", "presence_penalty")
+_BLOCKED = frozenset((
+    "content_filter", "refusal", "safety", "recitation", "blocklist", "prohibited_content", "spii", "error", "other",
+    "error_toxic", "image_safety", "language",
+))  # fmt: skip
+_OPENAI_FIELDS = {
+    name: name
+    for name in ("temperature", "max_tokens", "top_p", "stop", "seed", "frequency_penalty", "presence_penalty")
+}
+
+
+def _variable(*names: str) -> str | None:
+    """The first of these environment variables that is set and not empty."""
+    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+def _system_apart(request: CompletionRequest) -> tuple[str, list[dict[str, Any]]]:
+    """The request's system texts, and its other messages, for vendors that keep the two apart."""
+    system = [request.system or ""]
+    system += [_joined_text(message.get("content")) for message in request.messages if message.get("role") == "system"]
+    return "\n\n".join(filter(None, system)), [
+        message for message in request.messages if message.get("role") != "system"
+    ]
+
+
+class OpenAIProvider(Provider):
+    """OpenAI: Chat Completions, Responses for the models that only it serves (or `api: responses`), Embeddings.
+
+    Sources: platform.openai.com/docs/api-reference; openai-python 3.54 (`resources/chat/completions.py`, `_base_client.py`).
+    """
+
+    TYPE = "openai"
+    BASE_URL = "https://api.openai.com/v1"
+    KEY_VARIABLES: tuple[str, ...] = ("OPENAI_API_KEY",)
+    URL_VARIABLES: tuple[str, ...] = ("OPENAI_BASE_URL",)
+    OPTIONS: Mapping[str, str | None] = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID", "api": None}
+    FIELDS: Mapping[str, str] = _OPENAI_FIELDS
+    _NEW_LIMIT = re.compile(r"(.*/)?(o[1-9]|gpt-[5-9]|codex|computer-use)")  # these refuse max_tokens
+    _RESPONSES_ONLY = re.compile(r"(.*/)?(o[1-9]-pro|gpt-[5-9][\w.]*-pro|.*codex|.*deep-research|computer-use)")
+
+    def extra_headers(self) -> dict[str, str]:
+        named = {"OpenAI-Organization": self.options.get("organization"), "OpenAI-Project": self.options.get("project")}
+        return {header: str(value) for header, value in named.items() if value}
+
+    def place(self, path: str, model: str) -> str:
+        """Where a call goes."""
+        return path
+
+    def uses_responses(self, request: CompletionRequest) -> bool:
+        chosen = self.options.get("api")
+        return chosen == "responses" or (chosen is None and bool(self._RESPONSES_ONLY.match(request.model)))
+
+    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        if self.uses_responses(request):
+            return self.place("/responses", request.model), self.responses_body(request)
+        body: dict[str, Any] = {"model": request.model, "messages": self.messages(request), **self.tuned(request)}
+        if "max_tokens" in body and self.TYPE in ("openai", "azure") and self._NEW_LIMIT.match(request.model):
+            body["max_completion_tokens"] = body.pop("max_tokens")
+        if request.schema is not None:
+            body["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": request.schema},
+            }
+        if request.tools:
+            body["tools"] = [{"type": "function", "function": tool} for tool in request.tools]
+        if request.stream:
+            body.update(self.stream_fields())
+        return self.place("/chat/completions", request.model), body
+
+    def stream_fields(self) -> dict[str, Any]:
+        return {"stream": True, "stream_options": {"include_usage": True}}
+
+    def messages(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        system = [{"role": "system", "content": request.system}] if request.system else []
+        return system + [self.message(message) for message in request.messages]
+
+    def message(self, message: dict[str, Any]) -> dict[str, Any]:
+        if message.get("role") == "tool":
+            return {"role": "tool", "tool_call_id": message["id"], "content": message["content"]}
+        if not message.get("tool_calls"):
+            return message
+        calls = [
+            {
+                "id": call["id"],
+                "type": "function",
+                "function": {"name": call["name"], "arguments": _to_json(call["arguments"])},
+            }
+            for call in message["tool_calls"]
+        ]
+        return {"role": "assistant", "content": message.get("content") or None, "tool_calls": calls}
+
+    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
+        if "output" in document and "choices" not in document:
+            return self.read_responses(document)
+        choice, usage = document["choices"][0], document.get("usage") or {}
+        message, finish = choice["message"], choice.get("finish_reason")
+        calls = message.get("tool_calls") or ()
+        calls = [_openai_tool_call(call) for call in (calls.values() if isinstance(calls, dict) else calls)]
+        content, refusal = message.get("content"), message.get("refusal")
+        if content is None and not (calls or refusal or finish in ("content_filter", "length")):
+            raise ValueError("no content")
+        return CompletionResponse(
+            _joined_text(content or refusal), str(document.get("model") or ""), _count(usage.get("prompt_tokens")),
+            _count(usage.get("completion_tokens")), finish, document.get("id"), calls,
+            {"refusal": True} if refusal and not content else None, _count(usage.get("total_tokens")),
+        )  # fmt: skip
+
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        if str(event.get("type", "")).startswith("response."):
+            return self.merge_responses(document, event)
+        document.setdefault("choices", [{"message": {"content": None, "tool_calls": {}}, "finish_reason": None}])
+        for key in ("id", "model", "usage"):
+            if event.get(key):
+                document[key] = event[key]
+        if not event.get("choices"):
+            return ""
+        whole, choice = document["choices"][0], event["choices"][0]
+        delta, message = choice.get("delta") or {}, whole["message"]
+        if choice.get("finish_reason"):
+            whole["finish_reason"] = document["finished"] = choice["finish_reason"]
+        for call in delta.get("tool_calls") or ():
+            known = message["tool_calls"].setdefault(
+                call.get("index", len(message["tool_calls"])), {"function": {"arguments": ""}}
+            )
+            known["id"] = call.get("id") or known.get("id")
+            function = call.get("function") or {}
+            known["function"]["name"] = function.get("name") or known["function"].get("name")
+            arguments = function.get("arguments") or ""
+            known["function"]["arguments"] += arguments if isinstance(arguments, str) else _to_json(arguments)
+        for field in ("content", "refusal"):
+            if delta.get(field) is not None:
+                piece = _joined_text(delta[field])
+                message[field] = message.get(field) or []
+                message[field].append(piece)
+                return piece
+        return ""
+
+    # Responses
+
+    def responses_body(self, request: CompletionRequest) -> dict[str, Any]:
+        items: list[dict[str, Any]] = []
+        for message in request.messages:
+            if message.get("role") == "tool":
+                items.append({"type": "function_call_output", "call_id": message["id"], "output": message["content"]})
+                continue
+            if message.get("content"):
+                items.append({"role": message["role"], "content": message["content"]})
+            for call in message.get("tool_calls") or ():
+                named = {"call_id": call["id"], "name": call["name"], "arguments": _to_json(call["arguments"])}
+                items.append({"type": "function_call", **named})
+        body: dict[str, Any] = {"model": request.model, "input": items}
+        settings: dict[str, Any] = {"instructions": request.system, "max_output_tokens": request.max_tokens}
+        settings.update(temperature=request.temperature, top_p=request.top_p, stream=request.stream or None)
+        body.update({name: value for name, value in settings.items() if value is not None})
+        if request.schema is not None:
+            body["text"] = {"format": {"type": "json_schema", "name": "answer", "schema": request.schema}}
+        if request.tools:
+            body["tools"] = [{"type": "function", **tool} for tool in request.tools]
+        return body
+
+    def read_responses(self, document: Any) -> CompletionResponse:
+        if document.get("status") == "failed":
+            raise self._rest.error(None, {}, {"error": document.get("error") or "the response failed"}, "")
+        parts = [part for item in document["output"] if item["type"] == "message" for part in item["content"]]
+        calls = [
+            {"id": item["call_id"], "name": item["name"], "arguments": _load_arguments(item["arguments"])}
+            for item in document["output"] if item["type"] == "function_call"
+        ]  # fmt: skip
+        texts = [part["text"] if part["type"] == "output_text" else part.get("refusal", "") for part in parts]
+        reason = (document.get("incomplete_details") or {}).get("reason")
+        finish = {"max_output_tokens": "length", None: "tool_calls" if calls else "stop"}.get(reason, reason)
+        usage = document.get("usage") or {}
+        return CompletionResponse(
+            _joined_text(texts), str(document.get("model") or ""), _count(usage.get("input_tokens")),
+            _count(usage.get("output_tokens")), finish, document.get("id"), calls,
+        )  # fmt: skip
+
+    def merge_responses(self, document: dict[str, Any], event: Any) -> str:
+        if event["type"] == "response.output_text.delta":
+            return str(event["delta"])
+        if event["type"] in ("response.completed", "response.incomplete", "response.failed"):
+            document.update(event["response"], done=True)
+        return ""
+
+    # Embeddings
+
+    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
+        dimensions = {} if request.dimensions is None else {"dimensions": request.dimensions}
+        return self.place("/embeddings", request.model), {"model": request.model, "input": request.input, **dimensions}
+
+
+def _load_arguments(text: Any) -> Any:
+    """The arguments of a tool call: a JSON text, or a map already; what is no JSON stays text, for the error it gets."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return _load_json(text) if text.strip() else {}
+    except ParseError:
+        return text
+
+
+def _openai_tool_call(call: Any) -> dict[str, Any]:
+    function = call["function"]
+    return {
+        "id": call.get("id") or function["name"],
+        "name": function["name"],
+        "arguments": _load_arguments(function["arguments"]),
+    }
+
+
+class OpenAICompatibleProvider(OpenAIProvider):
+    """Any server that speaks Chat Completions: vLLM, LM Studio, llama.cpp, LiteLLM. `base_url` ends with /v1.
+
+    `structured: instructions` is for servers without response_format json_schema.
+    """
+
+    TYPE = "openai_compatible"
+    BASE_URL = "http://localhost:8000/v1"
+    KEY_VARIABLES, URL_VARIABLES = ("OPENAI_COMPATIBLE_API_KEY",), ("OPENAI_COMPATIBLE_BASE_URL",)
+    OPTIONS: Mapping[str, str | None] = {"api": None, "structured": None}
+    FIELDS: Mapping[str, str] = {**_OPENAI_FIELDS, "top_k": "top_k"}
+
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        return super().missing_settings(settings) if cls.TYPE != "openai_compatible" else ""
+
+    def uses_responses(self, request: CompletionRequest) -> bool:
+        return self.options.get("api") == "responses"
+
+    @property
+    def native_schema(self) -> bool:  # type: ignore[override]
+        return self.options.get("structured") != "instructions"
+
+
+class AzureOpenAIProvider(OpenAIProvider):
+    """Azure OpenAI: the v1 path, or with `api_version` the path of a deployment (`deployment`, by default the model).
+
+    Sources: learn.microsoft.com/azure/ai-services/openai/reference; openai-python 3.54 (`lib/azure.py`).
+    """
+
+    TYPE = "azure"
+    KEY_VARIABLES, URL_VARIABLES = ("AZURE_OPENAI_API_KEY",), ("AZURE_OPENAI_ENDPOINT",)
+    OPTIONS: Mapping[str, str | None] = {
+        "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None
+    }  # fmt: skip
+    KEY_HEADER = ("api-key", "")
+
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        if not settings.get("base_url"):
+            return "AZURE_OPENAI_ENDPOINT"
+        return "" if settings.get("ad_token") else super().missing_settings(settings)
+
+    def extra_headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.options['ad_token']}"} if self.options["ad_token"] else {}
+
+    def place(self, path: str, model: str) -> str:
+        version, below = self.options["api_version"], "" if self.base_url.endswith("/openai") else "/openai"
+        if self.base_url.endswith("/openai/v1"):
+            return path
+        if not version or version in ("v1", "latest", "preview") or path == "/responses":
+            return f"{below}/v1{path}"
+        from urllib.parse import quote
+
+        deployment = quote(str(self.options["deployment"] or model), safe="")
+        return f"{below}/deployments/{deployment}{path}?api-version={quote(str(version), safe='')}"
+
+
+class MistralProvider(OpenAIProvider):
+    """Mistral. Sources: docs.mistral.ai/api; mistralai 3.7 (`models/chatcompletionrequest.py`)."""
+
+    TYPE = "mistral"
+    BASE_URL = "https://api.mistral.ai"
+    KEY_VARIABLES, URL_VARIABLES = ("MISTRAL_API_KEY",), ("MISTRAL_BASE_URL",)
+    OPTIONS: Mapping[str, str | None] = {}
+    FIELDS: Mapping[str, str] = {**_OPENAI_FIELDS, "seed": "random_seed"}
+
+    def place(self, path: str, model: str) -> str:
+        return self.path(f"/v1{path}")
+
+    def uses_responses(self, request: CompletionRequest) -> bool:
+        return False
+
+    def stream_fields(self) -> dict[str, Any]:
+        return {"stream": True}
+
+    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
+        path, body = super().embedding_call(request)
+        if "dimensions" in body:
+            body["output_dimension"] = body.pop("dimensions")
+        return path, body
+
+
+class VoyageProvider(Provider):
+    """Voyage embeddings. Sources: docs.voyageai.com/reference/embeddings-api; voyageai 0.5 (`client.py`)."""
+
+    TYPE = "voyage"
+    BASE_URL = "https://api.voyageai.com"
+    KEY_VARIABLES = ("VOYAGE_API_KEY",)
+    max_batch = 128
+
+    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
+        named = {"input_type": request.input_type, "output_dimension": request.dimensions}
+        body = {"model": request.model, "input": request.input}
+        return self.path("/v1/embeddings"), {
+            **body,
+            **{name: value for name, value in named.items() if value is not None},
+        }
+
+
+class AnthropicProvider(Provider):
+    """Anthropic Messages. `anthropic_version` 2023-06-01 by default: later ones refuse temperature, top_p and top_k,
+    which are then left out. A schema is a tool that the model is made to call.
+
+    Sources: docs.anthropic.com/en/api/messages, /api/errors, /api/versioning; anthropic-sdk-python 2.12.
+    """
+
+    TYPE = "anthropic"
+    BASE_URL = "https://api.anthropic.com"
+    KEY_VARIABLES, URL_VARIABLES = ("ANTHROPIC_API_KEY",), ("ANTHROPIC_BASE_URL",)
+    OPTIONS: Mapping[str, str | None] = {
+        "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS"
+    }  # fmt: skip
+    FIELDS: Mapping[str, str] = {
+        "temperature": "temperature", "max_tokens": "max_tokens", "top_p": "top_p", "top_k": "top_k", "stop": "stop_sequences"
+    }  # fmt: skip
+    KEY_HEADER = ("x-api-key", "")
+    _DEFAULT_MAX_TOKENS = 4096
+
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        return "" if settings.get("auth_token") else super().missing_settings(settings)
+
+    def version(self) -> str:
+        return str(self.options["anthropic_version"] or "2023-06-01")
+
+    def extra_headers(self) -> dict[str, str]:
+        headers = {"anthropic-version": self.version()}
+        if self.options["auth_token"]:
+            headers["Authorization"] = f"Bearer {self.options['auth_token']}"
+        for line in str(self.options["custom_headers"] or "").splitlines():
+            name, colon, value = line.partition(":")
+            if colon:
+                headers[name.strip()] = value.strip()
+        return headers
+
+    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        system, messages = _system_apart(request)
+        body = {"model": request.model, "max_tokens": self._DEFAULT_MAX_TOKENS, **self.tuned(request)}
+        if self.version() >= "2026-10-21":
+            for name in ("temperature", "top_p", "top_k"):
+                body.pop(name, None)
+        body["messages"] = _merged_roles([self.message(message) for message in messages])
+        if system:
+            body["system"] = system
+        tools = [
+            {"name": tool["name"], "description": tool.get("description", ""), "input_schema": tool["parameters"]}
+            for tool in request.tools or ()
+        ]
+        if request.schema is not None and not tools:
+            tools = [
+                {"name": "answer", "description": "Gives the answer.", "input_schema": _object_schema(request.schema)}
+            ]
+            body["tool_choice"] = {"type": "tool", "name": "answer"}
+        if tools:
+            body["tools"] = tools
+        if request.stream:
+            body["stream"] = True
+        return self.path("/v1/messages"), body
+
+    def message(self, message: dict[str, Any]) -> dict[str, Any]:
+        if message.get("role") == "tool":
+            result = {"type": "tool_result", "tool_use_id": message["id"], "content": message["content"]}
+            return {"role": "user", "content": [{**result, "is_error": True} if message.get("failed") else result]}
+        if not message.get("tool_calls"):
+            return message
+        text = [{"type": "text", "text": message["content"]}] if message.get("content") else []
+        calls = [
+            {
+                "type": "tool_use",
+                "id": call["id"],
+                "name": call["name"],
+                "input": call["arguments"] if isinstance(call["arguments"], dict) else {},
+            }
+            for call in message["tool_calls"]
+        ]
+        return {"role": "assistant", "content": [*text, *calls]}
+
+    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
+        blocks, usage, finish = document["content"], document.get("usage") or {}, document.get("stop_reason")
+        text = "".join(_joined_text(block["text"]) for block in blocks if block["type"] == "text")
+        calls = [
+            {"id": block["id"], "name": block["name"], "arguments": _load_arguments(block.get("partial") or block["input"])}
+            for block in blocks if block["type"] == "tool_use"
+        ]  # fmt: skip
+        if request.schema is not None and not request.tools and calls and calls[0]["name"] == "answer":
+            answer = calls[0]["arguments"]
+            answer = (
+                answer["value"]
+                if _object_schema(request.schema) is not request.schema and isinstance(answer, dict)
+                else answer
+            )
+            text, calls, finish = (
+                _to_json(answer) if not isinstance(answer, str) else answer,
+                [],
+                "end_turn" if finish == "tool_use" else finish,
+            )
+        parts = [
+            _count(usage.get(name))
+            for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+        ]
+        spent = sum(count for count in parts if count) if parts[0] is not None else None
+        model = str(document.get("model") or "")
+        return CompletionResponse(
+            text, model, spent, _count(usage.get("output_tokens")), finish, document.get("id"), calls
+        )
+
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        kind = event["type"]
+        if kind == "message_start":
+            document.update(event["message"], content=[])
+        elif kind == "content_block_start":
+            document["content"].append({**event["content_block"], "text": [event["content_block"].get("text", "")]})
+        elif kind == "content_block_delta":
+            block, delta = document["content"][event["index"]], event["delta"]
+            if delta["type"] == "text_delta":
+                block["text"].append(delta["text"])
+                return str(delta["text"])
+            if delta["type"] == "input_json_delta":
+                block["partial"] = block.get("partial", "") + delta["partial_json"]
+        elif kind == "message_delta":
+            document["stop_reason"] = event["delta"].get("stop_reason")
+            document["usage"] = {**(document.get("usage") or {}), **(event.get("usage") or {})}
+        elif kind == "message_stop":
+            document["done"] = True
+        return ""
+
+
+def _merged_roles(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in which neighbours of one role that hold tool results are one message, as Anthropic wants them."""
+    merged: list[dict[str, Any]] = []
+    for message in messages:
+        lists = merged and isinstance(message["content"], list) and isinstance(merged[-1]["content"], list)
+        if lists and merged[-1]["role"] == message["role"]:
+            merged[-1] = {**message, "content": [*merged[-1]["content"], *message["content"]]}
+        else:
+            merged.append(message)
+    return merged
+
+
+def _object_schema(schema: Any) -> Any:
+    """A schema for the input of a tool, which has to be a map: others are wrapped under `value`."""
+    if isinstance(schema, Mapping) and schema.get("type") == "object":
+        return schema
+    return {"type": "object", "properties": {"value": schema}, "required": ["value"]}
+
+
+class GeminiProvider(Provider):
+    """Google Gemini generateContent. `api_version` is v1 unless set (beta: v1beta).
+
+    Sources: ai.google.dev/api/generate-content, /api/embeddings; google-genai 3.4 (`models.py`, `_api_client.py`).
+    """
+
+    TYPE = "gemini"
+    BASE_URL = "https://generativelanguage.googleapis.com"
+    KEY_VARIABLES, URL_VARIABLES = ("GOOGLE_API_KEY", "GEMINI_API_KEY"), ("GOOGLE_GEMINI_BASE_URL",)
+    OPTIONS: Mapping[str, str | None] = {"api_version": "GOOGLE_GENAI_API_VERSION"}
+    FIELDS: Mapping[str, str] = {
+        name: f"generationConfig.{place}"
+        for name, place in (
+            ("temperature", "temperature"), ("max_tokens", "maxOutputTokens"), ("top_p", "topP"), ("top_k", "topK"),
+            ("stop", "stopSequences"), ("seed", "seed"), ("frequency_penalty", "frequencyPenalty"),
+            ("presence_penalty", "presencePenalty"),
+        )
+    }  # fmt: skip
+    KEY_HEADER = ("x-goog-api-key", "")
+    max_batch = 100
+
+    def place(self, model: str, method: str) -> str:
+        from urllib.parse import quote
+
+        version = {"beta": "v1beta", None: "v1"}.get(self.options["api_version"], self.options["api_version"])
+        version = "" if re.search(r"/v\d\w*$", self.base_url) else f"/{version}"
+        return f"{version}/{quote(model if '/' in model else f'models/{model}', safe='/')}:{method}"
+
+    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        system, messages = _system_apart(request)
+        body: dict[str, Any] = {"contents": _merged_parts(map(self.message, messages)), **self.tuned(request)}
+        if system:
+            body["systemInstruction"] = {"parts": [{"text": system}]}
+        if request.schema is not None:
+            shape = {"responseMimeType": "application/json", "responseJsonSchema": request.schema}
+            body["generationConfig"] = {**body.get("generationConfig", {}), **shape}
+        if request.tools:
+            named = ("name", "description")
+            functions = [
+                {**{key: tool[key] for key in named if tool.get(key)}, "parametersJsonSchema": tool["parameters"]}
+                for tool in request.tools
+            ]
+            body["tools"] = [{"functionDeclarations": functions}]
+        return self.place(request.model, "streamGenerateContent?alt=sse" if request.stream else "generateContent"), body
+
+    def message(self, message: dict[str, Any]) -> dict[str, Any]:
+        if message.get("role") == "tool":
+            answer = {"error" if message.get("failed") else "result": message["content"]}
+            return {"role": "user", "parts": [{"functionResponse": {"name": message["name"], "response": answer}}]}
+        content = message.get("content")
+        parts = [{"text": content}] if isinstance(content, str) and content else []
+        if isinstance(content, list):
+            parts = [
+                {"text": part} if isinstance(part, str) else {key: part[key] for key in part if key != "type"}
+                for part in content
+            ]
+        parts += [
+            call.get("wire") or {"functionCall": {"name": call["name"], "args": call["arguments"]}}
+            for call in message.get("tool_calls") or ()
+        ]
+        return {"role": "model" if message.get("role") == "assistant" else "user", "parts": parts}
+
+    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
+        usage, feedback = document.get("usageMetadata") or {}, document.get("promptFeedback") or {}
+        blocked = not document.get("candidates") and feedback.get("blockReason")
+        candidate: Any = {"finishReason": "SAFETY"} if blocked else document["candidates"][0]
+        parts = (candidate.get("content") or {}).get("parts") or []
+        finish = candidate.get("finishReason")
+        if not parts and finish in (None, "STOP") and "content" not in candidate:
+            raise ValueError("no content")
+        text = "".join(part["text"] for part in parts if "text" in part and not part.get("thought"))
+        calls = [
+            {"id": part["functionCall"].get("id") or f"call_{index}", "name": part["functionCall"]["name"],
+             "arguments": part["functionCall"].get("args") or {}, "wire": part}
+            for index, part in enumerate(parts) if "functionCall" in part
+        ]  # fmt: skip
+        written = [_count(usage.get(name)) for name in ("candidatesTokenCount", "thoughtsTokenCount")]
+        return CompletionResponse(
+            text, str(document.get("modelVersion") or ""), _count(usage.get("promptTokenCount")),
+            sum(count or 0 for count in written) if usage else None, finish, document.get("responseId"), calls,
+            None, _count(usage.get("totalTokenCount")),
+        )  # fmt: skip
+
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        event = event[0] if isinstance(event, list) else event
+        candidates = event.get("candidates") or []
+        document.update({key: value for key, value in event.items() if key != "candidates"})
+        if (event.get("promptFeedback") or {}).get("blockReason"):
+            document["finished"] = True
+        text = ""
+        for candidate in candidates[:1]:
+            whole = document.setdefault("candidates", [{"content": {"parts": []}}])[0]
+            parts = (candidate.get("content") or {}).get("parts") or []
+            whole["content"]["parts"] += parts
+            if candidate.get("finishReason"):
+                whole["finishReason"] = document["finished"] = candidate["finishReason"]
+            text += "".join(part["text"] for part in parts if "text" in part and not part.get("thought"))
+        return text
+
+    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
+        named: dict[str, Any] = {"model": request.model if "/" in request.model else f"models/{request.model}"}
+        if request.input_type:
+            named["taskType"] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}.get(
+                request.input_type, request.input_type
+            )
+        if request.dimensions is not None:
+            named["outputDimensionality"] = request.dimensions
+        requests = [{**named, "content": {"parts": [{"text": text}]}} for text in request.input]
+        return self.place(request.model, "batchEmbedContents"), {"requests": requests}
+
+    def read_embeddings(self, document: Any) -> tuple[list[list[float]], int | None]:
+        return [entry["values"] for entry in document["embeddings"]], None
+
+
+def _merged_parts(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in which neighbours of one role are one message, as Gemini wants the answers to several tool calls."""
+    merged: list[dict[str, Any]] = []
+    for message in messages:
+        if merged and merged[-1]["role"] == message["role"] and "functionResponse" in (message["parts"] or [{}])[0]:
+            merged[-1] = {**message, "parts": [*merged[-1]["parts"], *message["parts"]]}
+        else:
+            merged.append(message)
+    return merged
+
+
+class CohereProvider(OpenAIProvider):
+    """Cohere v2 chat and embed. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
+
+    TYPE = "cohere"
+    BASE_URL = "https://api.cohere.com"
+    KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
+    OPTIONS: Mapping[str, str | None] = {}
+    FIELDS: Mapping[str, str] = {**_OPENAI_FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
+    max_batch = 96
+
+    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        _, body = super().completion_call(request)
+        body.pop("stream_options", None)
+        if request.schema is not None:
+            body["response_format"] = {"type": "json_object", "json_schema": request.schema}
+        return self.path("/v2/chat"), body
+
+    def uses_responses(self, request: CompletionRequest) -> bool:
+        return False
+
+    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
+        message, usage = document["message"], document.get("usage") or {}
+        tokens = usage.get("tokens") or usage.get("billed_units") or {}
+        calls = message.get("tool_calls") or ()
+        calls = [_openai_tool_call(call) for call in (calls.values() if isinstance(calls, dict) else calls)]
+        if message.get("content") is None and not calls:
+            raise ValueError("no content")
+        content = [part for part in message.get("content") or () if isinstance(part, str) or part.get("type") == "text"]
+        counts = _count(tokens.get("input_tokens")), _count(tokens.get("output_tokens"))
+        return CompletionResponse(
+            _joined_text(content), "", *counts, document.get("finish_reason"), document.get("id"), calls
+        )
+
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        message = document.setdefault("message", {"content": [], "tool_calls": {}})
+        kind, delta = event["type"], event.get("delta") or {}
+        part = delta.get("message") or {}
+        if kind == "message-start":
+            document["id"] = event.get("id")
+        elif kind == "content-delta":
+            piece = str(part["content"].get("text") or "")
+            message["content"].append(piece)
+            return piece
+        elif kind in ("tool-call-start", "tool-call-delta"):
+            call = part["tool_calls"]
+            known = message["tool_calls"].setdefault(event.get("index", 0), {"function": {"name": "", "arguments": ""}})
+            known["id"] = call.get("id") or known.get("id")
+            for key in ("name", "arguments"):
+                known["function"][key] += call["function"].get(key) or ""
+        elif kind == "message-end":
+            if delta.get("error"):
+                raise self._rest.error(None, {}, {"error": delta["error"]}, "")
+            document.update(finish_reason=delta.get("finish_reason"), usage=delta.get("usage"), done=True)
+        return ""
+
+    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
+        kind = {"query": "search_query", None: "search_document", "document": "search_document"}
+        body: dict[str, Any] = {"model": request.model, "texts": request.input, "embedding_types": ["float"]}
+        body["input_type"] = kind.get(request.input_type, str(request.input_type))
+        if request.dimensions is not None:
+            body["output_dimension"] = request.dimensions
+        return self.path("/v2/embed"), body
+
+    def read_embeddings(self, document: Any) -> tuple[list[list[float]], int | None]:
+        billed = (document.get("meta") or {}).get("billed_units") or {}
+        return document["embeddings"]["float"], _count(billed.get("input_tokens"))
+
+
+class OllamaProvider(OpenAIProvider):
+    """Ollama's own API, which needs no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
+
+    TYPE = "ollama"
+    BASE_URL = "http://127.0.0.1:11434"
+    KEY_VARIABLES, URL_VARIABLES = ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
+    OPTIONS: Mapping[str, str | None] = {}
+    FIELDS: Mapping[str, str] = {name: f"options.{'num_predict' if name == 'max_tokens' else name}" for name in _TUNING}
+    PLAIN_LINES = True
+
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        return ""
+
+    def address(self, base_url: str) -> str:
+        """OLLAMA_HOST is a host, host:port or URL; 0.0.0.0 is where a server listens, not where it is."""
+        scheme, _, rest = base_url.rpartition("://")
+        host, _, path = rest.replace("0.0.0.0", "127.0.0.1").partition("/")
+        port = "" if re.search(r":\d+$", host) or scheme else ":11434"
+        return f"{scheme or 'http'}://{host}{port}{'/' if path else ''}{path}".rstrip("/")
+
+    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        body = {
+            "model": request.model,
+            "messages": self.messages(request),
+            "stream": request.stream,
+            **self.tuned(request),
+        }
+        if request.schema is not None:
+            body["format"] = request.schema
+        if request.tools:
+            body["tools"] = [{"type": "function", "function": tool} for tool in request.tools]
+        return "/api/chat", body
+
+    def message(self, message: dict[str, Any]) -> dict[str, Any]:
+        if message.get("role") == "tool":
+            return {"role": "tool", "tool_name": message["name"], "content": message["content"]}
+        calls = [
+            {"function": {"name": call["name"], "arguments": call["arguments"]}}
+            for call in message.get("tool_calls") or ()
+        ]
+        whole = {"role": message.get("role"), "content": _joined_text(message.get("content"))}
+        return {**whole, "tool_calls": calls} if calls else whole
+
+    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
+        message = document["message"]
+        calls = [
+            {"id": f"call_{index}", "name": call["function"]["name"], "arguments": call["function"]["arguments"]}
+            for index, call in enumerate(message.get("tool_calls") or ())
+        ]
+        if message.get("content") is None and not calls:
+            raise ValueError("no content")
+        counts = _count(document.get("prompt_eval_count")), _count(document.get("eval_count"))
+        text, model = _joined_text(message.get("content")), str(document.get("model") or "")
+        return CompletionResponse(text, model, *counts, document.get("done_reason"), None, calls)
+
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        message = document.setdefault("message", {"content": [], "tool_calls": []})
+        part = event.get("message") or {}
+        message["content"].append(part.get("content") or "")
+        message["tool_calls"] += part.get("tool_calls") or []
+        document.update({key: value for key, value in event.items() if key != "message"})
+        return str(part.get("content") or "")
+
+    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
+        dimensions = {} if request.dimensions is None else {"dimensions": request.dimensions}
+        return "/api/embed", {"model": request.model, "input": request.input, **dimensions}
+
+    def read_embeddings(self, document: Any) -> tuple[list[list[float]], int | None]:
+        return document["embeddings"], _count(document.get("prompt_eval_count"))
+
+
+class EchoProvider(Provider):
+    """Answers without a network: completions repeat the prompt, embeddings are hashed word counts of length 1.
+
+    Deterministic everywhere: the same texts give the same vectors in every process and on every Python. With a schema
+    the answer is the smallest value that fits it.
+    """
+
+    TYPE = "echo"
+    FIELDS: Mapping[str, str] = {name: name for name in _TUNING}
+    instant = True  # never waits, so that it needs no thread
+    DIMENSIONS = 256
+
+    def complete(self, request: CompletionRequest) -> CompletionResponse:
+        text = (
+            f"echo: {request.prompt}"
+            if request.schema is None
+            else _to_json(_smallest_value(request.schema, request.prompt))
+        )
+        if request.on_text and request.stream:
+            for piece in re.findall(r"\s*\S+\s*", text):
+                request.on_text(piece)
+        asked = [request.system or "", *(_joined_text(message.get("content")) for message in request.messages)]
+        return CompletionResponse(
+            text, request.model, sum(len(part.split()) for part in asked), len(text.split()), "stop"
+        )
+
+    def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
+        size = request.dimensions or self.DIMENSIONS
+        vectors = [_hashed_words(text, size) for text in request.input]
+        return EmbeddingResponse(vectors, request.model, sum(len(text.split()) for text in request.input))
+
+
+def _hashed_words(text: str, size: int) -> list[float]:
+    """Word counts by feature hashing (Weinberger et al., 2009), scaled to length 1; zeros for no words."""
+    import hashlib
+
+    counts = [0.0] * size
+    for word in re.findall(r"[^\W_]+", text.lower()):
+        digest = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
+        counts[(digest >> 1) % size] += 1.0 if digest & 1 else -1.0
+    length = math.sqrt(sum(count * count for count in counts))
+    return [count / length for count in counts] if length else counts
+
+
+def _smallest_value(schema: Any, text: str, depth: int = 0) -> Any:
+    """A value that fits a JSON Schema, as far as its types, enum, required and bounds say."""
+    if not isinstance(schema, Mapping) or depth > 20:
+        return None
+    for key in ("const", "default", "enum"):
+        if key in schema:
+            return schema[key][0] if key == "enum" else schema[key]
+    for key in ("anyOf", "oneOf", "allOf"):
+        if schema.get(key):
+            return _smallest_value(
+                {**schema[key][0], **{name: schema[name] for name in schema if name != key}}, text, depth + 1
+            )
+    kind = (_as_list(schema.get("type")) or ["object" if "properties" in schema else "string"])[0]
+    if kind == "object":
+        wanted = schema.get("required") or schema.get("properties") or ()
+        properties = schema.get("properties") or {}
+        return {name: _smallest_value(properties.get(name, {"type": "string"}), text, depth + 1) for name in wanted}
+    if kind == "array":
+        return [_smallest_value(schema.get("items", {}), text, depth + 1) for _ in range(schema.get("minItems", 0))]
+    if kind in ("number", "integer"):
+        low, step = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("multipleOf") or 1
+        return 0 if low is None or low < 0 else low + (step if "minimum" not in schema else 0)
+    if kind == "string":
+        return text[: schema.get("maxLength", 200)].ljust(schema.get("minLength", 0), ".")
+    return False if kind == "boolean" else None
+
+
+PROVIDERS: dict[str, type[Provider]] = {
+    provider.TYPE: provider
+    for provider in (
+        OpenAIProvider, AnthropicProvider, AzureOpenAIProvider, GeminiProvider, CohereProvider, MistralProvider, OllamaProvider,
+        VoyageProvider, OpenAICompatibleProvider, EchoProvider,
+    )
+}  # fmt: skip
+for _service, _address, _prefix in (
+    ("groq", "https://api.groq.com/openai/v1", "GROQ"),
+    ("together", "https://api.together.ai/v1", "TOGETHER"),
+    ("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER"),
+):
+    _settings = {"KEY_VARIABLES": (f"{_prefix}_API_KEY",), "URL_VARIABLES": (f"{_prefix}_BASE_URL",)}
+    PROVIDERS[_service] = type(
+        f"{_service.title()}Provider",
+        (OpenAICompatibleProvider,),
+        {"TYPE": _service, "BASE_URL": _address, **_settings},
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4726,7 +6652,7 @@ class _StepRun:
         wait = getattr(error, "retry_after", None)
         delay = policy.delay_seconds(self.result.attempts, wait)
         if delay is None and isinstance(error, ProviderError):
-            error.add_note_of_wait(policy.max_delay_seconds)
+            error._too_long_a_wait(policy.max_delay_seconds)
         return delay
 
     async def attempt(self) -> tuple[Any, ...]:
