@@ -5614,7 +5614,10 @@ def _field(item: Any, path: str) -> Any:
 def _merge(inputs: _Inputs, parameters: _Parameters) -> Any:
     values = list(inputs.values())
     if values and all(isinstance(value, Mapping) for value in values):
-        return functools.reduce(_merge_deep if parameters.get("deep") else lambda left, right: {**left, **right}, values, {})
+        merged: dict[str, Any] = {}
+        for value in values:
+            merged = _merge_deep(merged, value) if parameters.get("deep") else {**merged, **value}
+        return merged
     if values and all(isinstance(value, (list, tuple)) for value in values):
         return [item for value in values for item in value]
     return dict(inputs)
@@ -5705,8 +5708,9 @@ def _sort(inputs: _Inputs, parameters: _Parameters) -> Any:
     items, key = _list_input(inputs), parameters.get("key")
     keyed = [(item if key is None else _field(item, str(key)), item) for item in items]
     present = [pair for pair in keyed if pair[0] is not None]
-    if len({bool if isinstance(value, bool) else float if isinstance(value, int) else type(value) for value, _ in present}) > 1:
-        raise ExecutionError(f"cannot order {' and '.join(sorted({_type_name(value) for value, _ in present}))}")
+    kinds = sorted({_type_name(value) for value, _ in present})
+    if len(kinds) > 1:
+        raise ExecutionError(f"cannot order {' and '.join(kinds)}")
     try:
         present.sort(key=lambda pair: pair[0], reverse=bool(parameters.get("reverse")))
     except TypeError:
@@ -5781,7 +5785,8 @@ def _fail_action(call: _StepRun, parameters: _Parameters) -> Any:
 async def _write_file_action(call: _StepRun, parameters: _Parameters) -> Any:
     name, content = parameters.get_as("path", _name), parameters.get("content", "")
     text = content if isinstance(content, str) else _to_json(content, indent=2) + "\n"
-    return await call.threaded(_write_below, call.run.executor.output_folder, name, text, bool(parameters.get("append")))
+    folder, append = call.run.executor.output_folder, bool(parameters.get("append"))
+    return await call.threaded(_write_below, folder, name, text, append)
 
 
 def _write_below(folder: str, name: str, text: str, append: bool) -> str:
@@ -5848,8 +5853,10 @@ _ACTIONS: dict[str, Callable[[_StepRun, _Parameters], Any]] = {
 }
 
 
-def _fitting_call(function: Callable[..., Any], leading: tuple[Any, ...], parameters: dict[str, Any]) -> Callable[[], Any]:
-    """A custom function bound to what it can take: parameters by name, or as one map; an ExecutionError if neither fits.
+def _fitting_call(
+    function: Callable[..., Any], leading: tuple[Any, ...], parameters: dict[str, Any]
+) -> Callable[[], Any]:
+    """A custom function bound to what it can take: parameters by name, or as one map; ExecutionError if neither fits.
 
     `leading` comes first if there is room for it (a transform's inputs).
     """
@@ -5933,9 +5940,9 @@ async def _llm_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
             reason = f"the answer does not fit the schema: {'; '.join(faults[:5])}: {_shorten(response.text, 200)!r}"
             raise BadResponseError(reason, provider=values["provider"])
         retries += 1
-        wrong = "That does not fit the schema:\n- " + "\n- ".join(faults[:20]) + "\nAnswer again, with the corrected JSON alone."
-        corrected = [{"role": "assistant", "content": response.text or "(nothing)"}, {"role": "user", "content": wrong}]
-        request.messages = [*request.messages, *corrected]
+        wrong = "\n- ".join(["That does not fit the schema:", *faults[:20]]) + "\nAnswer with the corrected JSON alone."
+        answered = {"role": "assistant", "content": response.text or "(nothing)"}
+        request.messages = [*request.messages, answered, {"role": "user", "content": wrong}]
     call.result.provider, call.result.model = values["provider"], response.model
     used = {name: found for name, found in (("tool_calls", made), ("schema_retries", retries)) if found}
     return value, response.model, (call.result.usage or {}).get("total_tokens"), {**response.metadata, **used}
@@ -5945,7 +5952,8 @@ def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[s
     messages = values.get("messages")
     if messages is None:
         messages = [{"role": "user", "content": values["prompt"]}]
-    given = {name: values[name] for name in ("model", "system", *_SAMPLING_KEYS, "params") if values.get(name) is not None}
+    names = ("model", "system", *_SAMPLING_KEYS, "params")
+    given = {name: values[name] for name in names if values.get(name) is not None}
     request = CompletionRequest(messages=messages, stream=call.streams(values), **given)
     if tools:
         request.tools = [_tool_schema(name, function) for name, function in tools.items()]
@@ -5987,7 +5995,9 @@ async def _tool_round(
     return answers
 
 
-_JSON_TYPES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
+_JSON_TYPES: dict[Any, str] = {
+    str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object",
+}  # fmt: skip
 
 
 def _tool_schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
@@ -6055,10 +6065,11 @@ _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
     "maximum": ("at most {}", (int, float), lambda value, bound: value <= bound),
     "exclusiveMinimum": ("more than {}", (int, float), lambda value, bound: value > bound),
     "exclusiveMaximum": ("less than {}", (int, float), lambda value, bound: value < bound),
-    "multipleOf": ("a multiple of {}", (int, float), lambda value, step: abs(value / step - round(value / step)) < 1e-9),
+    "multipleOf": ("a multiple of {}", (int, float), lambda value, step: abs(value / step % 1 - 0.5) > 0.5 - 1e-9),
     "minLength": ("at least {} characters long", str, lambda value, bound: len(value) >= bound),
     "maxLength": ("at most {} characters long", str, lambda value, bound: len(value) <= bound),
-    "pattern": ("text that matches {}", str, lambda value, pattern: bool(_guarded_search(_compile_regex(pattern), value))),
+    "pattern": ("text that matches {}", str, lambda value, pattern: bool(
+        _guarded_search(_compile_regex(pattern), value))),
     "minItems": ("a list of at least {}", (list, tuple), lambda value, bound: len(value) >= bound),
     "maxItems": ("a list of at most {}", (list, tuple), lambda value, bound: len(value) <= bound),
     "uniqueItems": ("a list without repeats", (list, tuple), lambda value, wanted: not wanted or
@@ -6081,9 +6092,9 @@ def _schema_faults(value: Any, schema: Any, root: Any = None, where: str = "$", 
         yield f"{where} must be {' or '.join(map(str, kinds))}, not {_shown(value)}"
         return
     for keyword, (wanted, types, holds) in _SCHEMA_CHECKS.items():
-        if keyword in schema and isinstance(value, types) and not (isinstance(value, bool) and types is not object):
-            if not holds(value, schema[keyword]):
-                yield f"{where} must be {wanted.format(_shorten(_to_json(schema[keyword]), 200))}"
+        concerned = isinstance(value, types) and not (isinstance(value, bool) and types is not object)
+        if keyword in schema and concerned and not holds(value, schema[keyword]):
+            yield f"{where} must be {wanted.format(_shorten(_to_json(schema[keyword]), 200))}"
     if isinstance(schema.get("$ref"), str):
         yield from inner(value, _schema_at(root, schema["$ref"]), where=where)
     for part in schema.get("allOf") or ():
@@ -6100,7 +6111,9 @@ def _schema_faults(value: Any, schema: Any, root: Any = None, where: str = "$", 
     yield from _part_faults(value, schema, inner, where)
 
 
-def _part_faults(value: Any, schema: Mapping[str, Any], inner: Callable[..., Iterator[str]], where: str) -> Iterator[str]:
+def _part_faults(
+    value: Any, schema: Mapping[str, Any], inner: Callable[..., Iterator[str]], where: str
+) -> Iterator[str]:
     """The faults of a map's entries and a list's items."""
     if isinstance(value, (list, tuple)) and "items" in schema:
         for index, item in enumerate(value):
@@ -6127,7 +6140,7 @@ def _schema_at(root: Any, reference: str) -> Any:
     return schema
 
 
-# ---- Embeddings, vectors, containers -----------------------------------------------------------------------------------
+# ---- Embeddings, vectors, containers ---------------------------------------------------------------------------------
 
 
 async def _embed_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
@@ -6492,7 +6505,7 @@ class _Fallback(dict[str, Any]):
         return True
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401
 
 
 class _Layer(_Fallback):
@@ -6526,7 +6539,9 @@ _TRIGGER_RULES: dict[str, Callable[[int, int, int], str | None]] = {
     "none_failed_min_one_success": lambda ran, failed, skipped: (
         "upstream_failed" if failed else None if ran else "upstream_skipped"
     ),
-    "all_success": lambda ran, failed, skipped: "upstream_failed" if failed else "upstream_skipped" if skipped else None,
+    "all_success": lambda ran, failed, skipped: (
+        "upstream_failed" if failed else "upstream_skipped" if skipped else None
+    ),
     "one_success": lambda ran, failed, skipped: None if ran else "upstream_failed" if failed else "upstream_skipped",
     "all_done": lambda ran, failed, skipped: None,
     "one_failed": lambda ran, failed, skipped: None if failed else "trigger_rule",
@@ -6759,8 +6774,8 @@ class _StepRun:
     """One step being run outside the scheduler's own thread of control: its attempts, its calls, its children."""
 
     __slots__ = (
-        "announced", "began", "candidate", "child_views", "context", "expired", "node", "position", "remaining", "result", "run",
-        "siblings", "task",
+        "announced", "began", "candidate", "child_views", "context", "expired", "node", "position", "remaining",
+        "result", "run", "siblings", "task",
     )  # fmt: skip
 
     def __init__(
@@ -6960,7 +6975,8 @@ class _StepRun:
             raise ExecutionError(f"the provider {name!r} makes no embeddings", self.id)
         most = getattr(provider, "max_batch", 2048)
         size = min(settings.get("batch_size") or most, most)
-        options = {key: settings[key] for key in ("dimensions", "input_type", "params") if settings.get(key) is not None}
+        names = ("dimensions", "input_type", "params")
+        options = {key: settings[key] for key in names if settings.get(key) is not None}
         vectors, model, tokens = [], str(settings["model"]), 0
         for start in range(0, len(texts), size):
             request = EmbeddingRequest(model=settings["model"], input=texts[start : start + size], **options)
@@ -7033,8 +7049,9 @@ class _StepRun:
         prefix = f"{self.id}.{segment}." if segment else f"{self.id}."
         outer = self.siblings
         children = _GraphRun(
-            self.run, graph, context, outer.workflow, prefix, (*self.result.order, order), limit, outer.fail_fast, outer.chain
-        )
+            self.run, graph, context, outer.workflow, prefix, (*self.result.order, order), limit, outer.fail_fast,
+            outer.chain,
+        )  # fmt: skip
         await children.execute()
         self.child_views = steps
         children.raise_failures()
@@ -7055,7 +7072,8 @@ class _StepRun:
         called = self.node.workflow or _sub_workflow(caller, values["workflow"])
         chain = (*self.siblings.chain, str(called.name))
         if len(chain) > _MAX_WORKFLOW_DEPTH:
-            raise ExecutionError(f"workflows call each other more than {_MAX_WORKFLOW_DEPTH} deep: {' -> '.join(chain)}")
+            shown = " -> ".join(chain)
+            raise ExecutionError(f"workflows call each other more than {_MAX_WORKFLOW_DEPTH} deep: {shown}")
         called.validate()
         plan = called._plan()
         inputs = _checked_inputs(called, values.get("inputs") or {})
@@ -7090,9 +7108,9 @@ class _Clock:
             run.emit_running(step)
 
     def __exit__(self, *_: object) -> None:
-        if self.timer is not None:
+        if self.timer is not None and self.step.remaining is not None:
             self.timer.cancel()
-            self.step.remaining = max(0.0, self.step.remaining - (time.perf_counter() - self.started))  # type: ignore[operator]
+            self.step.remaining = max(0.0, self.step.remaining - (time.perf_counter() - self.started))
 
     def expire(self) -> None:
         self.step.expired = True
@@ -7151,9 +7169,9 @@ def _estimated_tokens(request: Any) -> tuple[int, int]:
 
 
 def _is_async(function: Any) -> bool:
-    import asyncio
+    import inspect
 
-    return asyncio.iscoroutinefunction(function) or asyncio.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+    return any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
 
 
 def _json_value(value: Any, origin: str, depth: int = 0) -> Any:
@@ -7346,11 +7364,13 @@ class WorkflowExecutor:
     """
 
     def __init__(
-        self, workflow: Workflow, inputs: Mapping[str, Any] | None = None, providers: Mapping[str, Any] | None = None, *,
-        max_concurrency: int | None = None, actions: Mapping[str, Callable[..., Any]] | None = None,
-        transforms: Mapping[str, Callable[..., Any]] | None = None, tools: Mapping[str, Callable[..., Any]] | None = None,
-        vector_stores: Mapping[str, Any] | None = None, on_event: Callable[[dict[str, Any]], None] | None = None,
-        offline: bool = False, output_folder: str | os.PathLike[str] = "output", streaming: bool = False,
+        self, workflow: Workflow, inputs: Mapping[str, Any] | None = None,
+        providers: Mapping[str, Any] | None = None, *, max_concurrency: int | None = None,
+        actions: Mapping[str, Callable[..., Any]] | None = None,
+        transforms: Mapping[str, Callable[..., Any]] | None = None,
+        tools: Mapping[str, Callable[..., Any]] | None = None, vector_stores: Mapping[str, Any] | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None, offline: bool = False,
+        output_folder: str | os.PathLike[str] = "output", streaming: bool = False,
     ) -> None:  # fmt: skip
         if not isinstance(workflow, Workflow):
             raise ValidationError(f"workflow must be a Workflow, not {type(workflow).__name__}")
@@ -7492,9 +7512,9 @@ class WorkflowExecutor:
                 continue
             for reference, key in node.references:
                 segments = reference[0]
-                bare = segments[0] not in ("inputs", "input", "steps", "outputs", "workflow", "run", *node.local)
-                name = segments[0] if bare else segments[1] if segments[0] in ("inputs", "input") and segments[1:] else ""
-                if name and reference[1] and name not in self.inputs:
+                named = segments[1:2] if segments[0] in ("inputs", "input") else segments[:1]
+                known = ("steps", "outputs", "workflow", "run", *node.local, *self.inputs)
+                if named and reference[1] and (name := named[0]) not in known:
                     label = _label(self.workflow.to_dict(), node.path)
                     message = f"{label}{key}: the input {name!r} is missing; give it with inputs, or --set {name}=..."
                     problems.append(Problem(message, (*node.path, key)))
