@@ -7592,7 +7592,7 @@ def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapp
 _EVENT_LEVELS = {"step_failed": "error", "step_retry": "warning", "step_running": "debug", "provider_call": "debug"}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache
 def _logger() -> logging.Logger:
     """The logger `llm_orchestrator`, silent until the application configures logging."""
     import logging
@@ -7745,55 +7745,60 @@ _PICTURES = {"mermaid": _graph_mermaid, "dot": _graph_dot, "text": _graph_text}
 _EXIT_COMPLETED, _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
+_PROGRAM = "python -m llm_orchestrator"
+_FILE = ("file", {"metavar": "FILE", "help": "a workflow in YAML or JSON; - for standard input"})
+_COMMON_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("-v --verbose", {"action": "count", "default": 0, "help": "log every call too, not only how steps end"}),
+    ("-q --quiet", {"action": "store_true", "help": "errors only"}),
+    ("--log-format", {"choices": ("text", "json"), "default": "text", "help": "how stderr's log lines look"}),
+    ("--debug", {"action": "store_true", "help": "show tracebacks"}),
+)
+_RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("-i --input", {"metavar": "JSON|FILE|-", "help": "inputs: a JSON object, or a JSON or YAML file that holds one"}),
+    ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE",
+               "help": "one input; JSON if it parses, else text"}),
+    ("--max-concurrency", {"type": int, "metavar": "N", "help": "calls in flight at once (the workflow's own, or 4)"}),
+    ("--offline", {"action": "store_true", "help": "answer llm and embed steps from the built-in echo provider"}),
+    ("--stream", {"action": "store_true", "help": "show the models' answers on stderr as they arrive"}),
+    ("--plugin", {"action": "append", "default": [], "metavar": "FILE.py",
+                  "help": "a Python file with dicts named actions, transforms, tools, providers or vector_stores"}),
+    ("--print", {"dest": "path", "metavar": "PATH", "help": "print one value, raw: outputs.x, steps.a.text, status"}),
+    ("-o --out", {"metavar": "FILE", "help": "write the result there instead of to stdout"}),
+    ("--output-dir", {"default": "output", "metavar": "DIR", "help": "where write_file writes (default: output)"}),
+)  # fmt: skip
+# command -> (what it does, an example, its arguments)
+_COMMAND_LINE: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
+    "validate": ("check workflows and report every problem", "validate examples/*.yaml", (
+        ("files", {"nargs": "+", "metavar": "FILE", "help": "workflows in YAML or JSON; - for standard input"}),
+        ("--json", {"action": "store_true", "help": "print the problems as JSON"}),
+    )),
+    "run": ("run a workflow and print its result as JSON",
+            "run wf.yaml --set name=Alice --print outputs.answer", (_FILE, *_RUN_OPTIONS)),
+    "graph": ("draw a workflow", "graph wf.yaml --format text", (
+        _FILE, ("--format", {"choices": tuple(_PICTURES), "default": "mermaid", "help": "default: mermaid"}),
+    )),
+}  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
-    program = "python -m llm_orchestrator"
     parser = argparse.ArgumentParser(
-        prog=program,
-        description="Runs workflows of language-model calls, written as a YAML graph of steps.",
+        prog=_PROGRAM, description="Runs workflows of language-model calls, written as a YAML graph of steps.",
         epilog="exit status: 0 completed, 1 the run failed, 2 bad usage or an invalid workflow, 130 interrupted",
-    )
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"llm_orchestrator {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-v", "--verbose", action="count", default=0, help="log every step; twice: every call")
-    common.add_argument("-q", "--quiet", action="store_true", help="errors only")
-    common.add_argument("--log-format", choices=("text", "json"), default="text", help="how stderr's log lines look")
-    common.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    validate = commands.add_parser(
-        "validate", parents=[common], help="check workflows and report every problem",
-        epilog=f"example: {program} validate examples/*.yaml",
-    )  # fmt: skip
-    validate.add_argument("files", nargs="+", metavar="FILE", help="a workflow in YAML or JSON; - for standard input")
-    validate.add_argument("--json", action="store_true", help="print the problems as JSON")
-
-    run = commands.add_parser(
-        "run", parents=[common], help="run a workflow and print its result as JSON",
-        epilog=f"examples: {program} run wf.yaml --set name=Alice --offline    |    "
-        f"{program} run wf.yaml --input inputs.json --print outputs.answer",
-    )  # fmt: skip
-    run.add_argument("file", metavar="FILE", help="a workflow in YAML or JSON; - for standard input")
-    run.add_argument("-i", "--input", metavar="JSON|FILE|-", help="inputs as a JSON object, or a JSON or YAML file of one")
-    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one input; JSON if it parses, else text")
-    run.add_argument("--max-concurrency", type=int, metavar="N", help="calls in flight at once (default 4)")
-    run.add_argument("--offline", action="store_true", help="answer llm and embed steps from the built-in echo provider")
-    run.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help="Python file with actions, transforms, providers")
-    run.add_argument("--print", dest="path", metavar="PATH", help="print one value of the result, raw: outputs.answer, steps.a.text")
-    run.add_argument("-o", "--out", metavar="FILE", help="write the result there instead of to stdout")
-    run.add_argument("--output-dir", default="output", metavar="DIR", help="where write_file actions write (default output)")
-
-    graph = commands.add_parser(
-        "graph", parents=[common], help="draw a workflow", epilog=f"example: {program} graph wf.yaml --format text"
-    )
-    graph.add_argument("file", metavar="FILE", help="a workflow in YAML or JSON; - for standard input")
-    graph.add_argument("--format", choices=tuple(_PICTURES), default="mermaid", help="default: mermaid")
+    for name, (what, example, arguments) in _COMMAND_LINE.items():
+        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.",
+                                      epilog=f"example: {_PROGRAM} {example}")  # fmt: skip
+        for flags, settings in (*arguments, *_COMMON_OPTIONS):
+            command.add_argument(*flags.split(), **settings)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status. Prints usage errors and failures, never a traceback without --debug."""
+    """The command line; returns the exit status. Prints errors and failures, never a traceback without --debug."""
     _use_utf8(sys.stdout, sys.stderr)
     try:
         options = _parser().parse_args(arguments)
@@ -7858,7 +7863,7 @@ def _validate_command(options: argparse.Namespace) -> int:
             _complain(str(problem))
         if not options.json and not failed and not options.quiet:
             print(summary)
-        report.append({"file": name, "valid": not failed, "problems": [_problem_entry(problem) for problem in problems]})
+        report.append({"file": name, "valid": not failed, "problems": list(map(_problem_entry, problems))})
     if options.json:
         print(_to_json(report, indent=2))
     return status
@@ -7888,9 +7893,8 @@ def _run_command(options: argparse.Namespace) -> int:
     extensions = _load_plugins(options.plugin)
     reporter = _Reporter(options, len(workflow.steps))
     executor = WorkflowExecutor(
-        workflow, inputs, extensions["providers"], actions=extensions["actions"], transforms=extensions["transforms"],
-        max_concurrency=options.max_concurrency, offline=options.offline, output_folder=options.output_dir,
-        on_event=reporter.on_event if reporter.wanted else None,
+        workflow, inputs, max_concurrency=options.max_concurrency, offline=options.offline, streaming=options.stream,
+        output_folder=options.output_dir, on_event=reporter.on_event if reporter.wanted else None, **extensions,
     )  # fmt: skip
     for warning in executor.warnings if not options.quiet else ():
         if warning.custom is None:
@@ -7934,7 +7938,7 @@ def _signals(executor: WorkflowExecutor) -> Iterator[list[int]]:
 
 def _read_inputs(source: str | None, settings: list[str], declared: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of --input and --set; the latter wins."""
-    inputs: Any = {}
+    inputs: dict[str, Any] = {}
     if source is not None:
         text: str | bytes = source
         name = "--input"
@@ -7943,19 +7947,18 @@ def _read_inputs(source: str | None, settings: list[str], declared: Mapping[str,
         elif source.lstrip()[:1] not in ("{", "["):
             text, name = _read_file(source), source
         try:
-            inputs = (load_yaml if name.lower().endswith((".yaml", ".yml")) else _load_json)(text)
+            loaded = (load_yaml if name.lower().endswith((".yaml", ".yml")) else _load_json)(text)
         except ParseError as error:
             error.source = name
             raise
-        if not isinstance(inputs, Mapping):
-            raise ValidationError(f"{name}: inputs must be a JSON object, not {_shown(inputs)}")
-    inputs = dict(inputs)
+        if not isinstance(loaded, Mapping):
+            raise ValidationError(f"{name}: inputs must be a JSON object, not {_shown(loaded)}")
+        inputs.update(loaded)
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise ValidationError(f"--set {setting}: must be KEY=VALUE")
-        entry = declared.get(key) if isinstance(declared, Mapping) else None
-        kind = (entry or {}).get("type")
+        kind = str((declared.get(key) or {}).get("type"))
         inputs[key] = value
         if _INPUT_TYPE_ALIASES.get(kind, kind) != "string":
             with contextlib.suppress(ParseError):
@@ -7963,14 +7966,14 @@ def _read_inputs(source: str | None, settings: list[str], declared: Mapping[str,
     return inputs
 
 
-def _load_plugins(paths: list[str]) -> dict[str, dict[str, Any]]:
-    """What plugin files define: dicts named actions, transforms and providers, or functions marked by their place there.
+_PLUGIN_TABLES = ("actions", "transforms", "tools", "providers", "vector_stores")
 
-    A plugin is a Python file. `import llm_orchestrator` in it gives this very module.
-    """
+
+def _load_plugins(paths: list[str]) -> dict[str, dict[str, Any]]:
+    """What plugin files define: the dicts of these names. `import llm_orchestrator` in one gives this very module."""
     import importlib.util
 
-    found: dict[str, dict[str, Any]] = {"actions": {}, "transforms": {}, "providers": {}}
+    found: dict[str, dict[str, Any]] = {name: {} for name in _PLUGIN_TABLES}
     sys.modules.setdefault("llm_orchestrator", sys.modules[__name__])
     for index, path in enumerate(paths):
         spec = importlib.util.spec_from_file_location(f"llm_orchestrator_plugin_{index}", path)
@@ -7980,7 +7983,7 @@ def _load_plugins(paths: list[str]) -> dict[str, dict[str, Any]]:
         sys.modules[spec.name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise OrchestratorError(f"{path}: {type(error).__name__}: {error}") from error
         known = [table for table in found if isinstance(getattr(module, table, None), Mapping)]
         if not known:
@@ -7995,30 +7998,28 @@ def _write_result(result: RunResult, options: argparse.Namespace) -> None:
     if options.path is not None:
         text = _printed(document, options.path)
     else:
-        text = _to_json(document, indent=2) + "\n"
-        if options.out is None:
-            text = _escaped_for(sys.stdout, text)
+        text = _escaped_for(sys.stdout if options.out is None else None, _to_json(document, indent=2) + "\n")
     if options.out is not None:
         try:
             _replace_file(options.out, text)
-        except OSError as error:
-            raise OrchestratorError(f"{options.out}: cannot be written: {error.strerror}") from None
-    else:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+            return
+        except (OSError, ValueError) as error:  # the result must not be lost
+            _complain(f"{options.out}: cannot be written: {error}; the result goes to stdout")
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _escaped_for(stream: Any, text: str) -> str:
     """JSON text for a stream whose encoding may lack some characters: those as JSON's own escapes."""
     try:
-        text.encode(stream.encoding or "utf-8")
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
     except (UnicodeEncodeError, LookupError):
         return re.sub("[^\x00-\x7f]", lambda match: json.dumps(match[0])[1:-1], text)
     return text
 
 
 def _printed(document: Mapping[str, Any], path: str) -> str:
-    """One value of the result, raw: a path in the JSON result, or for steps as templates write it (steps.greet.text)."""
+    """One value of the result, raw: a path in the JSON result, or in a step as templates write it: steps.a.text."""
     value, steps = _field(document, path), document["steps"]
     if path.startswith("steps."):
         named = [step_id for step_id in steps if f"{path}.".startswith(f"steps.{step_id}.")]
@@ -8036,45 +8037,51 @@ def _printed(document: Mapping[str, Any], path: str) -> str:
 
 
 class _Reporter:
-    """What a run shows on stderr: one live line on a terminal, log lines elsewhere."""
+    """What a run shows on stderr: one live line on a terminal, log lines elsewhere, streamed text if asked for."""
 
     def __init__(self, options: argparse.Namespace, total: int) -> None:
         setting = os.environ.get("LLM_ORCHESTRATOR_LOG", "").lower()
-        self.level = 2 if setting == "debug" else 1 if setting == "info" else 0
-        self.level = max(self.level, min(options.verbose, 2))
-        self.as_json = options.log_format == "json"
-        if self.as_json and not self.level and not options.quiet:
-            self.level = 1
-        try:
-            self.live = sys.stderr.isatty() and not self.level and not options.quiet
-        except (AttributeError, ValueError):
-            self.live = False
+        verbose = options.verbose > 0 or setting == "debug"
+        terminal = False
+        with contextlib.suppress(AttributeError, ValueError):
+            terminal = sys.stderr.isatty()
+        self.as_json, self.streaming = options.log_format == "json", options.stream
+        self.live = terminal and not (verbose or options.quiet or self.as_json or self.streaming or setting)
         self.colour = self.live and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-        self.wanted = self.live or bool(self.level) or not options.quiet
+        self.wanted = not options.quiet or self.streaming
+        level = "debug" if verbose else "quiet" if options.quiet else "live" if self.live else "info"
+        self.shown = _EVENTS_SHOWN[level]
         self.total, self.done, self.failed, self.tokens = total, 0, 0, 0
         self.running: dict[str, None] = {}
+        self.speaking = ""  # the step whose text was shown last
         self.started = self.drawn = time.monotonic()
 
     def on_event(self, event: dict[str, Any]) -> None:
         kind, step_id = event["type"], event.get("step_id", "")
         if kind == "step_running":
             self.running[step_id] = None
-        elif kind in ("step_completed", "step_failed", "step_skipped", "step_cancelled"):
+        elif kind in _STEP_ENDS:
             self.running.pop(step_id, None)
             self.done += "." not in step_id
             self.failed += kind == "step_failed"
             self.tokens += (event.get("usage") or {}).get("total_tokens", 0)
-        if self.live:
-            self.draw()
-        else:
-            self.log(event)
-
-    def log(self, event: dict[str, Any]) -> None:
-        serious = event["type"] in ("step_failed", "step_retry", "log")
-        routine = event["type"] not in ("provider_call", "step_running")
-        if self.level >= 2 or (self.level == 1 and routine) or serious:
+        if kind == "text":
+            self.speak(step_id, event["text"])
+        elif kind in self.shown:
+            self.speak("", "")
+            self.clear()
             stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(event["time"]))
             _complain(_to_json({**event, "time": stamp}) if self.as_json else f"{stamp} {_event_text(event)}")
+        if self.live:
+            self.draw()
+
+    def speak(self, step_id: str, text: str) -> None:
+        """Shows a piece of a streamed answer, under the name of its step when that changes."""
+        if self.streaming and step_id != self.speaking:
+            self.write("\n" * bool(self.speaking) + (f"[{step_id}] " if step_id else ""))
+            self.speaking = step_id
+        if self.streaming and text:
+            self.write(text)
 
     def draw(self) -> None:
         now = time.monotonic()
@@ -8082,19 +8089,33 @@ class _Reporter:
             return
         self.drawn = now
         names = ", ".join(list(self.running)[:3]) + (" ..." if len(self.running) > 3 else "")
-        text = f"{self.done}/{self.total} steps, {len(self.running)} running, {self.tokens} tokens, {now - self.started:.1f} s"
-        text = f"{text}  {names}"[: _terminal_width() - 1]
+        counts = f"{self.done}/{self.total} steps, {len(self.running)} running, {self.tokens} tokens"
+        text = f"{counts}, {now - self.started:.1f} s  {names}"[: _terminal_width() - 1]
         paint = "\x1b[31m" if self.failed else "\x1b[36m"
-        line = f"{paint}{text}\x1b[0m" if self.colour else text
+        self.write(f"\r\x1b[K{paint}{text}\x1b[0m" if self.colour else f"\r\x1b[K{text}")
+
+    def write(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"\r\x1b[K{line}")
+            sys.stderr.write(text)
             sys.stderr.flush()
 
-    def close(self) -> None:
+    def clear(self) -> None:
         if self.live:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write("\r\x1b[K")
-                sys.stderr.flush()
+            self.write("\r\x1b[K")
+
+    def close(self) -> None:
+        self.speak("", "")
+        self.clear()
+
+
+_STEP_ENDS = ("step_completed", "step_failed", "step_skipped", "step_cancelled")
+_EVENTS_SHOWN: dict[str, tuple[str, ...]] = {
+    "quiet": (),
+    "live": ("step_failed", "step_retry", "step_fallback", "log"),
+    "info": ("run_started", "run_finished", "step_retry", "step_fallback", "circuit", "log", *_STEP_ENDS),
+    "debug": ("run_started", "run_finished", "step_running", "step_retry", "step_fallback", "provider_call", "circuit",
+              "log", *_STEP_ENDS),
+}  # fmt: skip
 
 
 def _terminal_width() -> int:
