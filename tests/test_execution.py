@@ -68,10 +68,8 @@ def failing(step_id: str, **keys: Any) -> Step:
 def run(*steps: Step, inputs: Any = None, provider: Any = None, concurrency: int | None = None, **keys: Any) -> RunResult:
     names = ("actions", "transforms", "on_event", "offline", "output_folder")
     options = {name: keys.pop(name) for name in names if name in keys}
-    workflow = Workflow("t", steps, **keys)
-    return WorkflowExecutor(
-        workflow, inputs, {"p": provider or Scripted()}, max_concurrency=concurrency, **options
-    ).run()
+    providers = provider if isinstance(provider, dict) else {"p": provider or Scripted()}
+    return WorkflowExecutor(Workflow("t", steps, **keys), inputs, providers, max_concurrency=concurrency, **options).run()
 
 
 def statuses(result: RunResult) -> dict[str, str]:
@@ -233,7 +231,7 @@ def test_a_step_starts_when_its_own_dependencies_end_not_when_a_level_does() -> 
 
 
 def test_a_step_that_waits_to_retry_holds_no_slot() -> None:
-    provider = Scripted(script=[RateLimitError("slow down", provider="p", status=429, retryable=True, retry_after=0.5)])
+    provider = Scripted(script=[ProviderError("down", provider="p", status=503, retryable=True, retry_after=0.5)])
     started = time.monotonic()
     result = run(
         llm("a", retry={"max_attempts": 2}), llm("b"), llm("c"), provider=provider, concurrency=1, on_event=lambda event: None
@@ -439,3 +437,100 @@ def test_a_listener_that_raises_does_not_harm_the_run() -> None:
         raise ValueError("listener")
 
     assert run(llm("a"), on_event=broken).status == "completed"
+
+
+# fallbacks, budgets, streams
+
+
+def down(status: int = 503) -> ProviderError:
+    return ProviderError("down", provider="p", status=status, retryable=status >= 500)
+
+
+def test_fallbacks_are_tried_in_order_when_retries_are_spent_and_the_result_says_who_answered() -> None:
+    first, second, third = Scripted(script=[down()] * 9), Scripted(script=[down(401)]), Scripted()
+    fallback = [{"provider": "q", "model": "other"}, {"provider": "r"}]
+    events: list[Any] = []
+    step = llm("a", fallback=fallback, retry={"max_attempts": 2, "initial_delay": 1}, output=["text", "model"])
+    result = run(step, provider={"p": first, "q": second, "r": third}, on_event=events.append)
+    assert (first.calls, second.calls, third.calls) == (2, 1, 1)
+    assert (result["a"].provider, result["a"].model, result["a"].attempts) == ("r", "m", 4)
+    assert [event["provider"] for event in events if event["type"] == "step_fallback"] == ["q", "r"]
+
+
+def test_the_last_fallbacks_error_is_the_steps() -> None:
+    providers = {"p": Scripted(script=[down(400)]), "q": Scripted(script=[down(404)])}
+    result = run(llm("a", fallback=[{"provider": "q"}]), provider=providers)
+    assert result["a"].error is not None and result["a"].error["status"] == 404
+
+
+def test_a_budget_of_calls_stops_before_the_call_that_exceeds_it_and_keeps_what_is_done() -> None:
+    provider = Scripted()
+    steps = [llm(f"s{n}", depends_on=[f"s{n - 1}"] if n else [], continue_on_error=n == 2) for n in range(4)]
+    result = run(*steps, provider=provider, budget={"max_calls": 2})
+    assert (provider.calls, result.status, result.usage["calls"]) == (2, "failed", 2)
+    assert statuses(result) == {"s0": "completed", "s1": "completed", "s2": "failed", "s3": "failed"}
+    assert result.error is not None and result.error["type"] == "BudgetExceededError"
+
+
+def test_a_budget_of_tokens_counts_what_is_in_flight() -> None:
+    provider = Scripted(delay=0.05)  # 5 tokens a call; 1 of prompt and 4 of answer are set aside for each
+    steps = [llm(f"s{n}", "abcd", max_tokens=4) for n in range(8)]
+    result = run(*steps, provider=provider, concurrency=8, budget={"max_tokens": 20})
+    assert (provider.calls, result.usage["total_tokens"]) == (4, 20)
+
+
+def test_a_cost_comes_from_the_pricing_table_and_is_bounded() -> None:
+    pricing = {"m": {"input": 1_000_000, "output": 2_000_000}}  # 7 a call
+    result = run(llm("a"), llm("b", depends_on="a"), pricing=pricing, budget={"max_cost": 7})
+    assert result.usage["cost"] == 7
+    assert statuses(result) == {"a": "completed", "b": "failed"}
+
+
+def test_stream_yields_events_and_the_pieces_of_answers_in_order() -> None:
+    executor = WorkflowExecutor(Workflow("t", [llm("a", "one two three")]), offline=True)
+
+    async def collect() -> list[dict[str, Any]]:
+        return [event async for event in executor.stream()]
+
+    events = asyncio.run(collect())
+    assert "".join(event["text"] for event in events if event["type"] == "text") == "echo: one two three"
+    kinds = [event["type"] for event in events]
+    assert kinds[0] == "run_started" and kinds[-2:] == ["step_completed", "run_finished"]
+    assert executor.result is not None and executor.result.status == "completed"
+
+
+def test_pieces_from_a_worker_thread_come_before_the_end_of_their_step() -> None:
+    def provider(request: CompletionRequest) -> str:
+        assert request.stream and request.on_text
+        for piece in ("a", "b", "c"):
+            request.on_text(piece)
+        return "abc"
+
+    executor = WorkflowExecutor(Workflow("t", [llm("a")]), providers={"p": provider})
+
+    async def collect() -> list[str]:
+        return [event.get("text", event["type"]) async for event in executor.stream()]
+
+    assert asyncio.run(collect())[-5:] == ["a", "b", "c", "step_completed", "run_finished"]
+
+
+def test_leaving_a_stream_early_cancels_the_run() -> None:
+    executor = WorkflowExecutor(Workflow("t", [llm("a")]), providers={"p": Scripted(delay=30)})
+
+    async def leave() -> None:
+        stream = executor.stream()
+        async for event in stream:
+            if event["type"] == "step_running":
+                break
+        await stream.aclose()
+
+    started = time.monotonic()
+    asyncio.run(leave())
+    assert time.monotonic() - started < 3
+    assert executor.result is not None and executor.result.status == "cancelled"
+
+
+def test_the_deadline_of_an_attempt_does_not_count_the_wait_for_a_slot() -> None:
+    provider = Scripted(delay=0.2)
+    result = run(*(llm(f"s{n}", timeout_seconds=1.0) for n in range(8)), provider=provider, concurrency=1)
+    assert result.status == "completed"
