@@ -6308,12 +6308,20 @@ class StepResult:
 
 def _error_summary(error: BaseException) -> dict[str, Any]:
     """An error as the JSON result shows it."""
-    summary: dict[str, Any] = {"type": type(error).__name__, "message": str(error) or repr(error)}
+    summary: dict[str, Any] = {"type": type(error).__name__, "message": _error_text(error)}
     status = getattr(error, "status", None)
     if isinstance(status, int):
         summary["status"] = status
     summary["retryable"] = _is_transient(error)
     return summary
+
+
+def _error_text(error: BaseException) -> str:
+    """What an error says, also if it is a foreign one that says nothing or cannot."""
+    try:
+        return str(error) or repr(error)
+    except Exception:
+        return type(error).__name__
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -6400,6 +6408,15 @@ class _Slots:
         self.free += 1
 
 
+def _harmless(error: BaseException) -> Exception:
+    """What a user's function raised, as an error of its step: nothing that would end, cancel or confuse the run."""
+    if isinstance(error, Exception) and not isinstance(error, (StopIteration, _Paused)):
+        return error
+    failure = ExecutionError(f"{type(error).__name__} was raised: {_error_text(error)}")
+    failure.__cause__ = error
+    return failure
+
+
 class _WorkerPool:
     """Daemon threads for blocking calls: as many as there are calls in flight, kept for reuse until `close`.
 
@@ -6436,7 +6453,7 @@ class _WorkerPool:
                 try:
                     value = function(*arguments)
                 except BaseException as raised:
-                    error = raised
+                    error = _harmless(raised)
                 _CALL.scope = None
             with self.lock:
                 self.idle += 1
@@ -6457,8 +6474,6 @@ class _WorkerPool:
                 continue
             if error is None:
                 future.set_result(value)
-            elif isinstance(error, StopIteration):  # a future refuses it
-                future.set_exception(RuntimeError("StopIteration was raised"))
             else:
                 future.set_exception(error)
 
@@ -6587,6 +6602,8 @@ class _GraphRun:
             while not self.is_over():
                 self.done = self.run.loop.create_future()
                 await self.done
+            if self.crash is not None:
+                self.abort()
         except asyncio.CancelledError:
             self.abort()
             raise
@@ -6662,7 +6679,7 @@ class _GraphRun:
         try:
             if reason is None and node.condition is not None and node.item_condition == self.has_items:
                 reason = None if node.condition.evaluate(self.local_context(position)) else "condition"
-        except OrchestratorError as error:
+        except Exception as error:
             result.fail(error)
             self.finish(position, result)
             return
@@ -6808,12 +6825,19 @@ class _StepRun:
                 outputs = await self.attempts()
             result.outputs = dict(zip(node.output_names, outputs))
             result.status = "completed"
-        except asyncio.CancelledError:
-            result.status = "cancelled"
+        except asyncio.CancelledError as error:
+            if not self.siblings.cancelled:
+                await asyncio.sleep(0)  # if it is the loop that cancels all its tasks, the run learns of it now
+            if self.siblings.cancelled:
+                result.status = "cancelled"
+            else:
+                result.fail(_harmless(error))  # a function's own
         except _Paused:
             result.status, self.siblings.paused = "pending", True
-        except Exception as error:
-            result.fail(error)
+        except KeyboardInterrupt:  # of the process, wherever it came up
+            raise
+        except BaseException as error:
+            result.fail(_harmless(error))
         if self.began is not None:
             result.duration_ms = round((time.perf_counter() - self.began) * 1000, 3)
 
@@ -6821,6 +6845,8 @@ class _StepRun:
         """The task's last act, also when it was cancelled before it could begin."""
         siblings = self.siblings
         siblings.tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # it ends the loop by itself; nobody need hear of it twice
         if self.result.status == "running" or (self.result.status == "pending" and not siblings.paused):
             self.result.status = "cancelled"
         try:
