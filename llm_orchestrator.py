@@ -5944,8 +5944,9 @@ async def _llm_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
         answered = {"role": "assistant", "content": response.text or "(nothing)"}
         request.messages = [*request.messages, answered, {"role": "user", "content": wrong}]
     call.result.provider, call.result.model = values["provider"], response.model
+    metadata = _json_value(response.metadata, "the provider")
     used = {name: found for name, found in (("tool_calls", made), ("schema_retries", retries)) if found}
-    return value, response.model, (call.result.usage or {}).get("total_tokens"), {**response.metadata, **used}
+    return value, response.model, (call.result.usage or {}).get("total_tokens"), {**metadata, **used}
 
 
 def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[str, Any]) -> CompletionRequest:
@@ -6895,7 +6896,8 @@ class _StepRun:
         known = isinstance(error, OrchestratorError) or hasattr(error, "retryable")
         if not (_is_transient(error) or (self.node.retry_given and not known)) or failures >= policy.max_attempts:
             return None
-        delay = policy.delay_seconds(failures, getattr(error, "retry_after", None))
+        hint = getattr(error, "retry_after", None)
+        delay = policy.delay_seconds(failures, hint if _is_number(hint) else None)
         if delay is None and isinstance(error, ProviderError):
             error._too_long_a_wait(policy.max_delay_seconds)
         return delay
@@ -6991,6 +6993,10 @@ class _StepRun:
             answer = CompletionResponse(text=answer, model=request.model)
         if not isinstance(answer, CompletionResponse):
             raise BadResponseError(f"returned {type(answer).__name__}, not a CompletionResponse or text", provider=name)
+        answer.model = answer.model or request.model
+        if not isinstance(answer.text, str) or not isinstance(answer.model, str):
+            kinds = f"{type(answer.text).__name__} and {type(answer.model).__name__}"
+            raise BadResponseError(f"returned a CompletionResponse whose text and model are {kinds}", provider=name)
         return answer
 
     async def embed(self, settings: Mapping[str, Any], texts: list[str]) -> tuple[list[Any], str, int]:
@@ -7031,11 +7037,11 @@ class _StepRun:
 
     def count(self, request: Any, answer: Any) -> None:
         """Adds what an answer says that it used, and what that cost."""
-        used = {
-            "input_tokens": getattr(answer, "input_tokens", None) or getattr(answer, "tokens", None) or 0,
-            "output_tokens": getattr(answer, "output_tokens", None) or 0,
-        }
-        used["total_tokens"] = getattr(answer, "total_tokens", None) or sum(used.values())
+        names = ("input_tokens", "tokens", "output_tokens", "total_tokens")
+        counts = (getattr(answer, name, None) for name in names)
+        inputs, texts, outputs, total = (count if _is_integer(count) and count > 0 else 0 for count in counts)
+        used = {"input_tokens": inputs or texts, "output_tokens": outputs}
+        used["total_tokens"] = total or sum(used.values())
         cost = self.run.budget.cost(request.model, used["input_tokens"], used["output_tokens"])
         self.add_usage(used if cost is None else {**used, "cost": cost})
 
