@@ -5944,8 +5944,9 @@ async def _llm_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
         answered = {"role": "assistant", "content": response.text or "(nothing)"}
         request.messages = [*request.messages, answered, {"role": "user", "content": wrong}]
     call.result.provider, call.result.model = values["provider"], response.model
+    metadata = _json_value(response.metadata, "the provider")
     used = {name: found for name, found in (("tool_calls", made), ("schema_retries", retries)) if found}
-    return value, response.model, (call.result.usage or {}).get("total_tokens"), {**response.metadata, **used}
+    return value, response.model, (call.result.usage or {}).get("total_tokens"), {**metadata, **used}
 
 
 def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[str, Any]) -> CompletionRequest:
@@ -6308,12 +6309,20 @@ class StepResult:
 
 def _error_summary(error: BaseException) -> dict[str, Any]:
     """An error as the JSON result shows it."""
-    summary: dict[str, Any] = {"type": type(error).__name__, "message": str(error) or repr(error)}
+    summary: dict[str, Any] = {"type": type(error).__name__, "message": _error_text(error)}
     status = getattr(error, "status", None)
     if isinstance(status, int):
         summary["status"] = status
     summary["retryable"] = _is_transient(error)
     return summary
+
+
+def _error_text(error: BaseException) -> str:
+    """What an error says, also if it is a foreign one that says nothing or cannot."""
+    try:
+        return str(error) or repr(error)
+    except Exception:
+        return type(error).__name__
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -6400,6 +6409,15 @@ class _Slots:
         self.free += 1
 
 
+def _harmless(error: BaseException) -> Exception:
+    """What a user's function raised, as an error of its step: nothing that would end, cancel or confuse the run."""
+    if isinstance(error, Exception) and not isinstance(error, (StopIteration, _Paused)):
+        return error
+    failure = ExecutionError(f"{type(error).__name__} was raised: {_error_text(error)}")
+    failure.__cause__ = error
+    return failure
+
+
 class _WorkerPool:
     """Daemon threads for blocking calls: as many as there are calls in flight, kept for reuse until `close`.
 
@@ -6436,7 +6454,7 @@ class _WorkerPool:
                 try:
                     value = function(*arguments)
                 except BaseException as raised:
-                    error = raised
+                    error = _harmless(raised)
                 _CALL.scope = None
             with self.lock:
                 self.idle += 1
@@ -6457,8 +6475,6 @@ class _WorkerPool:
                 continue
             if error is None:
                 future.set_result(value)
-            elif isinstance(error, StopIteration):  # a future refuses it
-                future.set_exception(RuntimeError("StopIteration was raised"))
             else:
                 future.set_exception(error)
 
@@ -6587,6 +6603,8 @@ class _GraphRun:
             while not self.is_over():
                 self.done = self.run.loop.create_future()
                 await self.done
+            if self.crash is not None:
+                self.abort()
         except asyncio.CancelledError:
             self.abort()
             raise
@@ -6662,7 +6680,7 @@ class _GraphRun:
         try:
             if reason is None and node.condition is not None and node.item_condition == self.has_items:
                 reason = None if node.condition.evaluate(self.local_context(position)) else "condition"
-        except OrchestratorError as error:
+        except Exception as error:
             result.fail(error)
             self.finish(position, result)
             return
@@ -6808,12 +6826,19 @@ class _StepRun:
                 outputs = await self.attempts()
             result.outputs = dict(zip(node.output_names, outputs))
             result.status = "completed"
-        except asyncio.CancelledError:
-            result.status = "cancelled"
+        except asyncio.CancelledError as error:
+            if not self.siblings.cancelled:
+                await asyncio.sleep(0)  # if it is the loop that cancels all its tasks, the run learns of it now
+            if self.siblings.cancelled:
+                result.status = "cancelled"
+            else:
+                result.fail(_harmless(error))  # a function's own
         except _Paused:
             result.status, self.siblings.paused = "pending", True
-        except Exception as error:
-            result.fail(error)
+        except KeyboardInterrupt:  # of the process, wherever it came up
+            raise
+        except BaseException as error:
+            result.fail(_harmless(error))
         if self.began is not None:
             result.duration_ms = round((time.perf_counter() - self.began) * 1000, 3)
 
@@ -6821,6 +6846,8 @@ class _StepRun:
         """The task's last act, also when it was cancelled before it could begin."""
         siblings = self.siblings
         siblings.tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # it ends the loop by itself; nobody need hear of it twice
         if self.result.status == "running" or (self.result.status == "pending" and not siblings.paused):
             self.result.status = "cancelled"
         try:
@@ -6869,7 +6896,8 @@ class _StepRun:
         known = isinstance(error, OrchestratorError) or hasattr(error, "retryable")
         if not (_is_transient(error) or (self.node.retry_given and not known)) or failures >= policy.max_attempts:
             return None
-        delay = policy.delay_seconds(failures, getattr(error, "retry_after", None))
+        hint = getattr(error, "retry_after", None)
+        delay = policy.delay_seconds(failures, hint if _is_number(hint) else None)
         if delay is None and isinstance(error, ProviderError):
             error._too_long_a_wait(policy.max_delay_seconds)
         return delay
@@ -6965,6 +6993,10 @@ class _StepRun:
             answer = CompletionResponse(text=answer, model=request.model)
         if not isinstance(answer, CompletionResponse):
             raise BadResponseError(f"returned {type(answer).__name__}, not a CompletionResponse or text", provider=name)
+        answer.model = answer.model or request.model
+        if not isinstance(answer.text, str) or not isinstance(answer.model, str):
+            kinds = f"{type(answer.text).__name__} and {type(answer.model).__name__}"
+            raise BadResponseError(f"returned a CompletionResponse whose text and model are {kinds}", provider=name)
         return answer
 
     async def embed(self, settings: Mapping[str, Any], texts: list[str]) -> tuple[list[Any], str, int]:
@@ -7005,11 +7037,11 @@ class _StepRun:
 
     def count(self, request: Any, answer: Any) -> None:
         """Adds what an answer says that it used, and what that cost."""
-        used = {
-            "input_tokens": getattr(answer, "input_tokens", None) or getattr(answer, "tokens", None) or 0,
-            "output_tokens": getattr(answer, "output_tokens", None) or 0,
-        }
-        used["total_tokens"] = getattr(answer, "total_tokens", None) or sum(used.values())
+        names = ("input_tokens", "tokens", "output_tokens", "total_tokens")
+        counts = (getattr(answer, name, None) for name in names)
+        inputs, texts, outputs, total = (count if _is_integer(count) and count > 0 else 0 for count in counts)
+        used = {"input_tokens": inputs or texts, "output_tokens": outputs}
+        used["total_tokens"] = total or sum(used.values())
         cost = self.run.budget.cost(request.model, used["input_tokens"], used["output_tokens"])
         self.add_usage(used if cost is None else {**used, "cost": cost})
 
