@@ -44,7 +44,8 @@ from types import SimpleNamespace
 __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022
-    "AnthropicProvider", "AuthenticationError", "AzureOpenAIProvider", "BadResponseError", "CohereProvider",
+    "AnthropicProvider", "AuthenticationError", "AzureOpenAIProvider", "BadResponseError", "BudgetExceededError",
+    "CohereProvider",
     "CompletionRequest", "CompletionResponse", "Condition", "ConditionError", "ContextLengthError", "DagError",
     "EchoProvider", "EmbeddingRequest", "EmbeddingResponse", "ExecutionError", "GeminiProvider", "LocalVectorStore",
     "MistralProvider", "OllamaProvider", "OpenAICompatibleProvider", "OpenAIProvider", "OrchestratorError",
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import logging
-    from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator, Sequence
     from typing import Any
 else:
     Any = object  # for `dict[str, Any]` as a base class
@@ -5713,11 +5714,9 @@ class _Parameters(dict[str, Any]):
 
     def get_as(self, name: str, check: Callable[[Any], str | None], default: Any = None) -> Any:
         value = self.get(name)
-        if value is None:
-            if default is None:
-                raise ExecutionError(f"{name} is missing")
+        if value is None and default is not None:
             return default
-        if fault := check(value):
+        if fault := "is missing" if value is None else check(value):
             raise ExecutionError(f"{name} {fault}")
         return value
 
@@ -5741,18 +5740,19 @@ def _text_input(inputs: _Inputs) -> str:
 
 
 def _same(left: Any, right: Any) -> bool:
-    """Equality of JSON values: 1 is 1.0 but not true."""
-    return isinstance(left, bool) == isinstance(right, bool) and left == right
+    """Equality of JSON values: 1 is 1.0 but not true, inside lists and maps too."""
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        return len(left) == len(right) and all(map(_same, left, right))
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
 
 
 def _field(item: Any, path: str) -> Any:
     """The value at a dotted path in a map or list; None where there is none."""
     for part in path.split("."):
-        if isinstance(item, Mapping):
-            item = item.get(part)
-        elif isinstance(item, (list, tuple)) and part.isdigit() and int(part) < len(item):
-            item = item[int(part)]
-        else:
+        item = _child(item, part)
+        if item is _MISSING:
             return None
     return item
 
@@ -5781,7 +5781,7 @@ def _concat(inputs: _Inputs, parameters: _Parameters) -> Any:
     values = list(inputs.values())
     if values and all(isinstance(value, (list, tuple)) for value in values):
         return [item for value in values for item in value]
-    return str(parameters.get("separator") or "").join(map(_to_text, values))
+    return parameters.get_as("separator", _text, "").join(map(_to_text, values))
 
 
 def _filter(inputs: _Inputs, parameters: _Parameters) -> Any:
@@ -5790,7 +5790,7 @@ def _filter(inputs: _Inputs, parameters: _Parameters) -> Any:
         return [item for index, item in enumerate(items) if parameters["condition"](item, index)]
     key = parameters.get_as("key", _text)
     if "value" not in parameters:
-        return [item for item in items if _field(item, key)]
+        return [item for item in items if _truthy(_field(item, key))]
     return [item for item in items if isinstance(item, Mapping) and _same(_field(item, key), parameters["value"])]
 
 
@@ -5805,7 +5805,8 @@ def _map(inputs: _Inputs, parameters: _Parameters) -> Any:
 def _pick(inputs: _Inputs, parameters: _Parameters) -> Any:
     source = _one_input(inputs, (Mapping, list, tuple), "a map or a list of maps")
     if parameters.get("key") is not None:
-        return _field(source, parameters.get_as("key", _text))
+        key = parameters.get_as("key", _text)
+        return _field(source, key) if isinstance(source, Mapping) else [_field(item, key) for item in source]
     keys = _as_list(parameters.get_as("keys", _names))
     picked = [{key: item[key] for key in keys if key in item} for item in _as_list(source) if isinstance(item, Mapping)]
     return picked[0] if isinstance(source, Mapping) else picked
@@ -5813,15 +5814,14 @@ def _pick(inputs: _Inputs, parameters: _Parameters) -> Any:
 
 def _split(inputs: _Inputs, parameters: _Parameters) -> Any:
     text = _text_input(inputs)
-    separator = parameters.get_as("separator", _text, "\n")
-    if not separator:
-        return list(text)
-    parts = text.split(separator, parameters.get_as("max_splits", _integer(-1), -1))
+    separator = "" if parameters.get("separator") == "" else parameters.get_as("separator", _text, "\n")
+    parts = text.split(separator, parameters.get_as("max_splits", _integer(-1), -1)) if separator else list(text)
     return [part.strip() for part in parts] if parameters.get("trim") else parts
 
 
 def _join(inputs: _Inputs, parameters: _Parameters) -> Any:
-    return parameters.get_as("separator", _text, ", ").join(map(_to_text, _list_input(inputs)))
+    separator = "" if parameters.get("separator") == "" else parameters.get_as("separator", _text, ", ")
+    return separator.join(map(_to_text, _list_input(inputs)))
 
 
 def _json_parse(inputs: _Inputs, parameters: _Parameters) -> Any:
@@ -5831,40 +5831,45 @@ def _json_parse(inputs: _Inputs, parameters: _Parameters) -> Any:
         raise ExecutionError(f"not JSON: {error}") from None
 
 
+def _json_dump(inputs: _Inputs, parameters: _Parameters) -> Any:
+    indent = None if parameters.get("indent") is None else parameters.get_as("indent", _integer(0, 20))
+    return _to_json(_one_input(inputs), indent=indent)
+
+
 def _regex(inputs: _Inputs, parameters: _Parameters) -> Any:
     text, pattern = _text_input(inputs), parameters.get_as("pattern", _text)
-    compiled = _compile_regex(pattern)
-    if parameters.get("replace") is not None:
-        return _guarded(compiled, text).sub(parameters.get_as("replace", _text), text)
-    group = parameters.get("group", 0)
+    compiled, group = _compile_regex(pattern), parameters.get("group", 0)
     try:
+        match = _guarded_search(compiled, text)  # refuses a text on which the pattern could take forever
+        if parameters.get("replace") is not None:
+            return compiled.sub(parameters.get_as("replace", _text), text)
         if parameters.get("all"):
-            return [match[group] for match in _guarded(compiled, text).finditer(text)]
-        match = _guarded(compiled, text).search(text)
+            return [match[group] for match in compiled.finditer(text)]
         return match[group] if match else None
-    except IndexError:
-        raise ExecutionError(f"the pattern has no group {group!r}") from None
+    except (IndexError, re.error) as error:
+        raise ExecutionError(f"{error}: the pattern has {compiled.groups} groups") from None
 
 
 def _sort(inputs: _Inputs, parameters: _Parameters) -> Any:
     items, key = _list_input(inputs), parameters.get("key")
     keyed = [(item if key is None else _field(item, str(key)), item) for item in items]
-    missing = [item for value, item in keyed if value is None]  # nulls last, whatever the direction
+    present = [pair for pair in keyed if pair[0] is not None]
+    kinds = sorted({_type_name(value) for value, _ in present})
+    if len(kinds) > 1:
+        raise ExecutionError(f"cannot order {' and '.join(kinds)}")
     try:
-        present = sorted(
-            (pair for pair in keyed if pair[0] is not None), key=lambda pair: pair[0], reverse=bool(parameters.get("reverse"))
-        )
+        present.sort(key=lambda pair: pair[0], reverse=bool(parameters.get("reverse")))
     except TypeError:
-        kinds = sorted({_type_name(value) for value, _ in keyed if value is not None})
-        raise ExecutionError(f"cannot order {' and '.join(kinds)}") from None
-    return [item for _, item in present] + missing
+        raise ExecutionError(f"cannot order {_type_name(present[0][0])}") from None
+    return [item for _, item in present] + [item for value, item in keyed if value is None]  # nulls last, always
 
 
 def _unique(inputs: _Inputs, parameters: _Parameters) -> Any:
-    key = parameters.get("key")
-    seen: dict[str, Any] = {}
+    key, seen = parameters.get("key"), {}  # type: ignore[var-annotated]
     for item in _list_input(inputs):
-        seen.setdefault(_to_json(item if key is None else _field(item, str(key)), sort_keys=True), item)
+        value = item if key is None else _field(item, str(key))
+        identity = int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is 1
+        seen.setdefault(_to_json(identity, sort_keys=True), item)
     return list(seen.values())
 
 
@@ -5891,7 +5896,7 @@ _TRANSFORMS: dict[str, Callable[[_Inputs, _Parameters], Any]] = {
     "split": _split,
     "join": _join,
     "json_parse": _json_parse,
-    "json_dump": lambda inputs, parameters: _to_json(_one_input(inputs), indent=parameters.get("indent")),
+    "json_dump": _json_dump,
     "regex": _regex,
     "sort": _sort,
     "unique": _unique,
@@ -5914,7 +5919,7 @@ async def _sleep_action(call: _StepRun, parameters: _Parameters) -> Any:
 
     seconds = _seconds(parameters.get("seconds", parameters.get("duration")), "s")
     if seconds is None:
-        raise ExecutionError('sleep needs seconds: a number, or a text such as "1.5s"')
+        raise ExecutionError('seconds must be a number, or a text such as "1.5s"')
     await asyncio.sleep(seconds)
     return seconds
 
@@ -5926,25 +5931,26 @@ def _fail_action(call: _StepRun, parameters: _Parameters) -> Any:
 async def _write_file_action(call: _StepRun, parameters: _Parameters) -> Any:
     name, content = parameters.get_as("path", _name), parameters.get("content", "")
     text = content if isinstance(content, str) else _to_json(content, indent=2) + "\n"
-    return await call.blocking(_write_below, call.run.executor.output_folder, name, text, bool(parameters.get("append")))
+    folder, append = call.run.executor.output_folder, bool(parameters.get("append"))
+    return await call.threaded(_write_below, folder, name, text, append)
 
 
 def _write_below(folder: str, name: str, text: str, append: bool) -> str:
     """Writes a file below `folder` and nowhere else, whatever links and dots its name holds; returns its path."""
-    root = os.path.realpath(folder)
-    path = os.path.realpath(os.path.join(root, name))
-    if not path.startswith(root.rstrip(os.sep) + os.sep):
-        raise ExecutionError(f"write_file: {name!r} is not below the output folder {folder!r}")
     try:
+        root = os.path.realpath(folder)
+        path = os.path.realpath(os.path.join(root, name))
+        if not path.startswith(root.rstrip(os.sep) + os.sep):
+            raise ExecutionError(f"{name!r} is not below the output folder {folder!r}")
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if append:
-            with open(path, "a", encoding="utf-8", newline="") as file:
-                file.write(text)
-        else:
+        if not append:
             _replace_file(path, text)
+            return path
+        with open(path, "a", encoding="utf-8", newline="") as file:
+            file.write(text)
+        return path
     except (OSError, ValueError) as error:
-        raise ExecutionError(f"write_file: {name!r}: {error}") from None
-    return path
+        raise ExecutionError(f"{name!r}: {error}") from None
 
 
 def _replace_file(path: str, text: str) -> None:
@@ -5961,26 +5967,26 @@ def _replace_file(path: str, text: str) -> None:
 
 
 async def _http_action(call: _StepRun, parameters: _Parameters) -> Any:
-    url = parameters.get_as("url", _name)
-    headers = {str(name): str(value) for name, value in (parameters.get("headers") or {}).items()}
+    url, payload = parameters.get_as("url", _name), parameters.get("json", parameters.get("body"))
+    headers = {str(name): _to_text(value) for name, value in parameters.get_as("headers", _mapping, {}).items()}
     body: bytes | None = None
-    payload = parameters.get("json", parameters.get("body"))
     if payload is not None:
         as_text = isinstance(payload, str) and "json" not in parameters
-        body = (payload if as_text else _to_json(payload)).encode()
+        body = (payload if as_text else _to_json(payload)).encode("utf-8", "replace")
         if not any(name.lower() == "content-type" for name in headers):
             headers["Content-Type"] = "text/plain; charset=utf-8" if as_text else "application/json"
-    method = str(parameters.get("method") or ("GET" if body is None else "POST")).upper()
-    response = await call.blocking(call.run.http().request, method, url, headers, body)
-    text = response.body.decode("utf-8", "replace")
+    method = parameters.get_as("method", _name, "GET" if body is None else "POST").upper()
+    response = await call.threaded(call.run.http().request, method, url, headers, body)
+    text = response.text
     if response.status >= 400 and parameters.get("fail_on_error", True):
-        retryable = response.status in _RETRIED_STATUSES or response.status >= 500
-        reason = f"{method} answered {response.status}: {_shorten(text, 200)}"
-        wait = _retry_after_seconds(response.headers)
-        raise ProviderError(reason, provider="http", status=response.status, retryable=retryable, retry_after=wait)
+        raise ProviderError(
+            f"{method} answered {response.status}: {_shorten(text, 200)}", provider="http", status=response.status,
+            retryable=response.status in _RETRIED_STATUSES, retry_after=_retry_after_seconds(response.headers),
+        )  # fmt: skip
+    answered: Any = text
     with contextlib.suppress(ParseError):
-        return {"status": response.status, "headers": response.headers, "body": _load_json(text)}
-    return {"status": response.status, "headers": response.headers, "body": text}
+        answered = _load_json(text)
+    return {"status": response.status, "headers": response.headers, "body": answered}
 
 
 _ACTIONS: dict[str, Callable[[_StepRun, _Parameters], Any]] = {
@@ -5993,8 +5999,10 @@ _ACTIONS: dict[str, Callable[[_StepRun, _Parameters], Any]] = {
 }
 
 
-def _fitting_call(function: Callable[..., Any], leading: tuple[Any, ...], parameters: dict[str, Any]) -> Callable[[], Any]:
-    """A custom function bound to what it can take: parameters by name, or as one map; an ExecutionError if neither fits.
+def _fitting_call(
+    function: Callable[..., Any], leading: tuple[Any, ...], parameters: dict[str, Any]
+) -> Callable[[], Any]:
+    """A custom function bound to what it can take: parameters by name, or as one map; ExecutionError if neither fits.
 
     `leading` comes first if there is room for it (a transform's inputs).
     """
@@ -6005,22 +6013,21 @@ def _fitting_call(function: Callable[..., Any], leading: tuple[Any, ...], parame
     except (TypeError, ValueError):  # some built-in functions have none
         return lambda: function(*leading, **parameters)
     forms: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
-        (leading, parameters), ((*leading, parameters), {}), (leading, {}), ((), {})
+        (leading, parameters), ((*leading, parameters), {}), (leading, {}), ((), parameters), ((), {}),
     ]  # fmt: skip
     for positional, named in forms:
         if parameters and not named and parameters not in positional:
             continue  # a function that would not see its parameters is called wrongly
         with contextlib.suppress(TypeError):
             signature.bind(*positional, **named)
-            return lambda positional=positional, named=named: function(*positional, **named)  # type: ignore[misc]
+            return functools.partial(function, *positional, **named)
     name = getattr(function, "__name__", "function")
     raise ExecutionError(f"{name}{signature} cannot take the parameters {', '.join(parameters) or '(none)'}")
 
 
 async def _transform_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     """A custom transform; the built-in ones never wait and are run by `_transform_inline`."""
-    name = values.pop("function")
-    custom = call.run.executor.transforms[name]
+    custom = call.run.executor.transforms[values.pop("function")]
     inputs = _Inputs((key, render(call.context)) for key, render in call.node.inputs)
     return (await call.custom(custom, _fitting_call(custom, (inputs,), values)),)
 
@@ -6051,27 +6058,235 @@ async def _action_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
     if custom is not None:
         return (await call.custom(custom, _fitting_call(custom, (), values)),)
     try:
-        outcome = _ACTIONS[name](call, _Parameters(values))
-        return (await outcome if hasattr(outcome, "__await__") else outcome,)
+        return (await call.working(functools.partial(_ACTIONS[name], call, _Parameters(values))),)
     except ExecutionError as error:
-        raise ExecutionError(f"{name}: {error}" if name not in ("fail", "write_file") else str(error)) from None
+        raise ExecutionError(str(error) if name == "fail" else f"{name}: {error}") from None
+
+
+# ---- Models: prompts, tools, structured answers ----------------------------------------------------------------------
 
 
 async def _llm_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
-    request = _completion_request(values)
-    response = await call.complete(values["provider"], request)
+    """Asks a model, as often as its tool calls and a schema that it misses make necessary."""
+    schema, made, rounds, retries = values.get("schema"), [], 0, 0  # type: dict[str, Any] | None, list[Any], int, int
+    tools = {name: call.run.executor.tools[name] for name in _as_list(values.get("tools"))}
+    request = _completion_request(call, values, tools)
+    while True:
+        response = await call.complete(values["provider"], request, values.get("cache") is not False)
+        if response.tool_calls and tools:
+            rounds += 1
+            if rounds > (values.get("max_tool_rounds") or 8):
+                raise ExecutionError(f"the model asks for tools after max_tool_rounds ({rounds - 1}) rounds of them")
+            request.messages = [*request.messages, *await _tool_round(call, response, tools, made)]
+            continue
+        value, faults = (response.text, []) if schema is None else _structured_answer(response.text, schema)
+        if not faults:
+            break
+        if retries >= values.get("schema_retries", 2):
+            reason = f"the answer does not fit the schema: {'; '.join(faults[:5])}: {_shorten(response.text, 200)!r}"
+            raise BadResponseError(reason, provider=values["provider"])
+        retries += 1
+        wrong = "\n- ".join(["That does not fit the schema:", *faults[:20]]) + "\nAnswer with the corrected JSON alone."
+        answered = {"role": "assistant", "content": response.text or "(nothing)"}
+        request.messages = [*request.messages, answered, {"role": "user", "content": wrong}]
     call.result.provider, call.result.model = values["provider"], response.model
-    text: Any = response.text
-    return text, response.model, response.total_tokens, response.metadata
+    used = {name: found for name, found in (("tool_calls", made), ("schema_retries", retries)) if found}
+    return value, response.model, (call.result.usage or {}).get("total_tokens"), {**response.metadata, **used}
 
 
-def _completion_request(values: dict[str, Any]) -> CompletionRequest:
+def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[str, Any]) -> CompletionRequest:
     messages = values.get("messages")
     if messages is None:
         messages = [{"role": "user", "content": values["prompt"]}]
     names = ("model", "system", *_SAMPLING_KEYS, "params")
     given = {name: values[name] for name in names if values.get(name) is not None}
-    return CompletionRequest(messages=messages, stream=bool(values.get("stream")), **given)
+    request = CompletionRequest(messages=messages, stream=call.streams(values), **given)
+    if tools:
+        request.tools = [_tool_schema(name, function) for name, function in tools.items()]
+    if schema := values.get("schema"):
+        provider = call.run.provider(values["provider"], call.siblings.workflow)
+        if getattr(provider, "native_schema", False):
+            request.schema = schema
+        else:
+            asked = "Answer with JSON that fits this JSON Schema, and with nothing else:\n" + _to_json(schema)
+            request.system = f"{request.system}\n\n{asked}" if request.system else asked
+    if request.stream:
+        request.on_text = call.on_text
+    return request
+
+
+async def _tool_round(
+    call: _StepRun, response: CompletionResponse, tools: Mapping[str, Any], made: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The messages that carry a model's tool calls and what came of them; a tool's error goes back to the model."""
+    answers: list[dict[str, Any]] = [
+        {"role": "assistant", "content": response.text, "tool_calls": response.tool_calls}
+    ]
+    for asked in response.tool_calls:
+        name, arguments = asked["name"], asked["arguments"]
+        entry = {"name": name, "arguments": arguments}
+        try:
+            if name not in tools:
+                raise ExecutionError(f"there is no tool {name!r}; there are {', '.join(tools)}")
+            faults = list(_schema_faults(arguments, _tool_schema(name, tools[name])["parameters"]))
+            if faults:
+                raise ExecutionError(f"wrong arguments: {'; '.join(faults[:5])}")
+            entry["result"] = await call.custom(tools[name], functools.partial(tools[name], **arguments))
+        except Exception as error:
+            entry["error"] = f"{type(error).__name__}: {error}"
+        made.append(entry)
+        failed = "error" in entry
+        content = entry["error"] if failed else _to_text(entry["result"])
+        answers.append({"role": "tool", "id": asked["id"], "name": name, "content": content, "is_error": failed})
+    return answers
+
+
+_JSON_TYPES: dict[Any, str] = {
+    str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object",
+}  # fmt: skip
+
+
+def _tool_schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
+    """A function as a tool: its docstring, and a JSON Schema made of its signature."""
+    import inspect
+    import typing
+
+    properties: dict[str, Any] = {}
+    required: list[str] = []
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:  # names that are not there at run time: the parameters are then of any type
+        hints = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        properties[parameter.name] = _type_schema(hints.get(parameter.name))
+        if parameter.default is parameter.empty:
+            required.append(parameter.name)
+    schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    return {"name": name, "description": inspect.getdoc(function) or name, "parameters": schema}
+
+
+def _type_schema(hint: Any) -> dict[str, Any]:
+    """The JSON Schema of a type hint; {} (anything) for those that JSON does not know."""
+    import typing
+
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return {"enum": list(arguments)}
+    if type(None) in arguments:  # Optional[X], X | None
+        return {"anyOf": [_type_schema(one) for one in arguments if one is not type(None)] + [{"type": "null"}]}
+    kind = _JSON_TYPES.get(origin or hint)
+    items = {"items": _type_schema(arguments[0])} if kind == "array" and arguments else {}
+    return {"type": kind, **items} if kind else {}
+
+
+def _structured_answer(text: str, schema: Any) -> tuple[Any, list[str]]:
+    """(value, faults) of an answer that should be JSON: the whole text, a fenced part, or the JSON inside prose."""
+    fenced = re.findall(r"```[\w-]*\n(.*?)```", text, re.DOTALL)
+    starts = [match.start() for _, match in zip(range(50), re.finditer(r"[\[{]", text))]
+    faults: list[str] = []
+    for candidate in (text, *fenced, *(text[start:] for start in starts)):
+        try:
+            value = _load_json(candidate.strip())
+        except ParseError:
+            try:
+                end = json.JSONDecoder().raw_decode(candidate.lstrip())[1]
+                value = _load_json(candidate.lstrip()[:end])
+            except (ValueError, RecursionError, ParseError):
+                continue
+        found = list(_schema_faults(value, schema))
+        if not found:
+            return value, []
+        faults = faults or found
+    return None, faults or ["it is not JSON"]
+
+
+_SCHEMA_TYPES: dict[str, Callable[[Any], bool]] = {**_INPUT_TYPES, "null": lambda value: value is None}
+_SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
+    # keyword -> (what the value must be, the types that the keyword speaks of, whether the value is so)
+    "enum": ("one of {}", object, lambda value, allowed: any(_same(value, one) for one in allowed)),
+    "const": ("{}", object, lambda value, wanted: _same(value, wanted)),
+    "minimum": ("at least {}", (int, float), lambda value, bound: value >= bound),
+    "maximum": ("at most {}", (int, float), lambda value, bound: value <= bound),
+    "exclusiveMinimum": ("more than {}", (int, float), lambda value, bound: value > bound),
+    "exclusiveMaximum": ("less than {}", (int, float), lambda value, bound: value < bound),
+    "multipleOf": ("a multiple of {}", (int, float), lambda value, step: abs(value / step % 1 - 0.5) > 0.5 - 1e-9),
+    "minLength": ("at least {} characters long", str, lambda value, bound: len(value) >= bound),
+    "maxLength": ("at most {} characters long", str, lambda value, bound: len(value) <= bound),
+    "pattern": ("text that matches {}", str, lambda value, pattern: bool(
+        _guarded_search(_compile_regex(pattern), value))),
+    "minItems": ("a list of at least {}", (list, tuple), lambda value, bound: len(value) >= bound),
+    "maxItems": ("a list of at most {}", (list, tuple), lambda value, bound: len(value) <= bound),
+    "uniqueItems": ("a list without repeats", (list, tuple), lambda value, wanted: not wanted or
+                    len({_to_json(item, sort_keys=True) for item in value}) == len(value)),
+    "minProperties": ("a map of at least {} keys", Mapping, lambda value, bound: len(value) >= bound),
+    "maxProperties": ("a map of at most {} keys", Mapping, lambda value, bound: len(value) <= bound),
+}  # fmt: skip
+
+
+def _schema_faults(value: Any, schema: Any, root: Any = None, where: str = "$", depth: int = 0) -> Iterator[str]:
+    """What in a value does not fit a JSON Schema (the usual part of draft 2020-12), each with its place."""
+    root = schema if root is None else root
+    if schema is False or depth > _MAX_DEPTH:
+        yield f"{where} must not be there" if schema is False else f"{where} is nested too deeply"
+    if not isinstance(schema, Mapping):
+        return
+    inner = functools.partial(_schema_faults, root=root, depth=depth + 1)
+    kinds = _as_list(schema.get("type"))
+    if kinds and not any(kind in _SCHEMA_TYPES and _SCHEMA_TYPES[kind](value) for kind in kinds):
+        yield f"{where} must be {' or '.join(map(str, kinds))}, not {_shown(value)}"
+        return
+    for keyword, (wanted, types, holds) in _SCHEMA_CHECKS.items():
+        concerned = isinstance(value, types) and not (isinstance(value, bool) and types is not object)
+        if keyword in schema and concerned and not holds(value, schema[keyword]):
+            yield f"{where} must be {wanted.format(_shorten(_to_json(schema[keyword]), 200))}"
+    if isinstance(schema.get("$ref"), str):
+        yield from inner(value, _schema_at(root, schema["$ref"]), where=where)
+    for part in schema.get("allOf") or ():
+        yield from inner(value, part, where=where)
+    for keyword in ("anyOf", "oneOf"):
+        failures = [list(inner(value, part, where=where)) for part in schema.get(keyword) or ()]
+        fitting = failures.count([])
+        if failures and not fitting:
+            yield min(failures, key=len)[0]
+        elif keyword == "oneOf" and fitting > 1:
+            yield f"{where} must fit exactly one of {len(failures)} schemas, but fits {fitting}"
+    if "not" in schema and not list(inner(value, schema["not"], where=where)):
+        yield f"{where} must not fit {_shorten(_to_json(schema['not']), 100)}"
+    yield from _part_faults(value, schema, inner, where)
+
+
+def _part_faults(
+    value: Any, schema: Mapping[str, Any], inner: Callable[..., Iterator[str]], where: str
+) -> Iterator[str]:
+    """The faults of a map's entries and a list's items."""
+    if isinstance(value, (list, tuple)) and "items" in schema:
+        for index, item in enumerate(value):
+            yield from inner(item, schema["items"], where=f"{where}[{index}]")
+    if isinstance(value, Mapping):
+        properties, others = schema.get("properties") or {}, schema.get("additionalProperties", True)
+        for name in schema.get("required") or ():
+            if name not in value:
+                yield f"{where}.{name} is missing"
+        for name, item in value.items():
+            if name not in properties and others is False:
+                yield f"{where}.{name} is not allowed{_suggestion(name, properties)}"
+            else:
+                yield from inner(item, properties.get(name, others), where=f"{where}.{name}")
+
+
+def _schema_at(root: Any, reference: str) -> Any:
+    """The schema that a `$ref` within the document names (a JSON pointer); ExecutionError if there is none."""
+    schema = root
+    for step in reference.split("/")[1:] if reference.startswith("#") else ("",):
+        schema = _child(schema, step.replace("~1", "/").replace("~0", "~"))
+    if schema is _MISSING:
+        raise ExecutionError(f"the schema has nothing at $ref {reference!r}")
+    return schema
+
+
+# ---- Embeddings, vectors, containers ---------------------------------------------------------------------------------
 
 
 async def _embed_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
@@ -6122,7 +6337,7 @@ def _document_record(document: Any) -> dict[str, Any]:
 async def _parallel_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     assert call.node.children is not None
     children = await call.run_children(call.node.children, limit=call.node.limit)
-    return tuple(children.first(node.id) for node in call.node.children.nodes)
+    return children.firsts()
 
 
 async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
@@ -6133,7 +6348,7 @@ async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
     for name, graph in node.branches.items():
         if name == taken:
             children = await call.run_children(graph)
-            first.update({child.id: children.first(child.id) for child in graph.nodes})
+            first = dict(zip(graph.by_id, children.firsts()))
     for name, graph in node.branches.items():
         if name != taken:
             call.skip_children([child for child in graph.nodes if child.id not in first], "branch")
@@ -6142,15 +6357,15 @@ async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
 
 
 async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
-    node, previous = call.node, None
+    node, previous = call.node, None  # type: _Node, Mapping[str, Any] | None
     assert node.children is not None and node.until is not None
     for iteration in range(values["max_iterations"]):
         local = {"iteration": iteration, "previous": previous}
         children = await call.run_children(node.children, local, segment=str(iteration), order=iteration)
-        outputs = (*(children.first(child.id) for child in node.children.nodes), iteration + 1)
+        outputs = (*children.firsts(), iteration + 1)
         if node.until.evaluate(children.context):
             return outputs
-        previous = children.view
+        previous = call.child_views
     if values.get("on_exhausted") != "continue":
         raise ExecutionError(f"the condition of until did not hold within {values['max_iterations']} iterations")
     return outputs
@@ -6182,8 +6397,8 @@ _HANDLERS: dict[str, Callable[[_StepRun, dict[str, Any]], Awaitable[tuple[Any, .
 
 _DEFAULT_CONCURRENCY = 4
 _PROVIDER_TYPES = frozenset(("llm", "embed", "vector_search", "vector_upsert"))
-_CALL_TIMEOUT_SECONDS = 120.0  # for each attempt of those, unless the step has its own
 _SLICE_SECONDS = 0.004  # how long steps that never wait may keep the event loop to themselves
+_USAGE = ("input_tokens", "output_tokens", "total_tokens", "calls")
 
 
 class StepResult:
@@ -6200,8 +6415,7 @@ class StepResult:
     )  # fmt: skip
 
     def __init__(self, step_id: str, type: str, order: tuple[int, ...] = ()) -> None:
-        self.step_id, self.type, self.order = step_id, type, order
-        self.status = "pending"
+        self.step_id, self.type, self.order, self.status = step_id, type, order, "pending"
         self.outputs: dict[str, Any] = {}
         self.error: dict[str, Any] | None = None
         self.exception: BaseException | None = None
@@ -6226,13 +6440,21 @@ class StepResult:
                 entry[name] = value
         return entry
 
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> StepResult:
+        """The result that `to_dict` (and a store) wrote down."""
+        result = cls(entry["step_id"], entry["type"], tuple(entry.get("order") or ()))
+        for name in ("status", "outputs", "error", "reason", "attempts", "duration_ms", "usage", "provider", "model"):
+            setattr(result, name, entry.get(name, getattr(result, name)))
+        return result
+
     def __repr__(self) -> str:
         return f"StepResult({self.step_id!r}, {self.status}, outputs={self.outputs!r})"
 
 
 def _error_summary(error: BaseException) -> dict[str, Any]:
     """An error as the JSON result shows it."""
-    summary = {"type": type(error).__name__, "message": str(error) or repr(error)}
+    summary: dict[str, Any] = {"type": type(error).__name__, "message": str(error) or repr(error)}
     status = getattr(error, "status", None)
     if isinstance(status, int):
         summary["status"] = status
@@ -6242,9 +6464,8 @@ def _error_summary(error: BaseException) -> dict[str, Any]:
 
 def _is_transient(error: BaseException) -> bool:
     """Whether another attempt may help, as far as the error itself can tell."""
-    if isinstance(error, OrchestratorError):
-        return bool(getattr(error, "retryable", False))
-    return bool(getattr(error, "retryable", isinstance(error, (ConnectionError, TimeoutError))))
+    likely = isinstance(error, (ConnectionError, TimeoutError))
+    return bool(getattr(error, "retryable", likely and not isinstance(error, OrchestratorError)))
 
 
 class RunResult:
@@ -6255,11 +6476,9 @@ class RunResult:
     """
 
     def __init__(self, run_id: str, workflow: str) -> None:
-        self.run_id, self.workflow = run_id, workflow
-        self.status = "running"
-        self.duration_ms = 0.0
+        self.run_id, self.workflow, self.status, self.duration_ms = run_id, workflow, "running", 0.0
         self.outputs: dict[str, Any] = {}
-        self.usage: dict[str, Any] = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "calls": 0}
+        self.usage: dict[str, Any] = dict.fromkeys(_USAGE, 0)
         self.error: dict[str, Any] | None = None
         self.exception: BaseException | None = None
         self.steps: dict[str, StepResult] = {}
@@ -6290,16 +6509,9 @@ class RunResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON result of `run`."""
-        return {
-            "run_id": self.run_id,
-            "workflow": self.workflow,
-            "status": self.status,
-            "duration_ms": self.duration_ms,
-            "outputs": self.outputs,
-            "usage": self.usage,
-            "error": self.error,
-            "steps": {step_id: step.to_dict() for step_id, step in self.steps.items()},
-        }
+        names = ("run_id", "workflow", "status", "duration_ms", "outputs", "usage", "error")
+        steps = {step_id: step.to_dict() for step_id, step in self.steps.items()}
+        return {**{name: getattr(self, name) for name in names}, "steps": steps}
 
     def __repr__(self) -> str:
         return f"RunResult({self.run_id!r}, {self.status}, steps={len(self.steps)})"
@@ -6343,9 +6555,8 @@ class _WorkerPool:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         import queue
 
-        self.loop = loop
+        self.loop, self.lock = loop, threading.Lock()
         self.jobs: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
-        self.lock = threading.Lock()
         self.idle = self.threads = 0  # idle: threads that no job has been promised to
         self.finished: collections.deque[tuple[Any, ...]] = collections.deque()
         self.delivering = False
@@ -6355,20 +6566,15 @@ class _WorkerPool:
         future = self.loop.create_future()
         with self.lock:
             spawn = self.idle == 0
-            if spawn:
-                self.threads += 1
-            else:
-                self.idle -= 1
+            self.threads += spawn
+            self.idle -= not spawn
         self.jobs.put((future, scope, function, arguments))
         if spawn:
-            threading.Thread(target=self._work, name="llm_orchestrator", daemon=True).start()
+            threading.Thread(target=self.work, name="llm_orchestrator", daemon=True).start()
         return future
 
-    def _work(self) -> None:
-        while True:
-            job = self.jobs.get()
-            if job is None:
-                return
+    def work(self) -> None:
+        while (job := self.jobs.get()) is not None:
             future, scope, function, arguments = job
             value, error = None, None
             if not scope.cancelled:  # nothing starts after it was cancelled
@@ -6385,21 +6591,22 @@ class _WorkerPool:
             if not self.delivering:
                 self.delivering = True  # one wake-up serves all that finish before the loop looks
                 try:
-                    self.loop.call_soon_threadsafe(self._deliver)
+                    self.loop.call_soon_threadsafe(self.deliver)
                 except RuntimeError:  # the loop is closed: nobody waits any more
                     return
 
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
         self.delivering = False
         while self.finished:
             future, value, error = self.finished.popleft()
-            if not future.done():
-                if error is None:
-                    future.set_result(value)
-                elif isinstance(error, StopIteration):  # a future refuses it
-                    future.set_exception(RuntimeError("StopIteration was raised"))
-                else:
-                    future.set_exception(error)
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(value)
+            elif isinstance(error, StopIteration):  # a future refuses it
+                future.set_exception(RuntimeError("StopIteration was raised"))
+            else:
+                future.set_exception(error)
 
     def close(self) -> None:
         for _ in range(self.threads):
@@ -6424,7 +6631,30 @@ class _StepView(dict[str, Any]):
         return self.value
 
 
-class _Layer(dict[str, Any]):
+class _Fallback(dict[str, Any]):
+    """A dict in front of something that is asked for keys that it lacks itself."""
+
+    __slots__ = ()
+
+    def behind(self, key: Any) -> Any:
+        """What stands behind for a key; KeyError if nothing does."""
+        raise NotImplementedError
+
+    def __missing__(self, key: Any) -> Any:
+        return self.behind(key)
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self[key]  # type: ignore[index]
+        except KeyError:
+            return False
+        return True
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401
+
+
+class _Layer(_Fallback):
     """The steps of a container's children in front of those around it."""
 
     __slots__ = ("around",)
@@ -6433,17 +6663,11 @@ class _Layer(dict[str, Any]):
         super().__init__()
         self.around = around
 
-    def __missing__(self, key: str) -> Any:
+    def behind(self, key: Any) -> Any:
         return self.around[key]
 
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or key in self.around
 
-    def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default
-
-
-class _OutputNames(dict[str, Any]):
+class _OutputNames(_Fallback):
     """`outputs.X`: a step by its id, or an output by its name."""
 
     __slots__ = ("graph", "steps")
@@ -6452,16 +6676,8 @@ class _OutputNames(dict[str, Any]):
         super().__init__()
         self.steps, self.graph = steps, graph
 
-    def __missing__(self, key: str) -> Any:
-        if key in self.steps:
-            return self.steps[key]
-        return self.steps[self.graph.producers[key]][key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.steps or key in self.graph.producers
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default
+    def behind(self, key: Any) -> Any:
+        return self.steps[key] if key in self.steps else self.steps[self.graph.producers[key]][key]
 
 
 _TRIGGER_RULES: dict[str, Callable[[int, int, int], str | None]] = {
@@ -6472,12 +6688,14 @@ _TRIGGER_RULES: dict[str, Callable[[int, int, int], str | None]] = {
     "all_success": lambda ran, failed, skipped: (
         "upstream_failed" if failed else "upstream_skipped" if skipped else None
     ),
-    "one_success": lambda ran, failed, skipped: (
-        None if ran else "upstream_failed" if failed else "upstream_skipped"
-    ),
+    "one_success": lambda ran, failed, skipped: None if ran else "upstream_failed" if failed else "upstream_skipped",
     "all_done": lambda ran, failed, skipped: None,
     "one_failed": lambda ran, failed, skipped: None if failed else "trigger_rule",
-}  # fmt: skip
+}
+
+
+class _Paused(Exception):
+    """A step waits for an approval: the run goes on as far as it can without it, and stops."""
 
 
 class _GraphRun:
@@ -6487,18 +6705,12 @@ class _GraphRun:
     the step is decided at that moment. Steps that never wait run in place; the others each in a task of their own.
     """
 
+    has_items = False  # whether these are the items of a for_each
+
     def __init__(
-        self,
-        run: _Run,
-        graph: _Graph,
-        context: dict[str, Any],
-        workflow: Workflow,
-        prefix: str = "",
-        order: tuple[int, ...] = (),
-        limit: int | None = None,
-        fail_fast: bool = False,
-        chain: tuple[str, ...] = (),
-    ) -> None:
+        self, run: _Run, graph: _Graph, context: dict[str, Any], workflow: Workflow, prefix: str = "",
+        order: tuple[int, ...] = (), limit: int | None = None, fail_fast: bool = False, chain: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         self.run, self.graph, self.context, self.workflow = run, graph, context, workflow
         self.prefix, self.order, self.limit, self.fail_fast, self.chain = prefix, order, limit, fail_fast, chain
         size = len(graph.counts)
@@ -6508,7 +6720,7 @@ class _GraphRun:
         self.ready: collections.deque[int] = collections.deque(graph.roots)
         self.tasks: set[asyncio.Task[None]] = set()
         self.results: list[StepResult | None] = [None] * size
-        self.cancelled = self.draining = False
+        self.cancelled = self.draining = self.paused = False
         self.done: asyncio.Future[None] | None = None
         self.crash: BaseException | None = None
 
@@ -6518,7 +6730,7 @@ class _GraphRun:
 
         self.drain()
         try:
-            while self.unfinished and not (self.cancelled and not self.tasks) and self.crash is None:
+            while not self.is_over():
                 self.done = self.run.loop.create_future()
                 await self.done
         except asyncio.CancelledError:
@@ -6531,6 +6743,12 @@ class _GraphRun:
             self.close()
         if self.crash is not None:
             raise self.crash
+        if self.paused and not self.cancelled:
+            raise _Paused
+
+    def is_over(self) -> bool:
+        idle = not self.tasks and not self.draining
+        return not self.unfinished or self.crash is not None or (idle and (self.cancelled or self.paused))
 
     def abort(self) -> None:
         """Cancels what runs; what has not begun will not."""
@@ -6539,12 +6757,13 @@ class _GraphRun:
             task.cancel()
 
     def close(self) -> None:
-        """Gives every step that never began its final state."""
+        """Gives every step that never began its final state; in a paused run it has none yet."""
         for position in range(len(self.results)) if self.unfinished else ():
             if self.results[position] is None:
                 result = self.begin(position)
-                result.status = "cancelled"
-                self.finish(position, result)
+                if self.cancelled or not self.paused:
+                    result.status = "cancelled"
+                    self.finish(position, result)
 
     def node(self, position: int) -> _Node:
         return self.graph.nodes[position]
@@ -6552,7 +6771,9 @@ class _GraphRun:
     def begin(self, position: int) -> StepResult:
         """The record of a step that is about to be decided."""
         node = self.graph.nodes[position]
-        step_id = self.prefix + node.id
+        return self.record(position, self.prefix + node.id, node)
+
+    def record(self, position: int, step_id: str, node: _Node) -> StepResult:
         result = self.results[position] = StepResult(step_id, node.type, (*self.order, position))
         self.run.results[step_id] = result
         return result
@@ -6569,15 +6790,14 @@ class _GraphRun:
             while ready and not self.cancelled:
                 if self.limit is not None and len(self.tasks) >= self.limit:
                     return
-                position = ready.popleft()
-                self.start(position)
+                self.start(ready.popleft())
                 if ready and time.perf_counter() > slice_end:
                     self.draining = True
                     self.run.loop.call_soon(self.drain)
                     return
         except BaseException as error:  # a defect of the engine must not become a hang
             self.crash = error
-            self.wake()
+        self.wake()
 
     def start(self, position: int) -> None:
         node, result = self.node(position), self.begin(position)
@@ -6587,10 +6807,10 @@ class _GraphRun:
             reason = _TRIGGER_RULES[node.rule](ran, failed, self.graph.counts[position] - ran - failed)
         try:
             if reason is None and node.condition is not None and node.item_condition == self.has_items:
-                if not node.condition.evaluate(self.local_context(position)):
-                    reason = "condition"
+                reason = None if node.condition.evaluate(self.local_context(position)) else "condition"
         except OrchestratorError as error:
-            self.fail(position, result, error)
+            result.fail(error)
+            self.finish(position, result)
             return
         if reason is not None:
             result.status, result.reason = "skipped", reason
@@ -6603,16 +6823,12 @@ class _GraphRun:
             self.tasks.add(task)
             task.add_done_callback(step.ended)
 
-    has_items = False  # whether these are the items of a for_each
-
     def run_inline(self, position: int, node: _Node, result: StepResult) -> None:
         """A step that never waits: no task, no slot, no thread."""
-        started = time.perf_counter()
-        run = self.run
-        result.status = "running"
+        started, run = time.perf_counter(), self.run
+        result.status, result.attempts = "running", 1
         if run.listening:
             run.emit("step_running", result.step_id, step_type=node.type, attempt=1)
-        result.attempts = 1
         try:
             context = self.local_context(position)
             values = dict(node.constants)
@@ -6625,21 +6841,16 @@ class _GraphRun:
         result.duration_ms = round((time.perf_counter() - started) * 1000, 3)
         self.finish(position, result)
 
-    def fail(self, position: int, result: StepResult, error: BaseException) -> None:
-        result.fail(error)
-        self.finish(position, result)
-
     def finish(self, position: int, result: StepResult, children: Mapping[str, Any] | None = None) -> None:
         """Records the final state of a step and releases what waited for it."""
-        node = self.node(position)
-        status = result.status
+        node, status, run = self.node(position), result.status, self.run
         if status != "completed":
             result.outputs = dict.fromkeys(node.output_names)
             result.tolerated = status == "failed" and node.continue_on_error
-        self.publish(node, result, children)
+        if not self.has_items:  # items have no name of their own in templates; the step gathers their outputs
+            self.context["steps"][node.id] = _StepView(result, children)
         ran = status == "completed" or result.tolerated
         failed = status in ("failed", "cancelled") and not ran
-        run = self.run
         if run.listening:
             run.emit_end(result)
         self.unfinished -= 1
@@ -6649,22 +6860,17 @@ class _GraphRun:
             self.waiting[dependent] -= 1
             if not self.waiting[dependent]:
                 self.ready.append(dependent)
-        if failed and status == "failed" and self.fail_fast and not self.cancelled:
+        if status == "failed" and failed and self.fail_fast and not self.cancelled:
             self.abort()
         self.wake()
 
-    def publish(self, node: _Node, result: StepResult, children: Mapping[str, Any] | None) -> None:
-        self.context["steps"][node.id] = _StepView(result, children)
-
     def wake(self) -> None:
-        over = not self.unfinished or self.crash is not None or (self.cancelled and not self.tasks)
-        if over and self.done is not None and not self.done.done():
+        if self.done is not None and self.is_over() and not self.done.done():
             self.done.set_result(None)
 
-    def first(self, position: int) -> Any:
-        """The first output of a step; null unless it completed."""
-        result = self.results[position]
-        return next(iter(result.outputs.values()), None) if result else None
+    def firsts(self) -> tuple[Any, ...]:
+        """The first output of each step; null unless it completed."""
+        return tuple(next(iter(result.outputs.values()), None) if result else None for result in self.results)
 
     def failures(self) -> list[StepResult]:
         return [result for result in self.results if result and result.status == "failed" and not result.tolerated]
@@ -6689,7 +6895,7 @@ class _ItemRuns(_GraphRun):
         graph.counts, graph.roots = [0] * len(items), list(range(len(items)))
         outer = parent.siblings
         super().__init__(
-            outer.run, graph, parent.context, outer.workflow, f"{parent.result.step_id}.", parent.result.order,
+            outer.run, graph, parent.context, outer.workflow, f"{parent.id}.", parent.result.order,
             parent.node.limit, outer.fail_fast and not parent.node.continue_on_error, outer.chain,
         )  # fmt: skip
         self.step, self.items = parent.node, items
@@ -6698,17 +6904,11 @@ class _ItemRuns(_GraphRun):
         return self.step
 
     def begin(self, position: int) -> StepResult:
-        step_id = f"{self.prefix}{position}"
-        result = self.results[position] = StepResult(step_id, self.step.type, (*self.order, position))
-        self.run.results[step_id] = result
-        return result
+        return self.record(position, f"{self.prefix}{position}", self.step)
 
     def local_context(self, position: int) -> dict[str, Any]:
         key, item = self.items[position]
         return {**self.context, "item": item, "index": position, "key": key}
-
-    def publish(self, node: _Node, result: StepResult, children: Mapping[str, Any] | None) -> None:
-        """Items have no name of their own in templates; their outputs are gathered by the step."""
 
     def gathered(self) -> tuple[list[Any], ...]:
         """Each output of the step as the list of its items' outputs."""
@@ -6719,14 +6919,20 @@ class _ItemRuns(_GraphRun):
 class _StepRun:
     """One step being run outside the scheduler's own thread of control: its attempts, its calls, its children."""
 
-    __slots__ = ("child_views", "context", "expired", "node", "position", "result", "run", "siblings", "task")
+    __slots__ = (
+        "announced", "began", "candidate", "child_views", "context", "expired", "node", "position", "remaining",
+        "result", "run", "siblings", "task",
+    )  # fmt: skip
 
     def __init__(
         self, siblings: _GraphRun, node: _Node, result: StepResult, context: dict[str, Any], position: int
     ) -> None:
         self.siblings, self.run, self.node, self.result = siblings, siblings.run, node, result
-        self.context, self.position = context, position
-        self.expired = False
+        self.context, self.position, self.expired = context, position, False
+        self.announced = 0  # the latest attempt that an event told of
+        self.began: float | None = None  # when it first had a slot
+        self.remaining: float | None = None  # seconds that are left of the attempt
+        self.candidate: Mapping[str, Any] = {}  # the fallback that is being tried
         self.child_views: dict[str, Any] | None = None
         self.task: asyncio.Task[None] | None = None
 
@@ -6738,7 +6944,7 @@ class _StepRun:
         """Runs the step to its final state. Never raises: whatever happens becomes part of the result."""
         import asyncio
 
-        started, node, result = time.perf_counter(), self.node, self.result
+        node, result = self.node, self.result
         self.task = asyncio.current_task()
         result.status = "running"
         try:
@@ -6750,92 +6956,93 @@ class _StepRun:
             result.status = "completed"
         except asyncio.CancelledError:
             result.status = "cancelled"
+        except _Paused:
+            result.status, self.siblings.paused = "pending", True
         except Exception as error:
             result.fail(error)
-        result.duration_ms = round((time.perf_counter() - started) * 1000, 3)
+        if self.began is not None:
+            result.duration_ms = round((time.perf_counter() - self.began) * 1000, 3)
 
     def ended(self, task: asyncio.Task[None]) -> None:
         """The task's last act, also when it was cancelled before it could begin."""
         siblings = self.siblings
         siblings.tasks.discard(task)
-        if self.result.status in ("pending", "running"):
+        if self.result.status == "running" or (self.result.status == "pending" and not siblings.paused):
             self.result.status = "cancelled"
         try:
-            siblings.finish(self.position, self.result, self.child_views)
+            if self.result.status != "pending":
+                siblings.finish(self.position, self.result, self.child_views)
         except BaseException as error:
             siblings.crash = error
-            siblings.wake()
         if siblings.ready and not siblings.draining:
             siblings.drain()
+        siblings.wake()
+
+    # ---- attempts, deadlines, slots
 
     async def attempts(self) -> tuple[Any, ...]:
-        """Tries until it succeeds, the error is final or the attempts are spent."""
+        """Tries until it succeeds, the error is final or the attempts are spent; then the fallbacks, in their order."""
+        candidates: list[dict[str, Any]] = [{}, *_as_list(self.node.constants.get("fallback"))]
+        for number, self.candidate in enumerate(candidates, 1):
+            try:
+                return await self.retried(self.node.retry)
+            except ProviderError as error:
+                if number == len(candidates):
+                    raise
+                if self.run.listening:
+                    self.run.emit("step_fallback", self.id, error=_error_summary(error), **candidates[number])
+        raise AssertionError
+
+    async def retried(self, policy: RetryPolicy) -> tuple[Any, ...]:
         import asyncio
 
-        policy = self.node.retry
+        failures = 0
         while True:
-            self.result.attempts += 1
             try:
                 return await self.attempt()
             except Exception as error:
-                delay = self.retry_delay(error, policy)
+                failures += 1
+                delay = self.retry_delay(error, policy, failures)
                 if delay is None:
                     raise
                 if self.run.listening:
-                    self.run.emit(
-                        "step_retry", self.id, attempt=self.result.attempts, backoff_ms=round(delay * 1000),
-                        error=_error_summary(error),
-                    )  # fmt: skip
+                    attempt, summary = self.result.attempts, _error_summary(error)
+                    self.run.emit("step_retry", self.id, attempt=attempt, backoff_ms=round(delay * 1000), error=summary)
             await asyncio.sleep(delay)
 
-    def retry_delay(self, error: Exception, policy: RetryPolicy) -> float | None:
+    def retry_delay(self, error: Exception, policy: RetryPolicy, failures: int) -> float | None:
         """Seconds until the next attempt, or None if there is none."""
         known = isinstance(error, OrchestratorError) or hasattr(error, "retryable")
-        if not (_is_transient(error) or (self.node.retry_given and not known)):
+        if not (_is_transient(error) or (self.node.retry_given and not known)) or failures >= policy.max_attempts:
             return None
-        if self.result.attempts >= policy.max_attempts:
-            return None
-        wait = getattr(error, "retry_after", None)
-        delay = policy.delay_seconds(self.result.attempts, wait)
+        delay = policy.delay_seconds(failures, getattr(error, "retry_after", None))
         if delay is None and isinstance(error, ProviderError):
             error._too_long_a_wait(policy.max_delay_seconds)
         return delay
 
     async def attempt(self) -> tuple[Any, ...]:
-        """One attempt within its deadline. Containers hold no slot: their children need it."""
+        """One attempt within its deadline, which runs while it has a slot (a container: while its children run)."""
         import asyncio
 
-        node, run = self.node, self.run
-        row = _STEP_TYPES[node.type]
-        values = self.render(row)
-        if not row.container:
-            await run.slots.acquire()
-        timeout = node.timeout or (_CALL_TIMEOUT_SECONDS if node.type in _PROVIDER_TYPES else None)
-        timer = run.loop.call_later(timeout, self.expire) if timeout else None
-        if run.listening:
-            run.emit("step_running", self.id, step_type=node.type, attempt=self.result.attempts)
+        node = self.node
+        self.result.attempts += 1
+        self.remaining = timeout = node.timeout or (_CALL_SECONDS if node.type in _PROVIDER_TYPES else None)
+        values = self.render(_STEP_TYPES[node.type])
         try:
-            return await _HANDLERS[node.type](self, values)
+            if not _STEP_TYPES[node.type].container:
+                return await _HANDLERS[node.type](self, values)
+            with _Clock(self):
+                return await _HANDLERS[node.type](self, values)
         except asyncio.CancelledError:
             if not self.expired or self.siblings.cancelled:
                 raise
             self.expired = False
             if self.task is not None and hasattr(self.task, "uncancel"):
                 self.task.uncancel()
-            reason = f"no answer within {timeout:g} s"
             if node.type in _PROVIDER_TYPES:
-                raise ProviderTimeoutError(reason, provider=str(values.get("provider") or values.get("database"))) from None
+                provider = str(values.get("provider") or values.get("database"))
+                raise ProviderTimeoutError(f"no answer within {timeout:g} s", provider=provider) from None
             raise ExecutionError(f"not done within {timeout:g} s", self.id, retryable=True) from None
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if not row.container:
-                run.slots.release()
-
-    def expire(self) -> None:
-        self.expired = True
-        if self.task is not None:
-            self.task.cancel()
 
     def render(self, row: _StepType) -> dict[str, Any]:
         """The step's keys with their templates rendered, checked as the compiler checked the constant ones."""
@@ -6843,11 +7050,23 @@ class _StepRun:
         for key, render in self.node.values:
             value = values[key] = render(self.context)
             check = row.keys.get(key)
-            if check is not None and (fault := check(value)) and value is not None:
+            if check is not None and value is not None and (fault := check(value)):
                 raise ExecutionError(f"{key} {fault}", self.id)
+        values.update(self.candidate)
         return values
 
-    async def blocking(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def working(self, work: Callable[[], Any]) -> Any:
+        """What `work()` gives, awaited if need be: in a slot, and on the attempt's clock."""
+        slots = self.run.slots
+        await slots.acquire()
+        try:
+            with _Clock(self):
+                outcome = work()
+                return await outcome if hasattr(outcome, "__await__") else outcome
+        finally:
+            slots.release()
+
+    async def threaded(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A blocking call in a worker thread; when cancelled, the socket under it is closed at once."""
         scope = _CancelScope(None)
         try:
@@ -6856,65 +7075,98 @@ class _StepRun:
             scope.cancel()
             raise
 
+    async def blocking(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A blocking call in a slot and in a worker thread."""
+        return await self.working(functools.partial(self.threaded, function, *arguments))
+
     async def custom(self, function: Callable[..., Any], bound: Callable[[], Any]) -> Any:
         """A function of the user's: awaited if it is asynchronous, in a worker thread otherwise."""
-        outcome = bound() if _is_async(function) else await self.blocking(bound)
-        if hasattr(outcome, "__await__"):
-            outcome = await outcome
-        return _json_value(outcome, getattr(function, "__name__", "the function"))
 
-    async def complete(self, name: str, request: CompletionRequest) -> CompletionResponse:
+        async def work() -> Any:
+            outcome = bound() if _is_async(function) else await self.threaded(bound)
+            return await outcome if hasattr(outcome, "__await__") else outcome
+
+        return _json_value(await self.working(work), getattr(function, "__name__", "the function"))
+
+    # ---- calls of providers
+
+    def streams(self, values: Mapping[str, Any]) -> bool:
+        """Whether the answer of an llm step is streamed: as it says, otherwise as the run does."""
+        return self.run.streaming if values.get("stream") is None else bool(values["stream"])
+
+    def on_text(self, piece: str) -> None:
+        """Shows a piece of a streamed answer; called from any thread."""
+        run = self.run
+        if run.listening and threading.get_ident() == run.thread:
+            run.emit("text", self.id, text=piece)
+        elif run.listening:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                run.loop.call_soon_threadsafe(functools.partial(run.emit, "text", self.id, text=piece))
+
+    async def complete(self, name: str, request: CompletionRequest, cached: bool = True) -> CompletionResponse:
         """One call of a provider, counted and shown in events."""
         provider = self.run.provider(name, self.siblings.workflow)
-        answer = await self.invoke(name, provider, getattr(provider, "complete", provider), request)
+        answer = await self.invoke(name, provider, getattr(provider, "complete", provider), request, cached)
         if isinstance(answer, str):
             answer = CompletionResponse(text=answer, model=request.model)
         if not isinstance(answer, CompletionResponse):
             raise BadResponseError(f"returned {type(answer).__name__}, not a CompletionResponse or text", provider=name)
-        self.count(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens, total_tokens=answer.total_tokens)
         return answer
 
     async def embed(self, settings: Mapping[str, Any], texts: list[str]) -> tuple[list[Any], str, int]:
         """(vectors, model, tokens) of texts, in as many calls as the provider's limit asks for, in order."""
-        run, name = self.run, settings["provider"]
-        provider = run.provider(name, self.siblings.workflow)
-        call = getattr(provider, "embed", None)
-        if call is None:
+        name = settings["provider"]
+        provider = self.run.provider(name, self.siblings.workflow)
+        if not hasattr(provider, "embed"):
             raise ExecutionError(f"the provider {name!r} makes no embeddings", self.id)
         most = getattr(provider, "max_batch", 2048)
         size = min(settings.get("batch_size") or most, most)
-        options = {key: settings[key] for key in ("dimensions", "input_type", "params") if settings.get(key) is not None}
+        names = ("dimensions", "input_type", "params")
+        options = {key: settings[key] for key in names if settings.get(key) is not None}
         vectors, model, tokens = [], str(settings["model"]), 0
         for start in range(0, len(texts), size):
             request = EmbeddingRequest(model=settings["model"], input=texts[start : start + size], **options)
-            answer = await self.invoke(name, provider, call, request)
+            answer = await self.invoke(name, provider, provider.embed, request, settings.get("cache") is not False)
             if not isinstance(answer, EmbeddingResponse) or len(answer.vectors) != len(request.input):
                 raise BadResponseError(f"answered {len(request.input)} texts with something else", provider=name)
-            self.count(input_tokens=answer.tokens, total_tokens=answer.tokens)
             vectors += answer.vectors
             model, tokens = answer.model, tokens + (answer.tokens or 0)
         return vectors, model, tokens
 
-    async def invoke(self, name: str, provider: Any, call: Any, request: Any) -> Any:
-        """One call of a provider, counted: in place if it never waits, awaited, or in a worker thread."""
-        self.count(calls=1)
+    async def invoke(self, name: str, provider: Any, call: Any, request: Any, cached: bool) -> Any:
+        """One call of a provider: from the cache or the cassette, or past budget and gate, in a slot, counted."""
+        with self.run.budget.reserved(request.model, _estimated_tokens(request)):
+            answer = await self.working(functools.partial(self.call, name, provider, call, request))
+            self.count(request, answer)
+        return answer
+
+    async def call(self, name: str, provider: Any, call: Any, request: Any) -> Any:
+        """The call itself: in place if it never waits, awaited, or in a worker thread."""
+        self.add_usage({"calls": 1})
         if self.run.listening:
-            self.run.emit(
-                "provider_call", self.id, provider=name, model=request.model, attempt=self.result.attempts
-            )
+            self.run.emit("provider_call", self.id, provider=name, model=request.model, attempt=self.result.attempts)
         direct = getattr(provider, "instant", False) or _is_async(call)
-        answer = call(request) if direct else await self.blocking(call, request)
+        answer = call(request) if direct else await self.threaded(call, request)
         return await answer if hasattr(answer, "__await__") else answer
 
-    def count(self, **amounts: int | None) -> None:
-        """Adds to the usage of the step and of the run."""
-        if self.result.usage is None:
-            self.result.usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "calls": 0}
-        for usage in (self.result.usage, self.run.usage):
-            for name, amount in amounts.items():
-                usage[name] += amount or 0
+    def count(self, request: Any, answer: Any) -> None:
+        """Adds what an answer says that it used, and what that cost."""
+        used = {
+            "input_tokens": getattr(answer, "input_tokens", None) or getattr(answer, "tokens", None) or 0,
+            "output_tokens": getattr(answer, "output_tokens", None) or 0,
+        }
+        used["total_tokens"] = getattr(answer, "total_tokens", None) or sum(used.values())
+        cost = self.run.budget.cost(request.model, used["input_tokens"], used["output_tokens"])
+        self.add_usage(used if cost is None else {**used, "cost": cost})
 
-    # children
+    def add_usage(self, amounts: Mapping[str, Any]) -> None:
+        if self.result.usage is None:
+            self.result.usage = dict.fromkeys(_USAGE, 0)
+        for name, amount in amounts.items():
+            self.result.usage[name] = self.result.usage.get(name, 0) + amount
+        self.run.count(amounts)
+
+    # ---- children
 
     async def each(self) -> tuple[Any, ...]:
         """The step once per item; a failed item fails it after the others have ended."""
@@ -6926,6 +7178,7 @@ class _StepRun:
             items = list(enumerate(source))
         else:
             raise ExecutionError(f"for_each needs a list or a map, not {_type_name(source)}", self.id)
+        self.began = time.perf_counter()
         runs = _ItemRuns(self, items)
         await runs.execute()
         if not self.node.continue_on_error:
@@ -6933,13 +7186,9 @@ class _StepRun:
         return runs.gathered()
 
     async def run_children(
-        self,
-        graph: _Graph,
-        local: Mapping[str, Any] | None = None,
-        segment: str = "",
-        order: int = 0,
+        self, graph: _Graph, local: Mapping[str, Any] | None = None, segment: str = "", order: int = 0,
         limit: int | None = None,
-    ) -> _GraphRun:
+    ) -> _GraphRun:  # fmt: skip
         """The children of a container, in a scope in front of the container's own; an error if one fails for good."""
         steps = _Layer(self.context["steps"])
         context = {**self.context, **(local or {}), "steps": steps, "outputs": _OutputNames(steps, graph)}
@@ -6969,7 +7218,8 @@ class _StepRun:
         called = self.node.workflow or _sub_workflow(caller, values["workflow"])
         chain = (*self.siblings.chain, str(called.name))
         if len(chain) > _MAX_WORKFLOW_DEPTH:
-            raise ExecutionError(f"workflows call each other more than {_MAX_WORKFLOW_DEPTH} deep: {' -> '.join(chain)}")
+            shown = " -> ".join(chain)
+            raise ExecutionError(f"workflows call each other more than {_MAX_WORKFLOW_DEPTH} deep: {shown}")
         called.validate()
         plan = called._plan()
         inputs = _checked_inputs(called, values.get("inputs") or {})
@@ -6983,13 +7233,91 @@ class _StepRun:
         children.raise_failures()
         if plan.outputs:
             return tuple(render(context) for _, render in plan.outputs)
-        return tuple(children.first(position) for position in range(len(plan.graph.nodes)))
+        return children.firsts()
+
+
+class _Clock:
+    """Runs while a step works: it expires the attempt when its time is up, and says that the step is running."""
+
+    __slots__ = ("started", "step", "timer")
+
+    def __init__(self, step: _StepRun) -> None:
+        self.step = step
+
+    def __enter__(self) -> None:
+        step, run = self.step, self.step.run
+        self.started = time.perf_counter()
+        self.timer = run.loop.call_later(step.remaining, self.expire) if step.remaining is not None else None
+        if step.began is None:
+            step.began = self.started
+        if run.listening:
+            run.emit_running(step)
+
+    def __exit__(self, *_: object) -> None:
+        if self.timer is not None and self.step.remaining is not None:
+            self.timer.cancel()
+            self.step.remaining = max(0.0, self.step.remaining - (time.perf_counter() - self.started))
+
+    def expire(self) -> None:
+        self.step.expired = True
+        if self.step.task is not None:
+            self.step.task.cancel()
+
+
+class BudgetExceededError(ExecutionError):
+    """The next call would exceed the workflow's `budget`; it was not made."""
+
+
+class _Budget:
+    """A run's `budget` and `pricing`: what is spent, what the calls in flight may still spend, what one more would."""
+
+    def __init__(self, workflow: Workflow, usage: Mapping[str, Any]) -> None:
+        self.limits: Mapping[str, Any] = workflow.budget or {}
+        self.pricing: Mapping[str, Any] = workflow.pricing or {}
+        self.usage = usage
+        self.pending = {"calls": 0, "total_tokens": 0, "cost": 0.0}
+        self.error: BudgetExceededError | None = None
+
+    def cost(self, model: str, input_tokens: int, output_tokens: int) -> float | None:
+        """What tokens cost by the pricing table, whose prices are for a million tokens; None for an unknown model."""
+        prices = self.pricing.get(model)
+        if prices is None:
+            return None
+        return (input_tokens * (prices.get("input") or 0) + output_tokens * (prices.get("output") or 0)) / 1e6
+
+    @contextlib.contextmanager
+    def reserved(self, model: str, tokens: tuple[int, int]) -> Iterator[None]:
+        """Sets (input, output) tokens aside while a call is in flight; BudgetExceededError if they are too many."""
+        amounts = {"calls": 1, "total_tokens": sum(tokens), "cost": self.cost(model, *tokens) or 0.0}
+        for limit, name in (("max_calls", "calls"), ("max_tokens", "total_tokens"), ("max_cost", "cost")):
+            if self.limits.get(limit) is not None:
+                planned = self.usage.get(name, 0) + self.pending[name]
+                if planned + amounts[name] > self.limits[limit] or (name != "calls" and planned >= self.limits[limit]):
+                    reason = f"the budget's {limit} is {self.limits[limit]:g}, {planned:g} are spent or in flight"
+                    self.error = BudgetExceededError(f"{reason}, and the next call may need {amounts[name]:g} more")
+                    raise self.error
+        for name, amount in amounts.items():
+            self.pending[name] += amount
+        try:
+            yield
+        finally:
+            for name, amount in amounts.items():
+                self.pending[name] -= amount
+
+
+def _estimated_tokens(request: Any) -> tuple[int, int]:
+    """(input, output) tokens that a call may use: a quarter of its characters, and its max_tokens."""
+    if isinstance(request, EmbeddingRequest):
+        return sum(map(len, request.input)) // 4, 0
+    contents = (message.get("content") for message in request.messages)
+    characters = sum(len(content if isinstance(content, str) else _to_json(content)) for content in contents)
+    return (characters + len(request.system or "")) // 4, request.max_tokens or 0
 
 
 def _is_async(function: Any) -> bool:
-    import asyncio
+    import inspect
 
-    return asyncio.iscoroutinefunction(function) or asyncio.iscoroutinefunction(getattr(function, "__call__", None))
+    return any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
 
 
 def _json_value(value: Any, origin: str, depth: int = 0) -> Any:
@@ -7006,15 +7334,11 @@ def _json_value(value: Any, origin: str, depth: int = 0) -> Any:
 def _root_context(run: _Run, workflow: Workflow, plan: _Plan, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The names that templates see at the top level."""
     steps: dict[str, Any] = {}
+    named = {"name": workflow.name, "version": workflow.version, "metadata": workflow.metadata}
     return {
-        **inputs,
-        "inputs": inputs,
-        "input": inputs,
-        "steps": steps,
-        "outputs": _OutputNames(steps, plan.graph),
-        "workflow": {"name": workflow.name, "version": workflow.version, "metadata": workflow.metadata},
-        "run": {"id": run.run_id},
-    }
+        **inputs, "inputs": inputs, "input": inputs, "steps": steps, "outputs": _OutputNames(steps, plan.graph),
+        "workflow": named, "run": {"id": run.run_id},
+    }  # fmt: skip
 
 
 def _checked_inputs(workflow: Workflow, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -7048,30 +7372,32 @@ def _checked_inputs(workflow: Workflow, given: Mapping[str, Any]) -> dict[str, A
 class _Run:
     """One run of an executor: its slots, threads, results and clock."""
 
-    def __init__(self, executor: WorkflowExecutor, loop: asyncio.AbstractEventLoop) -> None:
-        self.executor, self.loop = executor, loop
-        self.run_id = os.urandom(8).hex()
-        self.started = time.perf_counter()
+    def __init__(
+        self, executor: WorkflowExecutor, loop: asyncio.AbstractEventLoop,
+        listener: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.executor, self.loop, self.thread = executor, loop, threading.get_ident()
+        self.run_id, self.started = os.urandom(8).hex(), time.perf_counter()
         self.result = RunResult(self.run_id, str(executor.workflow.name))
         self.usage = self.result.usage
         self.results: dict[str, StepResult] = {}
-        self.slots = _Slots(loop, executor.max_concurrency)
-        self.pool = _WorkerPool(loop)
+        self.slots, self.pool = _Slots(loop, executor.max_concurrency), _WorkerPool(loop)
+        self.budget = _Budget(executor.workflow, self.usage)
         self.stopped: str | None = None  # cancelled or timed_out, once it is
         self.main: asyncio.Task[None] | None = None
         self.logger = _enabled_logger()
-        self.listening = bool(executor.on_event) or self.logger is not None
+        self.listeners = [one for one in (executor.on_event, listener) if one is not None]
+        self.listening = bool(self.listeners) or self.logger is not None
+        self.streaming = listener is not None or executor.streaming
 
     async def execute(self, inputs: Mapping[str, Any]) -> RunResult:
         """Runs to the end. When the calling task is cancelled, the partial result is complete before that goes on."""
         import asyncio
 
-        executor = self.executor
-        workflow, plan = executor.workflow, executor.workflow._plan()
+        workflow, plan = self.executor.workflow, self.executor.workflow._plan()
         context = _root_context(self, workflow, plan, inputs)
-        top = _GraphRun(
-            self, plan.graph, context, workflow, fail_fast=bool(workflow.fail_fast), chain=(str(workflow.name),)
-        )
+        chain = (str(workflow.name),)
+        top = _GraphRun(self, plan.graph, context, workflow, fail_fast=bool(workflow.fail_fast), chain=chain)
         timer = self.loop.call_later(_seconds(workflow.timeout_seconds, "s") or 3600, self.stop, "timed_out")
         if self.listening:
             self.emit("run_started", workflow=workflow.name)
@@ -7113,7 +7439,9 @@ class _Run:
             error = ExecutionError(f"{first.step_id}: {first.error['message'] if first.error else ''}", first.step_id)
             error.__cause__ = first.exception
             result.exception, result.error = error, {**(first.error or {}), "step_id": first.step_id}
-        result.status = self.stopped or ("failed" if failures else "completed")
+        elif self.budget.error is not None:  # also where continue_on_error hides it: the run is not complete
+            result.exception = self.budget.error
+        result.status = self.stopped or ("completed" if result.exception is None else "failed")
         for name, render in plan.outputs:
             try:
                 result.outputs[name] = render(context)
@@ -7141,24 +7469,33 @@ class _Run:
     def http(self) -> _HttpClient:
         return self.executor._http()
 
+    def count(self, amounts: Mapping[str, Any]) -> None:
+        for name, amount in amounts.items():
+            self.usage[name] = self.usage.get(name, 0) + amount
+
     def emit(self, kind: str, step_id: str | None = None, **details: Any) -> None:
-        """One event to the executor's listener and to the log."""
+        """One event to the listeners and to the log."""
         event = {"type": kind, "run_id": self.run_id, "time": time.time()}
         if step_id is not None:
             event["step_id"] = step_id
         event.update(details)
-        if self.executor.on_event is not None:
+        for listener in self.listeners:
             try:
-                self.executor.on_event(event)
+                listener(event)
             except Exception as error:  # a listener's fault is not the run's
                 _logger().warning("on_event raised %r", error)
         if self.logger is not None:
             _log_event(self.logger, event)
 
+    def emit_running(self, step: _StepRun) -> None:
+        """Says once an attempt that a step works."""
+        if step.announced < step.result.attempts or not step.result.attempts:
+            step.announced = step.result.attempts
+            self.emit("step_running", step.id, step_type=step.node.type, attempt=step.announced)
+
     def emit_end(self, result: StepResult) -> None:
-        details = {"duration_ms": result.duration_ms, "attempts": result.attempts}
-        details.update(usage=result.usage, error=result.error, reason=result.reason)
-        shown = {name: value for name, value in details.items() if value}
+        names = ("duration_ms", "attempts", "usage", "error", "reason")
+        shown = {name: value for name in names if (value := getattr(result, name))}
         self.emit(f"step_{result.status}", result.step_id, step_type=result.type, **shown)
 
 
@@ -7173,33 +7510,28 @@ class WorkflowExecutor:
     """
 
     def __init__(
-        self,
-        workflow: Workflow,
-        inputs: Mapping[str, Any] | None = None,
-        providers: Mapping[str, Any] | None = None,
-        *,
-        max_concurrency: int | None = None,
+        self, workflow: Workflow, inputs: Mapping[str, Any] | None = None,
+        providers: Mapping[str, Any] | None = None, *, max_concurrency: int | None = None,
         actions: Mapping[str, Callable[..., Any]] | None = None,
         transforms: Mapping[str, Callable[..., Any]] | None = None,
-        vector_stores: Mapping[str, Any] | None = None,
-        on_event: Callable[[dict[str, Any]], None] | None = None,
-        offline: bool = False,
-        output_folder: str | os.PathLike[str] = "output",
-    ) -> None:
+        tools: Mapping[str, Callable[..., Any]] | None = None, vector_stores: Mapping[str, Any] | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None, offline: bool = False,
+        output_folder: str | os.PathLike[str] = "output", streaming: bool = False,
+    ) -> None:  # fmt: skip
         if not isinstance(workflow, Workflow):
             raise ValidationError(f"workflow must be a Workflow, not {type(workflow).__name__}")
-        self.workflow = workflow
-        self.warnings = workflow.validate()
+        self.workflow, self.warnings = workflow, workflow.validate()
         self.inputs = _checked_inputs(workflow, inputs or {})
         limit = max_concurrency if max_concurrency is not None else workflow.max_concurrency or _DEFAULT_CONCURRENCY
         if not _is_integer(limit) or limit < 1:
             raise ValidationError(f"max_concurrency must be a whole number of at least 1, not {limit!r}")
         self.max_concurrency: int = limit
-        self.providers, self.actions, self.transforms = dict(providers or {}), dict(actions or {}), dict(transforms or {})
-        self.vector_stores = dict(vector_stores or {})
+        self.providers, self.vector_stores = dict(providers or {}), dict(vector_stores or {})
+        self.actions, self.transforms, self.tools = dict(actions or {}), dict(transforms or {}), dict(tools or {})
         self.on_event, self.offline, self.output_folder = on_event, offline, os.fspath(output_folder)
+        self.streaming = streaming
         self.result: RunResult | None = None  # of the latest run, also when that was cancelled
-        self._built: dict[tuple[str, str], Any] = {}  # providers made here, by source of their settings and name
+        self._built: dict[tuple[Any, str], Any] = {}  # providers made here, by the workflow that sets them up and name
         self._client: _HttpClient | None = None
         self._lock = threading.Lock()
         self._runs: list[_Run] = []
@@ -7211,16 +7543,36 @@ class WorkflowExecutor:
         ValidationError, AuthenticationError (a key is missing). When the task is cancelled, everything in flight is
         stopped first; `self.result` then holds what was done.
         """
+        return await self._execute(None)
+
+    async def _execute(self, listener: Callable[[dict[str, Any]], None] | None) -> RunResult:
         import asyncio
 
         self._check()
-        run = _Run(self, asyncio.get_running_loop())
+        run = _Run(self, asyncio.get_running_loop(), listener)
         self.result = run.result
         self._runs.append(run)
         try:
             return await run.execute(self.inputs)
         finally:
             self._runs.remove(run)
+
+    async def stream(self) -> AsyncIterator[dict[str, Any]]:
+        """Runs the workflow and yields its events as they happen, `text` events with the pieces of streamed answers
+        among them; `self.result` holds the result afterwards. Raises as `execute` does."""
+        import asyncio
+
+        events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        task = asyncio.ensure_future(self._execute(events.put_nowait))
+        task.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            await task
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])
 
     def run(self) -> RunResult:
         """Runs the workflow and returns its result; works with and without a running event loop (a notebook)."""
@@ -7263,7 +7615,7 @@ class WorkflowExecutor:
         for workflow in self._workflows():
             for problem in workflow._plan().problems:
                 table, name = problem.custom or ("", "")
-                if table in ("actions", "transforms") and name not in getattr(self, table):
+                if table in ("actions", "transforms", "tools") and name not in getattr(self, table):
                     problems.append(problem)
             for node in workflow._plan().graph.walk():
                 for key, name in self._needs(node):
@@ -7300,16 +7652,15 @@ class WorkflowExecutor:
         graph = self.workflow._plan().graph
         uncertain: set[str] = set()
         problems = []
-        for step_id in (node.id for level in _levels(graph) for node in level):
-            node = graph.by_id[step_id]
+        for node in (node for level in _levels(graph) for node in level):
             if node.condition or node.for_each or node.continue_on_error or uncertain & set(node.dependencies):
-                uncertain.add(step_id)
+                uncertain.add(node.id)
                 continue
             for reference, key in node.references:
                 segments = reference[0]
-                bare = segments[0] not in ("inputs", "input", "steps", "outputs", "workflow", "run", *node.local)
-                name = segments[0] if bare else segments[1] if segments[0] in ("inputs", "input") and segments[1:] else ""
-                if name and reference[1] and name not in self.inputs:
+                named = segments[1:2] if segments[0] in ("inputs", "input") else segments[:1]
+                known = ("steps", "outputs", "workflow", "run", *node.local, *self.inputs)
+                if named and reference[1] and (name := named[0]) not in known:
                     label = _label(self.workflow.to_dict(), node.path)
                     message = f"{label}{key}: the input {name!r} is missing; give it with inputs, or --set {name}=..."
                     problems.append(Problem(message, (*node.path, key)))
@@ -7323,7 +7674,7 @@ class WorkflowExecutor:
         elif name in self.providers:
             return self.providers[name]
         configured = workflow.providers or {}
-        key = (workflow.source if name in configured else "", name)
+        key = (workflow if name in configured else None, name)
         with self._lock:
             if key not in self._built:
                 self._built[key] = _build_provider(name, configured.get(name), self.providers)
@@ -7387,7 +7738,7 @@ def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapp
 _EVENT_LEVELS = {"step_failed": "error", "step_retry": "warning", "step_running": "debug", "provider_call": "debug"}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache
 def _logger() -> logging.Logger:
     """The logger `llm_orchestrator`, silent until the application configures logging."""
     import logging
@@ -7540,55 +7891,60 @@ _PICTURES = {"mermaid": _graph_mermaid, "dot": _graph_dot, "text": _graph_text}
 _EXIT_COMPLETED, _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
+_PROGRAM = "python -m llm_orchestrator"
+_FILE = ("file", {"metavar": "FILE", "help": "a workflow in YAML or JSON; - for standard input"})
+_COMMON_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("-v --verbose", {"action": "count", "default": 0, "help": "log every call too, not only how steps end"}),
+    ("-q --quiet", {"action": "store_true", "help": "errors only"}),
+    ("--log-format", {"choices": ("text", "json"), "default": "text", "help": "how stderr's log lines look"}),
+    ("--debug", {"action": "store_true", "help": "show tracebacks"}),
+)
+_RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("-i --input", {"metavar": "JSON|FILE|-", "help": "inputs: a JSON object, or a JSON or YAML file that holds one"}),
+    ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE",
+               "help": "one input; JSON if it parses, else text"}),
+    ("--max-concurrency", {"type": int, "metavar": "N", "help": "calls in flight at once (the workflow's own, or 4)"}),
+    ("--offline", {"action": "store_true", "help": "answer llm and embed steps from the built-in echo provider"}),
+    ("--stream", {"action": "store_true", "help": "show the models' answers on stderr as they arrive"}),
+    ("--plugin", {"action": "append", "default": [], "metavar": "FILE.py",
+                  "help": "a Python file with dicts named actions, transforms, tools, providers or vector_stores"}),
+    ("--print", {"dest": "path", "metavar": "PATH", "help": "print one value, raw: outputs.x, steps.a.text, status"}),
+    ("-o --out", {"metavar": "FILE", "help": "write the result there instead of to stdout"}),
+    ("--output-dir", {"default": "output", "metavar": "DIR", "help": "where write_file writes (default: output)"}),
+)  # fmt: skip
+# command -> (what it does, an example, its arguments)
+_COMMAND_LINE: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
+    "validate": ("check workflows and report every problem", "validate examples/*.yaml", (
+        ("files", {"nargs": "+", "metavar": "FILE", "help": "workflows in YAML or JSON; - for standard input"}),
+        ("--json", {"action": "store_true", "help": "print the problems as JSON"}),
+    )),
+    "run": ("run a workflow and print its result as JSON",
+            "run wf.yaml --set name=Alice --print outputs.answer", (_FILE, *_RUN_OPTIONS)),
+    "graph": ("draw a workflow", "graph wf.yaml --format text", (
+        _FILE, ("--format", {"choices": tuple(_PICTURES), "default": "mermaid", "help": "default: mermaid"}),
+    )),
+}  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
-    program = "python -m llm_orchestrator"
     parser = argparse.ArgumentParser(
-        prog=program,
-        description="Runs workflows of language-model calls, written as a YAML graph of steps.",
+        prog=_PROGRAM, description="Runs workflows of language-model calls, written as a YAML graph of steps.",
         epilog="exit status: 0 completed, 1 the run failed, 2 bad usage or an invalid workflow, 130 interrupted",
-    )
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"llm_orchestrator {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-v", "--verbose", action="count", default=0, help="log every step; twice: every call")
-    common.add_argument("-q", "--quiet", action="store_true", help="errors only")
-    common.add_argument("--log-format", choices=("text", "json"), default="text", help="how stderr's log lines look")
-    common.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    validate = commands.add_parser(
-        "validate", parents=[common], help="check workflows and report every problem",
-        epilog=f"example: {program} validate examples/*.yaml",
-    )  # fmt: skip
-    validate.add_argument("files", nargs="+", metavar="FILE", help="a workflow in YAML or JSON; - for standard input")
-    validate.add_argument("--json", action="store_true", help="print the problems as JSON")
-
-    run = commands.add_parser(
-        "run", parents=[common], help="run a workflow and print its result as JSON",
-        epilog=f"examples: {program} run wf.yaml --set name=Alice --offline    |    "
-        f"{program} run wf.yaml --input inputs.json --print outputs.answer",
-    )  # fmt: skip
-    run.add_argument("file", metavar="FILE", help="a workflow in YAML or JSON; - for standard input")
-    run.add_argument("-i", "--input", metavar="JSON|FILE|-", help="inputs as a JSON object, or a JSON or YAML file of one")
-    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one input; JSON if it parses, else text")
-    run.add_argument("--max-concurrency", type=int, metavar="N", help="calls in flight at once (default 4)")
-    run.add_argument("--offline", action="store_true", help="answer llm and embed steps from the built-in echo provider")
-    run.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help="Python file with actions, transforms, providers")
-    run.add_argument("--print", dest="path", metavar="PATH", help="print one value of the result, raw: outputs.answer, steps.a.text")
-    run.add_argument("-o", "--out", metavar="FILE", help="write the result there instead of to stdout")
-    run.add_argument("--output-dir", default="output", metavar="DIR", help="where write_file actions write (default output)")
-
-    graph = commands.add_parser(
-        "graph", parents=[common], help="draw a workflow", epilog=f"example: {program} graph wf.yaml --format text"
-    )
-    graph.add_argument("file", metavar="FILE", help="a workflow in YAML or JSON; - for standard input")
-    graph.add_argument("--format", choices=tuple(_PICTURES), default="mermaid", help="default: mermaid")
+    for name, (what, example, arguments) in _COMMAND_LINE.items():
+        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.",
+                                      epilog=f"example: {_PROGRAM} {example}")  # fmt: skip
+        for flags, settings in (*arguments, *_COMMON_OPTIONS):
+            command.add_argument(*flags.split(), **settings)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status. Prints usage errors and failures, never a traceback without --debug."""
+    """The command line; returns the exit status. Prints errors and failures, never a traceback without --debug."""
     _use_utf8(sys.stdout, sys.stderr)
     try:
         options = _parser().parse_args(arguments)
@@ -7653,7 +8009,7 @@ def _validate_command(options: argparse.Namespace) -> int:
             _complain(str(problem))
         if not options.json and not failed and not options.quiet:
             print(summary)
-        report.append({"file": name, "valid": not failed, "problems": [_problem_entry(problem) for problem in problems]})
+        report.append({"file": name, "valid": not failed, "problems": list(map(_problem_entry, problems))})
     if options.json:
         print(_to_json(report, indent=2))
     return status
@@ -7683,9 +8039,8 @@ def _run_command(options: argparse.Namespace) -> int:
     extensions = _load_plugins(options.plugin)
     reporter = _Reporter(options, len(workflow.steps))
     executor = WorkflowExecutor(
-        workflow, inputs, extensions["providers"], actions=extensions["actions"], transforms=extensions["transforms"],
-        max_concurrency=options.max_concurrency, offline=options.offline, output_folder=options.output_dir,
-        on_event=reporter.on_event if reporter.wanted else None,
+        workflow, inputs, max_concurrency=options.max_concurrency, offline=options.offline, streaming=options.stream,
+        output_folder=options.output_dir, on_event=reporter.on_event if reporter.wanted else None, **extensions,
     )  # fmt: skip
     for warning in executor.warnings if not options.quiet else ():
         if warning.custom is None:
@@ -7729,7 +8084,7 @@ def _signals(executor: WorkflowExecutor) -> Iterator[list[int]]:
 
 def _read_inputs(source: str | None, settings: list[str], declared: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of --input and --set; the latter wins."""
-    inputs: Any = {}
+    inputs: dict[str, Any] = {}
     if source is not None:
         text: str | bytes = source
         name = "--input"
@@ -7738,19 +8093,18 @@ def _read_inputs(source: str | None, settings: list[str], declared: Mapping[str,
         elif source.lstrip()[:1] not in ("{", "["):
             text, name = _read_file(source), source
         try:
-            inputs = (load_yaml if name.lower().endswith((".yaml", ".yml")) else _load_json)(text)
+            loaded = (load_yaml if name.lower().endswith((".yaml", ".yml")) else _load_json)(text)
         except ParseError as error:
             error.source = name
             raise
-        if not isinstance(inputs, Mapping):
-            raise ValidationError(f"{name}: inputs must be a JSON object, not {_shown(inputs)}")
-    inputs = dict(inputs)
+        if not isinstance(loaded, Mapping):
+            raise ValidationError(f"{name}: inputs must be a JSON object, not {_shown(loaded)}")
+        inputs.update(loaded)
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise ValidationError(f"--set {setting}: must be KEY=VALUE")
-        entry = declared.get(key) if isinstance(declared, Mapping) else None
-        kind = (entry or {}).get("type")
+        kind = str((declared.get(key) or {}).get("type"))
         inputs[key] = value
         if _INPUT_TYPE_ALIASES.get(kind, kind) != "string":
             with contextlib.suppress(ParseError):
@@ -7758,14 +8112,14 @@ def _read_inputs(source: str | None, settings: list[str], declared: Mapping[str,
     return inputs
 
 
-def _load_plugins(paths: list[str]) -> dict[str, dict[str, Any]]:
-    """What plugin files define: dicts named actions, transforms and providers, or functions marked by their place there.
+_PLUGIN_TABLES = ("actions", "transforms", "tools", "providers", "vector_stores")
 
-    A plugin is a Python file. `import llm_orchestrator` in it gives this very module.
-    """
+
+def _load_plugins(paths: list[str]) -> dict[str, dict[str, Any]]:
+    """What plugin files define: the dicts of these names. `import llm_orchestrator` in one gives this very module."""
     import importlib.util
 
-    found: dict[str, dict[str, Any]] = {"actions": {}, "transforms": {}, "providers": {}}
+    found: dict[str, dict[str, Any]] = {name: {} for name in _PLUGIN_TABLES}
     sys.modules.setdefault("llm_orchestrator", sys.modules[__name__])
     for index, path in enumerate(paths):
         spec = importlib.util.spec_from_file_location(f"llm_orchestrator_plugin_{index}", path)
@@ -7775,7 +8129,7 @@ def _load_plugins(paths: list[str]) -> dict[str, dict[str, Any]]:
         sys.modules[spec.name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise OrchestratorError(f"{path}: {type(error).__name__}: {error}") from error
         known = [table for table in found if isinstance(getattr(module, table, None), Mapping)]
         if not known:
@@ -7790,30 +8144,28 @@ def _write_result(result: RunResult, options: argparse.Namespace) -> None:
     if options.path is not None:
         text = _printed(document, options.path)
     else:
-        text = _to_json(document, indent=2) + "\n"
-        if options.out is None:
-            text = _escaped_for(sys.stdout, text)
+        text = _escaped_for(sys.stdout if options.out is None else None, _to_json(document, indent=2) + "\n")
     if options.out is not None:
         try:
             _replace_file(options.out, text)
-        except OSError as error:
-            raise OrchestratorError(f"{options.out}: cannot be written: {error.strerror}") from None
-    else:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+            return
+        except (OSError, ValueError) as error:  # the result must not be lost
+            _complain(f"{options.out}: cannot be written: {error}; the result goes to stdout")
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _escaped_for(stream: Any, text: str) -> str:
     """JSON text for a stream whose encoding may lack some characters: those as JSON's own escapes."""
     try:
-        text.encode(stream.encoding or "utf-8")
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
     except (UnicodeEncodeError, LookupError):
         return re.sub("[^\x00-\x7f]", lambda match: json.dumps(match[0])[1:-1], text)
     return text
 
 
 def _printed(document: Mapping[str, Any], path: str) -> str:
-    """One value of the result, raw: a path in the JSON result, or for steps as templates write it (steps.greet.text)."""
+    """One value of the result, raw: a path in the JSON result, or in a step as templates write it: steps.a.text."""
     value, steps = _field(document, path), document["steps"]
     if path.startswith("steps."):
         named = [step_id for step_id in steps if f"{path}.".startswith(f"steps.{step_id}.")]
@@ -7831,45 +8183,51 @@ def _printed(document: Mapping[str, Any], path: str) -> str:
 
 
 class _Reporter:
-    """What a run shows on stderr: one live line on a terminal, log lines elsewhere."""
+    """What a run shows on stderr: one live line on a terminal, log lines elsewhere, streamed text if asked for."""
 
     def __init__(self, options: argparse.Namespace, total: int) -> None:
         setting = os.environ.get("LLM_ORCHESTRATOR_LOG", "").lower()
-        self.level = 2 if setting == "debug" else 1 if setting == "info" else 0
-        self.level = max(self.level, min(options.verbose, 2))
-        self.as_json = options.log_format == "json"
-        if self.as_json and not self.level and not options.quiet:
-            self.level = 1
-        try:
-            self.live = sys.stderr.isatty() and not self.level and not options.quiet
-        except (AttributeError, ValueError):
-            self.live = False
+        verbose = options.verbose > 0 or setting == "debug"
+        terminal = False
+        with contextlib.suppress(AttributeError, ValueError):
+            terminal = sys.stderr.isatty()
+        self.as_json, self.streaming = options.log_format == "json", options.stream
+        self.live = terminal and not (verbose or options.quiet or self.as_json or self.streaming or setting)
         self.colour = self.live and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-        self.wanted = self.live or bool(self.level) or not options.quiet
+        self.wanted = not options.quiet or self.streaming
+        level = "debug" if verbose else "quiet" if options.quiet else "live" if self.live else "info"
+        self.shown = _EVENTS_SHOWN[level]
         self.total, self.done, self.failed, self.tokens = total, 0, 0, 0
         self.running: dict[str, None] = {}
+        self.speaking = ""  # the step whose text was shown last
         self.started = self.drawn = time.monotonic()
 
     def on_event(self, event: dict[str, Any]) -> None:
         kind, step_id = event["type"], event.get("step_id", "")
         if kind == "step_running":
             self.running[step_id] = None
-        elif kind in ("step_completed", "step_failed", "step_skipped", "step_cancelled"):
+        elif kind in _STEP_ENDS:
             self.running.pop(step_id, None)
             self.done += "." not in step_id
             self.failed += kind == "step_failed"
             self.tokens += (event.get("usage") or {}).get("total_tokens", 0)
-        if self.live:
-            self.draw()
-        else:
-            self.log(event)
-
-    def log(self, event: dict[str, Any]) -> None:
-        serious = event["type"] in ("step_failed", "step_retry", "log")
-        routine = event["type"] not in ("provider_call", "step_running")
-        if self.level >= 2 or (self.level == 1 and routine) or serious:
+        if kind == "text":
+            self.speak(step_id, event["text"])
+        elif kind in self.shown:
+            self.speak("", "")
+            self.clear()
             stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(event["time"]))
             _complain(_to_json({**event, "time": stamp}) if self.as_json else f"{stamp} {_event_text(event)}")
+        if self.live:
+            self.draw()
+
+    def speak(self, step_id: str, text: str) -> None:
+        """Shows a piece of a streamed answer, under the name of its step when that changes."""
+        if self.streaming and step_id != self.speaking:
+            self.write("\n" * bool(self.speaking) + (f"[{step_id}] " if step_id else ""))
+            self.speaking = step_id
+        if self.streaming and text:
+            self.write(text)
 
     def draw(self) -> None:
         now = time.monotonic()
@@ -7877,19 +8235,33 @@ class _Reporter:
             return
         self.drawn = now
         names = ", ".join(list(self.running)[:3]) + (" ..." if len(self.running) > 3 else "")
-        text = f"{self.done}/{self.total} steps, {len(self.running)} running, {self.tokens} tokens, {now - self.started:.1f} s"
-        text = f"{text}  {names}"[: _terminal_width() - 1]
+        counts = f"{self.done}/{self.total} steps, {len(self.running)} running, {self.tokens} tokens"
+        text = f"{counts}, {now - self.started:.1f} s  {names}"[: _terminal_width() - 1]
         paint = "\x1b[31m" if self.failed else "\x1b[36m"
-        line = f"{paint}{text}\x1b[0m" if self.colour else text
+        self.write(f"\r\x1b[K{paint}{text}\x1b[0m" if self.colour else f"\r\x1b[K{text}")
+
+    def write(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"\r\x1b[K{line}")
+            sys.stderr.write(text)
             sys.stderr.flush()
 
-    def close(self) -> None:
+    def clear(self) -> None:
         if self.live:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write("\r\x1b[K")
-                sys.stderr.flush()
+            self.write("\r\x1b[K")
+
+    def close(self) -> None:
+        self.speak("", "")
+        self.clear()
+
+
+_STEP_ENDS = ("step_completed", "step_failed", "step_skipped", "step_cancelled")
+_EVENTS_SHOWN: dict[str, tuple[str, ...]] = {
+    "quiet": (),
+    "live": ("step_failed", "step_retry", "step_fallback", "log"),
+    "info": ("run_started", "run_finished", "step_retry", "step_fallback", "circuit", "log", *_STEP_ENDS),
+    "debug": ("run_started", "run_finished", "step_running", "step_retry", "step_fallback", "provider_call", "circuit",
+              "log", *_STEP_ENDS),
+}  # fmt: skip
 
 
 def _terminal_width() -> int:
