@@ -121,12 +121,25 @@ class ConditionError(TemplateError):
     """A condition that does not parse, or that compares what cannot be compared."""
 
 
-def _suggestion(word: str, known: Iterable[str]) -> str:
-    """`, did you mean 'prompt'?` for the nearest of the known words, or nothing."""
+def _nearest(word: Any, known: Iterable[Any]) -> list[str]:
+    """The one of the known words that the word is probably meant to be, if there is one."""
     import difflib
 
-    nearest = difflib.get_close_matches(str(word)[:100], list(known), n=1)
-    return f", did you mean {nearest[0]!r}?" if nearest else ""
+    word, words = str(word)[:100].lower(), list(map(str, known))
+    if len(words) > 300:  # comparing takes long
+        words = [one for one in words if one[:3].lower() == word[:3] or one[-3:].lower() == word[-3:]][:300]
+    lowered = {one.lower(): one for one in words}
+    return [lowered[one] for one in difflib.get_close_matches(word, lowered, n=1)]
+
+
+def _suggestion(word: Any, known: Iterable[Any]) -> str:
+    """`, did you mean 'prompt'?` for the nearest of the known words, or nothing."""
+    return "".join(f", did you mean {nearest!r}?" for nearest in _nearest(word, known))
+
+
+def _known(word: Any, known: Iterable[Any]) -> str:
+    """The suggestion, or else all the known words."""
+    return _suggestion(word, known) or f"; there are {', '.join(map(str, known))}"
 
 
 class Problem:
@@ -136,7 +149,7 @@ class Problem:
     when there is no text. `severity` is "error" or "warning". str() reads `wf.yaml:12:5: message`.
     """
 
-    __slots__ = ("column", "custom", "cycle", "line", "message", "path", "severity", "source")
+    __slots__ = ("column", "custom", "cycle", "inside", "line", "message", "path", "severity", "source")
 
     def __init__(
         self,
@@ -151,6 +164,7 @@ class Problem:
         self.source, self.severity = source, severity
         self.cycle: list[str] | None = None
         self.custom: tuple[str, str] | None = None  # (argument, name) of what only a run can know
+        self.inside: tuple[str, int] | None = None  # a template and the position in it, for an exact place
 
     def __str__(self) -> str:
         place = f"{self.source}:{self.line}:{self.column}" if self.line else self.source
@@ -2474,20 +2488,22 @@ class _RegexCost:
 # `validate` shows all of them. What is compiled here (templates, conditions, defaults) is never parsed again by a run.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]+\Z")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(ms|s|m|h)?\Z")
+_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]+\Z").match
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(ms|s|m|h)?\Z").match
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_LONGEST_SECONDS = 1e9  # that a clock, a lock and a socket all take
 _MAX_WORKFLOW_DEPTH = 16
 
 
 def _seconds(value: Any, bare_unit: str) -> float | None:
     """A duration in seconds from a number (in `bare_unit`) or a text such as "1.5s" or "200ms"; None if it is none."""
+    seconds = -1.0
     if isinstance(value, str) and len(value) < 40:
-        match = _DURATION.match(value.strip())
-        return float(match[1]) * _UNIT_SECONDS[match[2] or bare_unit] if match else None
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12:
-        return value * _UNIT_SECONDS[bare_unit]
-    return None
+        match = _DURATION(value.strip())
+        seconds = float(match[1]) * _UNIT_SECONDS[match[2] or bare_unit] if match else seconds
+    elif _is_number(value):
+        seconds = value * _UNIT_SECONDS[bare_unit]
+    return seconds if 0 <= seconds <= _LONGEST_SECONDS else None
 
 
 def _type_name(value: Any) -> str:
@@ -2500,7 +2516,8 @@ def _type_name(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """A short picture of a wrong value for an error message."""
-    return _type_name(value) if isinstance(value, (Mapping, list, tuple)) or value is None else _shorten(repr(value), 60)
+    is_short = isinstance(value, (str, bool, float)) or (_is_number(value) and abs(value) < 1e60)
+    return _shorten(repr(value), 60) if is_short else _type_name(value)
 
 
 def _shorten(text: str, limit: int) -> str:
@@ -2511,11 +2528,27 @@ def _has_tag(value: Any) -> bool:
     return isinstance(value, str) and ("{{" in value or "<<" in value)
 
 
+def _holds_tag(value: Any) -> bool:
+    """Whether a template stands anywhere in a value."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_tag, value.values()))
+    return any(map(_holds_tag, value)) if isinstance(value, (list, tuple)) else _has_tag(value)
+
+
 # Checks: value -> what is wrong with it ("must be ..."), or None. The tables of keys below are made of them.
 
 
 def _must(description: str, accepts: Callable[[Any], bool]) -> Callable[[Any], str | None]:
     return lambda value: None if accepts(value) else f"must be {description}, not {_shown(value)}"
+
+
+def _must_be_text(description: str, accepts: Callable[[str], Any]) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if isinstance(value, str) and accepts(value):
+            return None
+        return f"must be {description}, not {_shown(value)}{'; quote it' if isinstance(value, (int, float)) else ''}"
+
+    return check
 
 
 def _is_integer(value: Any) -> bool:
@@ -2544,21 +2577,13 @@ def _one_of(*names: str) -> Callable[[Any], str | None]:
     return check
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+def _texts(value: Any) -> str | None:
+    wrong = [name for name in _as_list(value) if not isinstance(name, str)]
+    return f"must be text or a list of texts; an item {_text(wrong[0])}" if wrong else None
 
 
-_text = _must("text", lambda value: isinstance(value, str))
-_name = _must("a name", lambda value: isinstance(value, str) and bool(value.strip()))
-_boolean = _must("true or false", lambda value: isinstance(value, bool))
-_mapping = _must("a map", lambda value: isinstance(value, Mapping))
-_anything = _must("a value", lambda value: True)
-_names = _must("a name or a list of names", _is_names)
-_texts = _must("text or a list of texts", _is_names)
-_steps = _must("a list of steps", lambda value: isinstance(value, list) and bool(value))
-_condition = _must("a condition", lambda value: isinstance(value, (str, bool, int)))
-_timeout = _must("a number of seconds above 0", lambda value: (_seconds(value, "s") or 0) > 0)
-_vector_or_text = _must("text or a list of numbers", lambda value: isinstance(value, str) or _is_vector(value))
+def _steps(value: Any) -> str | None:
+    return None if isinstance(value, list) and value else f"must be a list of steps, not {_shown(value) if value else 'empty'}"
 
 
 def _is_vector(value: Any) -> bool:
@@ -2568,43 +2593,49 @@ def _is_vector(value: Any) -> bool:
 def _messages(value: Any) -> str | None:
     roles = ("system", "developer", "user", "assistant", "tool")
     if not isinstance(value, list) or not value:
-        return f"must be a list of {{role, content}}, not {_shown(value)}"
+        return f"must be a list of {{role, content}}, not {_shown(value) if value else 'empty'}"
     for index, message in enumerate(value):
-        if not isinstance(message, Mapping) or message.get("role") not in roles or "content" not in message:
-            return f"message {index} must be a map with a role ({', '.join(roles)}) and a content"
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        if role not in roles and not _has_tag(role):
+            return f"must be a list of {{role, content}}; the role of item {index} {_one_of(*roles)(role)}"
+        if not isinstance(content, (str, list)) and not message.get("tool_calls"):
+            return f"must be a list of {{role, content}}; the content of item {index} {_text(content)}"
     return None
 
 
 def _fallbacks(value: Any) -> str | None:
-    entries = value if isinstance(value, list) else [value]
-    for entry in entries:
-        if not isinstance(entry, Mapping) or not set(entry) <= {"provider", "model"} or "provider" not in entry:
+    for entry in value if isinstance(value, list) else [value]:
+        if not isinstance(entry, Mapping) or not {"provider"} <= set(entry) <= {"provider", "model"}:
             return "must be a list of {provider, model}"
         if not all(isinstance(name, str) for name in entry.values()):
             return "must be a list of {provider, model}, both text"
     return None
 
 
+_text = _must_be_text("text", lambda value: True)
+_names = _texts
+_name = _must_be_text("a name", str.strip)
+_boolean = _must("true or false", lambda value: isinstance(value, bool))
+_mapping = _must("a map", lambda value: isinstance(value, Mapping))
+_anything = _must("a value", lambda value: True)
+_condition = _must("a condition", lambda value: isinstance(value, (str, bool, int)))
+_timeout = _must("a number of seconds above 0", lambda value: bool(_seconds(value, "s")))
+_vector_or_text = _must("text or a list of numbers", lambda value: isinstance(value, str) or _is_vector(value))
+
 _COMMON_KEYS: dict[str, Callable[[Any], str | None]] = {
-    "id": _must("letters, digits, _ or -", lambda value: isinstance(value, str) and bool(_IDENTIFIER.match(value))),
-    "type": _name,
-    "description": _text,
-    "depends_on": _names,
-    "condition": _condition,
-    "output": _names,
-    "timeout_seconds": _timeout,
-    "retry": _mapping,
+    "id": _must_be_text("letters, digits, _ or -", _IDENTIFIER), "type": _name, "description": _text,
+    "depends_on": _texts, "condition": _condition, "output": _texts, "timeout_seconds": _timeout, "retry": _mapping,
     "continue_on_error": _boolean,
     "trigger_rule": _one_of("none_failed_min_one_success", "all_success", "one_success", "all_done", "one_failed"),
-    "for_each": _must("a list, a map or a template", lambda value: isinstance(value, (str, list, Mapping))),
+    "for_each": _must("a list, a map or a template", lambda value: isinstance(value, (list, Mapping)) or _has_tag(value)),
     "max_concurrency": _integer(1, 100_000),
-}
+}  # fmt: skip
 
 
 class _StepType:
     """One row of the table of step types: its own keys, which of them it needs, and how its outputs are named."""
 
-    __slots__ = ("arity", "container", "free", "keys", "literal", "required", "templates")
+    __slots__ = ("arity", "checks", "container", "either", "free", "keys", "literal", "required", "templates")
 
     def __init__(
         self,
@@ -2612,24 +2643,20 @@ class _StepType:
         required: tuple[str, ...] = (),
         arity: int = 1,  # how many outputs it has; 0: any number, named by its children or its callee
         free: bool = False,  # other keys are parameters
-        container: bool = False,  # runs child steps and so holds no slot
+        container: bool = False,  # holds no slot: it runs child steps, or waits for somebody
         literal: tuple[str, ...] = (),  # keys that are not templates
+        either: tuple[str, ...] = (),  # exactly one of these is needed
     ) -> None:
         self.keys, self.required, self.arity, self.free, self.container = keys, required, arity, free, container
-        self.literal = frozenset(literal)
+        self.literal, self.either = frozenset(literal), either
         self.templates = frozenset(keys) - self.literal
+        self.checks = {**_COMMON_KEYS, **keys}
 
 
 _SAMPLING_KEYS: dict[str, Callable[[Any], str | None]] = {
-    "temperature": _number(0, 2),
-    "max_tokens": _integer(1),
-    "top_p": _number(0, 1),
-    "top_k": _integer(0),
-    "stop": _texts,
-    "seed": _integer(-(2**63), 2**63),
-    "frequency_penalty": _number(-2, 2),
-    "presence_penalty": _number(-2, 2),
-}
+    "temperature": _number(0, 2), "max_tokens": _integer(1), "top_p": _number(0, 1), "top_k": _integer(0), "stop": _texts,
+    "seed": _integer(-(2**63), 2**63), "frequency_penalty": _number(-2, 2), "presence_penalty": _number(-2, 2),
+}  # fmt: skip
 _EMBED_KEYS = {
     "provider": _name, "model": _text, "dimensions": _integer(1, 100_000), "input_type": _text,
     "batch_size": _integer(1, 10_000), "params": _mapping,
@@ -2642,10 +2669,11 @@ _STEP_TYPES: dict[str, _StepType] = {
             "provider": _name, "model": _text, "prompt": _text, "messages": _messages, "system": _text,
             **_SAMPLING_KEYS,
             "stream": _boolean, "schema": _must("a JSON Schema or a file", lambda v: isinstance(v, (Mapping, str))),
-            "schema_retries": _integer(0, 20), "tools": _names, "max_tool_rounds": _integer(1, 100),
+            "schema_retries": _integer(0, 20), "tools": _texts, "max_tool_rounds": _integer(1, 100),
             "fallback": _fallbacks, "params": _mapping, "cache": _boolean,
         },
-        required=("provider", "model"), arity=4, literal=("provider", "schema", "tools", "fallback"),
+        required=("provider", "model"), either=("prompt", "messages"), arity=4,
+        literal=("provider", "schema", "tools", "fallback"),
     ),
     "embed": _StepType(
         {**_EMBED_KEYS, "input": _texts, "cache": _boolean},
@@ -2670,6 +2698,7 @@ _STEP_TYPES: dict[str, _StepType] = {
         required=("function",), free=True, literal=("function", "inputs"),
     ),
     "action": _StepType({"action": _name}, required=("action",), free=True, literal=("action",)),
+    "approval": _StepType({"message": _text}, container=True),
     "parallel": _StepType({"tasks": _steps}, required=("tasks",), arity=0, container=True, literal=("tasks",)),
     "branch": _StepType(
         {"branches": _must("a map of value: steps", lambda v: isinstance(v, Mapping) and bool(v))},
@@ -2688,6 +2717,7 @@ _STEP_TYPES: dict[str, _StepType] = {
         required=("workflow",), arity=0, container=True, literal=("workflow",),
     ),
 }  # fmt: skip
+_UNKNOWN_TYPE = _StepType({}, arity=0, free=True)
 
 _INPUT_TYPES: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
@@ -2724,27 +2754,39 @@ _PRICING_KEYS = {"input": _number(0, 1e9), "output": _number(0, 1e9)}
 class Step:
     """One step of a workflow, as in the document: `Step(id="greet", type="llm", provider="openai", ...)`.
 
-    Keyword arguments are the document's keys; child steps may be Step objects too. Nothing is checked before the
-    workflow is validated. `config` holds the keys that belong to the type.
+    Keyword arguments are the document's keys, and attributes that may be set; child steps may be Step objects too.
+    Nothing is checked before the workflow is validated. `config` holds the keys that belong to the type.
     """
 
     __slots__ = ("document",)
 
     def __init__(self, id: str, type: str, **keys: Any) -> None:
-        self.document: dict[str, Any] = {"id": id, "type": type, **{key: _plain(keys[key]) for key in keys}}
+        self.document: dict[str, Any] = _plain({"id": id, "type": type, **keys})
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Step:
         """A Step from one entry of a document's `steps`; a missing id or type is found by validation."""
+        if not isinstance(document, Mapping):
+            raise ValidationError(f"a step must be a map, not {_shown(document)}")
+        return cls._of(_plain(document))
+
+    @classmethod
+    def _of(cls, document: dict[str, Any]) -> Step:
         step = cls.__new__(cls)
-        step.document = dict(document)
+        step.document = document
         return step
 
     def __getattr__(self, name: str) -> Any:
-        if name in _COMMON_KEYS:
+        if name != "document" and (name in _COMMON_KEYS or name in self.document):
             value = self.document.get(name)
             return _as_list(value) if name in ("depends_on", "output") else value
-        raise AttributeError(f"a Step has no attribute {name!r}; its own keys are in Step.config")
+        raise AttributeError(f"a Step has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "document":
+            super().__setattr__(name, value)
+        else:
+            self.document = {**self.document, name: _plain(value)}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -2753,19 +2795,26 @@ class Step:
 
     def to_dict(self) -> dict[str, Any]:
         """The step as it stands in a document."""
-        return dict(self.document)
+        document: dict[str, Any] = _plain(self.document)
+        return document
 
     def __repr__(self) -> str:
         return f"Step(id={self.document.get('id')!r}, type={self.document.get('type')!r})"
 
 
-def _plain(value: Any) -> Any:
-    """Step and Workflow objects inside keyword arguments as the document's plain values."""
-    if isinstance(value, (Step, Workflow)):
-        return value.to_dict()
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A copy made of dict, list and what they hold; Step and Workflow objects become their documents."""
+    if isinstance(value, (str, int, float)) or value is None:
+        return value
+    if depth > _MAX_DEPTH:
+        raise ValidationError(f"a value is nested deeper than {_MAX_DEPTH} levels")
+    if isinstance(value, Step):
+        return _plain(value.document, depth)
+    if isinstance(value, Workflow):
+        return _plain(value._whole(), depth)
+    if isinstance(value, Mapping):
+        return {key: _plain(item, depth + 1) for key, item in value.items()}
+    return [_plain(item, depth + 1) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -2780,13 +2829,15 @@ class Workflow:
     there too, but reported by `validate()`, by WorkflowDAG and by WorkflowExecutor.
     """
 
+    _chain: tuple[str, ...] = ()  # the files of the workflows that call it, outermost first, and its own
+
     def __init__(self, name: str, steps: Iterable[Step | Mapping[str, Any]] = (), **keys: Any) -> None:
-        self._document: dict[str, Any] = {"name": name, **{key: _plain(keys[key]) for key in keys}}
+        self._document: dict[str, Any] = _plain({"name": name, **keys})
         self.steps = [step if isinstance(step, Step) else Step.from_dict(step) for step in steps]
         self.source = "workflow"  # shown before the problems; a file's name if there is one
         self.folder: str | None = None  # where relative paths (sub-workflows, schemas) start
         self._source_text = ""
-        self._compiled: tuple[tuple[Step, ...], _Plan] | None = None
+        self._compiled: tuple[list[Any], _Plan] | None = None
         self._loaded: dict[str, Workflow] = {}  # sub-workflows by real path, shared by all that call each other
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -2822,58 +2873,71 @@ class Workflow:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Workflow:
         """The workflow in a mapping, shaped as the document is."""
-        return cls._from_document(document, "workflow", None, "", {})
+        return cls._from_document(_plain(document), "workflow", None, "", {})._shaped()
 
     @classmethod
-    def _from_path(cls, path: str, loaded: dict[str, Workflow]) -> Workflow:
+    def _from_path(cls, path: str, loaded: dict[str, Workflow], chain: tuple[str, ...] = ()) -> Workflow:
         load = _load_json if path.lower().endswith(".json") else load_yaml
-        return cls._from_text(_read_file(path), load, path, os.path.dirname(os.path.abspath(path)), loaded)
+        return cls._from_text(_read_file(path), load, path, os.path.dirname(os.path.abspath(path)), loaded, chain)
 
     @classmethod
     def _from_text(
-        cls, text: str | bytes, load: Callable[[Any], Any], source: str, folder: str | None, loaded: dict[str, Workflow]
-    ) -> Workflow:
+        cls, text: str | bytes, load: Callable[[Any], Any], source: str, folder: str | None, loaded: dict[str, Workflow],
+        chain: tuple[str, ...] = (),
+    ) -> Workflow:  # fmt: skip
         try:
             document = load(text)
         except ParseError as error:
             error.source = source
             raise
-        return cls._from_document(document, source, folder, _decoded(text), loaded)
+        workflow = cls._from_document(document, source, folder, _decoded(text), loaded)
+        workflow._chain = (*chain, os.path.basename(source))
+        if folder is not None:
+            loaded[os.path.realpath(source)] = workflow  # before it is compiled: it may call itself
+        return workflow._shaped()
 
     @classmethod
     def _from_document(
         cls, document: Any, source: str, folder: str | None, text: str, loaded: dict[str, Workflow]
     ) -> Workflow:
-        if not isinstance(document, Mapping):
+        if not isinstance(document, dict):
             message = f"a workflow must be a map with a name and steps, not {_type_name(document)}"
             raise ValidationError([Problem(message, (), 1, 1, source)])
-        steps = document.get("steps")
-        workflow = cls.__new__(cls)
-        workflow._document = {key: value for key, value in document.items() if key != "steps" or not _is_steps(steps)}
-        workflow.steps = [Step.from_dict(step) for step in steps] if _is_steps(steps) else []
-        workflow.source, workflow.folder, workflow._source_text = source, folder, text
-        workflow._compiled, workflow._loaded = None, loaded
-        if folder is not None and text:
-            loaded[os.path.realpath(source)] = workflow  # before it is compiled: it may call itself
-        plan = workflow._plan()
-        if plan.misshapen:
-            raise ValidationError(workflow._located(plan.errors()))
+        workflow = cls("")
+        workflow._document = document
+        if isinstance(document.get("steps"), list) and document["steps"]:
+            workflow._document = {key: value for key, value in document.items() if key != "steps"}
+            workflow.steps = [Step._of(step) if isinstance(step, dict) else step for step in document["steps"]]
+        workflow.source, workflow.folder, workflow._source_text, workflow._loaded = source, folder, text, loaded
         return workflow
+
+    def _shaped(self) -> Workflow:
+        """This workflow, compiled; ValidationError if it is misshapen."""
+        plan = self._plan()
+        if plan.misshapen:
+            raise ValidationError(self._located(plan.errors()))
+        return self
+
+    def _whole(self) -> dict[str, Any]:
+        """The document with its steps; they are not copied."""
+        steps = [step.document if isinstance(step, Step) else step for step in self.steps]
+        return {**self._document, "steps": steps} if steps else self._document
 
     def to_dict(self) -> dict[str, Any]:
         """The document, as plain values."""
-        document = dict(self._document)
-        if self.steps:
-            document["steps"] = [step.to_dict() for step in self.steps]
+        document: dict[str, Any] = _plain(self._whole())
         return document
 
     def to_yaml(self) -> str:
-        """The document as YAML; `from_yaml` reads the same workflow from it."""
+        """The document as YAML; `from_yaml` reads the same workflow from it. OrchestratorError if it is not JSON-like."""
         return _dump_yaml(self.to_dict())
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The document as JSON; `from_json` reads the same workflow from it."""
-        return _to_json(self.to_dict(), indent=indent)
+        """The document as JSON; `from_json` reads the same workflow from it. OrchestratorError if it is not JSON-like."""
+        try:
+            return _to_json(self.to_dict(), indent=indent)
+        except (TypeError, ValueError) as error:
+            raise OrchestratorError(f"the workflow cannot be written as JSON: {error}") from None
 
     def step(self, step_id: str) -> Step:
         """The top-level step with this id; KeyError if there is none."""
@@ -2888,38 +2952,59 @@ class Workflow:
         Raises ValidationError (DagError if there is a cycle) with every problem in `problems`, in document order.
         """
         plan = self._plan()
-        errors = plan.errors()
-        if errors:
+        if errors := self._located(plan.errors()):
             cycle = next((problem.cycle for problem in errors if problem.cycle), None)
-            located = self._located(errors)
-            raise DagError(located, cycle) if cycle else ValidationError(located)
+            raise DagError(errors, cycle) if cycle else ValidationError(errors)
         return self._located([problem for problem in plan.problems if problem.severity == "warning"])
 
     def _plan(self) -> _Plan:
-        """The compiled form; made anew only when the list of steps has changed."""
-        steps = tuple(self.steps)
-        if self._compiled is None or self._compiled[0] != steps:
+        """The compiled form; made anew only when a step has changed."""
+        steps = [step.document if isinstance(step, Step) else step for step in self.steps]
+        known = self._compiled[0] if self._compiled else []
+        if self._compiled is None or len(known) != len(steps) or any(old is not new for old, new in zip(known, steps)):
             self._compiled = (steps, _Compiler(self).compile())
         return self._compiled[1]
 
     def _located(self, problems: list[Problem]) -> list[Problem]:
-        """The problems with lines and columns: the text is read a second time, only now, for its positions."""
-        positions = _positions(self._source_text) if problems and self._source_text else {}
+        """The problems in document order, with lines and columns if there is a text, which is read again for its places."""
+        if not problems:
+            return problems
+        text = self._source_text
+        places: Any = _positions(text) if text else {path: (i, 0) for i, path in enumerate(_paths(self._whole(), ()))}
+        ranks, lines = [], text.split("\n")
         for problem in problems:
-            problem.source = self.source
-            path = problem.path
-            while path not in positions and path:
+            problem.source, path = self.source, problem.path
+            while path and path not in places:
                 path = path[:-1]
-            if positions:
-                problem.line, problem.column = positions.get(path, (1, 1))
-        return sorted(problems, key=lambda problem: (problem.line or 0, problem.column or 0)) if positions else problems
+            rank = places.get(path, (1, 1) if text else (-1, 0))
+            if text:
+                if problem.inside and path == problem.path:
+                    rank = _exact_place(lines, *rank, *problem.inside)
+                problem.line, problem.column = rank
+            ranks.append(rank)
+        return [problems[i] for i in sorted(range(len(problems)), key=ranks.__getitem__)]
 
     def __repr__(self) -> str:
         return f"Workflow(name={self._document.get('name')!r}, steps={len(self.steps)})"
 
 
-def _is_steps(steps: Any) -> bool:
-    return isinstance(steps, list) and all(isinstance(step, Mapping) for step in steps)
+def _paths(value: Any, path: _Path) -> Iterator[_Path]:
+    """The paths of all keys and items in a value, in its order."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*path, key)
+        if isinstance(item, (dict, list)):
+            yield from _paths(item, (*path, key))
+
+
+def _exact_place(lines: list[str], line: int, column: int, template: str, position: int) -> tuple[int, int]:
+    """The place of a position within a template whose key is at a line and column: there, or in the block below it."""
+    row, start = template.count("\n", 0, position), template.rfind("\n", 0, position) + 1
+    wanted = template[start:].split("\n", 1)[0]
+    for index, first in ((line - 1 + row, 0 if row else column - 1), (line + row, 0)):
+        found = lines[index].find(wanted, first) if wanted.strip() and index < len(lines) else -1
+        if found >= 0:
+            return index + 1, found + 1 + position - start
+    return line, column
 
 
 def _read_file(path: str | os.PathLike[str]) -> bytes:
@@ -2932,79 +3017,86 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
         raise OrchestratorError(f"{os.fspath(path)}: cannot be read: {reason}") from None
 
 
-class _Names:
-    """What a template may refer to at one place of a document: the steps of this scope and of those around it."""
-
-    __slots__ = ("inputs", "local", "nodes", "outer", "owner", "producers")
-
-    def __init__(
-        self, outer: _Names | None, owner: _Node | None, inputs: Mapping[str, Any] | None, local: frozenset[str]
-    ) -> None:
-        self.outer, self.inputs, self.local = outer, inputs, local
-        self.owner = owner  # the container whose children this scope holds
-        self.nodes: dict[str, _Node] = {}
-        self.producers: dict[str, list[_Node]] = {}  # output name -> the steps of this scope that have it
-
-    def around(self) -> Iterator[_Names]:
-        """This scope and those around it, nearest first."""
-        names: _Names | None = self
-        while names is not None:
-            yield names
-            names = names.outer
-
-    def visible(self) -> list[str]:
-        return [step_id for names in self.around() for step_id in names.nodes]
-
-
 class _Node:
     """A compiled step: everything a run needs, nothing left to parse."""
 
-    def __init__(self, document: Mapping[str, Any], path: tuple[str | int, ...], position: int) -> None:
+    picker: Condition | None = None  # a branch's condition
+    condition: Condition | None = None
+    item_condition = False  # the condition looks at the item, so it is asked once per item
+    until: Condition | None = None
+    for_each: Callable[[Any], Any] | None = None
+    inputs: list[tuple[str, Callable[[Any], Any]]] = []  # a transform's inputs by name  # noqa: RUF012
+    item_values: list[tuple[str, Callable[[Any], Any]]] = []  # what it renders for each item itself  # noqa: RUF012
+    inline = False  # a built-in transform: it never waits
+    local: frozenset[str] = frozenset()  # names that only its own templates see: the item of for_each
+    defaulted: frozenset[str] = frozenset()  # keys that come from the workflow's `defaults`
+    children: _Graph | None = None
+    branches: dict[str, _Graph] = {}  # noqa: RUF012
+    workflow: Workflow | None = None
+    retry_given = False
+    timeout: float | None = None
+    rule = "none_failed_min_one_success"
+    continue_on_error = False
+    limit: int | None = None
+    output_names: tuple[str, ...] = ()
+
+    def __init__(self, document: Mapping[str, Any], path: _Path, position: int) -> None:
         self.document, self.path, self.position = document, path, position
-        self.id, self.type = str(document.get("id")), str(document.get("type"))
+        self.id, self.type = (name if isinstance(name, str) else _shown(name) for name in map(document.get, ("id", "type")))
         self.constants: dict[str, Any] = {}  # keys whose value never changes
         self.values: list[tuple[str, Callable[[Any], Any]]] = []  # keys that are rendered for each run
-        self.inputs: list[tuple[str, Callable[[Any], Any]]] = []  # a transform's inputs by name
-        self.item_values: list[tuple[str, Callable[[Any], Any]]] = []  # what a transform renders for each item itself
-        self.inline = False  # a built-in transform: it never waits
         self.references: list[tuple[Reference, str]] = []  # what its templates read, with the key they stand in
-        self.local: frozenset[str] = frozenset()  # names that only its own templates see: the item of for_each
+        self.places: list[tuple[_Path, str]] = []  # for each reference: the path and source of the text it stands in
         self.dependencies: dict[str, None] = {}  # ids of siblings, in order
         self.dependents: list[int] = []
-        self.output_names: tuple[str, ...] = ()
-        self.condition: Condition | None = None
-        self.item_condition = False  # the condition looks at the item, so it is asked once per item
-        self.picker: Condition | None = None  # a branch's condition
-        self.until: Condition | None = None
-        self.for_each: Callable[[Any], Any] | None = None
-        self.children: _Graph | None = None
-        self.branches: dict[str, _Graph] = {}
-        self.workflow: Workflow | None = None
         self.retry = _NO_RETRY
-        self.retry_given = False
-        self.timeout: float | None = None
-        self.rule = "none_failed_min_one_success"
-        self.continue_on_error = False
-        self.limit: int | None = None
 
-    def graphs(self) -> Iterator[_Graph]:
+    def graphs(self) -> list[_Graph]:
         """The graphs of its children, if it is a container."""
-        if self.children is not None:
-            yield self.children
-        yield from self.branches.values()
+        return [*([self.children] if self.children is not None else ()), *self.branches.values()]
+
+    def child(self, step_id: str) -> _Node | None:
+        """A step inside this one."""
+        graphs = self.graphs()
+        if self.workflow is not None and self.workflow._compiled is not None:  # None yet if it is calling itself
+            graphs.append(self.workflow._compiled[1].graph)
+        return next((graph.by_id[step_id] for graph in graphs if step_id in graph.by_id), None)
+
+    def names(self) -> list[str]:
+        """What may follow `steps.ID.`, as far as it is known before a run."""
+        children = [child.id for graph in self.graphs() for child in graph.nodes]
+        called = [str(step.id) for step in self.workflow.steps if isinstance(step, Step)] if self.workflow else []
+        return list(dict.fromkeys((*self.output_names, *children, *called)))
 
 
 class _Graph:
-    """Sibling steps and how they depend on each other; `counts[i]` is the number of dependencies of `nodes[i]`."""
+    """Sibling steps, how they depend on each other, and what their templates may refer to: these steps, those around
+    the container, and names. `counts[i]` is the number of dependencies of `nodes[i]`."""
 
-    __slots__ = ("by_id", "counts", "nodes", "producers", "roots")
+    __slots__ = ("by_id", "counts", "inputs", "local", "named", "nodes", "outer", "owner", "producers", "roots")
 
-    def __init__(self) -> None:
+    def __init__(
+        self, outer: _Graph | None = None, owner: _Node | None = None, inputs: Mapping[str, Any] | None = None,
+        local: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        self.outer, self.owner = outer, owner  # the container that these steps are in
+        self.inputs, self.local = inputs, local  # the declared inputs, if any are; other names
         self.nodes: list[_Node] = []
         self.by_id: dict[str, _Node] = {}
+        self.named: dict[str, list[str]] = {}  # output name -> the ids of the steps that have it
         self.producers: dict[str, str] = {}  # output name -> the id of the one step that has it
         self.counts: list[int] = []
         self.roots: list[int] = []
+
+    def around(self) -> Iterator[_Graph]:
+        """This graph and those around it, nearest first."""
+        graph: _Graph | None = self
+        while graph is not None:
+            yield graph
+            graph = graph.outer
+
+    def visible(self) -> list[str]:
+        return [step_id for graph in self.around() for step_id in graph.by_id]
 
     def link(self) -> None:
         """Fills in dependents, counts and roots once every node knows its dependencies."""
@@ -3029,7 +3121,7 @@ class _Plan:
 
     def __init__(self, graph: _Graph, outputs: list[tuple[str, Callable[[Any], Any]]], compiler: _Compiler) -> None:
         self.graph, self.outputs = graph, outputs
-        self.problems, self.misshapen = compiler.problems, compiler.misshapen
+        self.problems, self.misshapen = list(compiler.problems.values()), compiler.misshapen
 
     def errors(self) -> list[Problem]:
         return [problem for problem in self.problems if problem.severity == "error"]
@@ -3039,6 +3131,7 @@ _STEP_FACTS = ("output", "status", "error")  # what steps.ID has besides its out
 _ITEM_NAMES = frozenset(("item", "index", "key"))
 _LOOP_NAMES = frozenset(("iteration", "previous"))
 _NO_DEFAULT = ("id", "type", "depends_on", "output")
+_MOST_SUGGESTIONS = 50  # for names from long lists; more would take long and help nobody
 _Path = tuple  # of keys and indexes, from the top of the document
 
 
@@ -3047,208 +3140,229 @@ class _Compiler:
 
     def __init__(self, workflow: Workflow) -> None:
         self.workflow = workflow
-        self.document: dict[str, Any] = workflow.to_dict()
-        self.defaults: Mapping[str, Any] = {}
-        self.partials: dict[str, str] = {}
-        self.problems: list[Problem] = []
+        self.document = workflow._whole()
+        self.defaults: dict[str, Any] = {}
+        self.partials = _Partials(None, True, None)
+        self.problems: dict[tuple[_Path, str], Problem] = {}
         self.misshapen = False
-        self.graphs: list[tuple[_Graph, _Names]] = []
+        self.graphs: list[_Graph] = []
 
     def compile(self) -> _Plan:
         document = self.document
         self.check_keys(document, _WORKFLOW_KEYS, (), required=("name", "steps"))
         inputs = self.check_named("inputs", _INPUT_KEYS)
-        self.check_named("providers", _PROVIDER_KEYS)
-        self.check_named("pricing", _PRICING_KEYS)
-        if isinstance(document.get("budget"), Mapping):
-            self.check_keys(document["budget"], _BUDGET_KEYS, ("budget",))
-        for name, declared in inputs.items():
-            fault = _input_fault(declared["default"], declared) if declared.get("default") is not None else None
-            if fault:
+        for name, entry in inputs.items():
+            if entry.get("default") is not None and (fault := _input_fault(entry["default"], entry)):
                 self.misshape(("inputs", name, "default"), f"inputs.{name}: the default {fault}")
+        for name, entry in self.check_named("providers", _PROVIDER_KEYS).items():
+            if isinstance(kind := entry.get("type"), str) and kind not in PROVIDERS:
+                self.misshape(("providers", name, "type"), f"providers.{name}: unknown type {kind!r}{_known(kind, PROVIDERS)}")
+        self.check_named("pricing", _PRICING_KEYS)
+        if isinstance(document.get("budget"), dict):
+            self.check_keys(document["budget"], _BUDGET_KEYS, ("budget",))
         self.check_defaults()
         self.check_partials()
-        names = _Names(None, None, inputs if isinstance(document.get("inputs"), Mapping) else None, frozenset())
-        graph = self.steps(document.get("steps"), ("steps",), names)
-        for siblings, scope in self.graphs:
+        graph = _Graph(inputs=inputs if isinstance(document.get("inputs"), dict) else None)
+        self.steps(document.get("steps"), ("steps",), graph)
+        for siblings in self.graphs:
             for node in siblings.nodes:
-                self.connect(node, scope)
-        for siblings, _ in self.graphs:
+                self.connect(node, siblings)
+        for siblings in self.graphs:
             self.check_cycles(siblings)
             siblings.link()
-        return _Plan(graph, self.outputs(names), self)
+        return _Plan(graph, self.outputs(graph), self)
 
     # problems and shapes
 
-    def problem(self, path: _Path, message: str, severity: str = "error") -> Problem:
+    def problem(self, path: _Path, message: str, severity: str = "error", inside: tuple[str, int] | None = None) -> Problem:
         found = Problem(_label(self.document, path) + message, path, severity=severity)
-        self.problems.append(found)
-        return found
+        found.inside = inside
+        return self.problems.setdefault((path, found.message), found)
 
-    def misshape(self, path: _Path, message: str) -> None:
+    def misshape(self, path: _Path, message: str, inside: tuple[str, int] | None = None) -> None:
         """A problem that leaves the document without a meaning, so that loading it fails."""
         self.misshapen = True
-        self.problem(path, message)
+        self.problem(path, message, inside=inside)
+
+    def near(self, name: str, known: Container[str]) -> str:
+        """A suggestion, unless many have been made: looking through long lists takes long."""
+        return _suggestion(name, known) if len(self.problems) < _MOST_SUGGESTIONS else ""
 
     def check_keys(
-        self,
-        mapping: Mapping[Any, Any],
-        checks: Mapping[str, Callable[[Any], str | None]],
-        path: _Path,
-        required: Iterable[str] = (),
-        templates: Container[str] = (),
-        free: bool = False,
-    ) -> None:
-        """Unknown keys, missing keys and wrong values; what `templates` names may be a template, checked in the run."""
+        self, mapping: Mapping[Any, Any], checks: Mapping[str, Callable[[Any], str | None]], path: _Path,
+        required: Iterable[str] = (), templates: Container[str] = (), free: bool = False,
+    ) -> set[str]:  # fmt: skip
+        """Unknown keys, missing keys and wrong values; what `templates` names may be a template, checked in the run.
+
+        Returns the keys that are probably meant by unknown ones; these do not count as missing.
+        """
+        meant = set()
         for key, value in mapping.items():
             if not isinstance(key, str):
-                self.misshape(path, f"the key {key!r} must be text; quote it")
+                self.misshape((*path, key), f"the key {_shown(key)} must be text; quote it")
             elif key in checks:
                 fault = None if value is None or (key in templates and _has_tag(value)) else checks[key](value)
                 if fault:
                     self.misshape((*path, key), f"{key} {fault}")
             elif not free:
-                self.misshape((*path, key), f"unknown key {key!r}{_suggestion(key, checks)}")
+                meant.update(_nearest(key, checks))
+                self.misshape((*path, key), f"unknown key {_shown(key)}{_suggestion(key, checks)}")
         for key in required:
-            if mapping.get(key) is None:
+            if mapping.get(key) is None and key not in meant:
                 self.misshape(path, f"{key} is missing")
+        return meant
 
     def check_named(self, section: str, checks: Mapping[str, Callable[[Any], str | None]]) -> dict[str, Any]:
         """A section that maps names to maps of the same keys; null stands for an empty map."""
         entries = self.document.get(section)
         checked: dict[str, Any] = {}
-        for name, entry in entries.items() if isinstance(entries, Mapping) else ():
-            if isinstance(entry, Mapping):
+        for name, entry in entries.items() if isinstance(entries, dict) else ():
+            if not isinstance(name, str):
+                self.misshape((section, name), f"{section}: the name {_shown(name)} must be text; quote it")
+            elif isinstance(entry, dict):
                 self.check_keys(entry, checks, (section, name))
             elif entry is not None:
                 self.misshape((section, name), f"{section}.{name} must be a map, not {_shown(entry)}")
-            checked[str(name)] = entry if isinstance(entry, Mapping) else {}
+            checked[str(_shown(name) if not isinstance(name, str) else name)] = entry if isinstance(entry, dict) else {}
         return checked
 
     def check_defaults(self) -> None:
         defaults = self.document.get("defaults")
-        self.defaults = defaults if isinstance(defaults, Mapping) else {}
-        for kind, values in self.defaults.items():
-            row = _STEP_TYPES.get(kind)
+        for kind, values in defaults.items() if isinstance(defaults, dict) else ():
+            row, path = _STEP_TYPES.get(kind), ("defaults", kind)
             if row is None:
-                known = _suggestion(kind, _STEP_TYPES) or f"; there are {', '.join(_STEP_TYPES)}"
-                self.misshape(("defaults", kind), f"defaults: unknown step type {kind!r}{known}")
-            elif not isinstance(values, Mapping):
-                self.misshape(("defaults", kind), f"defaults.{kind} must be a map, not {_shown(values)}")
+                self.misshape(path, f"defaults: unknown step type {_shown(kind)}{_known(kind, _STEP_TYPES)}")
+            elif not isinstance(values, dict):
+                self.misshape(path, f"defaults.{kind} must be a map, not {_shown(values)}")
             else:
-                common = {key: check for key, check in _COMMON_KEYS.items() if key not in _NO_DEFAULT}
-                self.check_keys(values, {**common, **row.keys}, ("defaults", kind), (), row.templates, row.free)
+                checks = {key: check for key, check in row.checks.items() if key not in _NO_DEFAULT}
+                self.check_keys(values, checks, path, (), row.templates, row.free)
+                self.defaults[kind] = values
 
     def check_partials(self) -> None:
         partials = self.document.get("partials")
-        for name, text in partials.items() if isinstance(partials, Mapping) else ():
-            if isinstance(text, str):
-                self.partials[str(name)] = text
+        for name, text in partials.items() if isinstance(partials, dict) else ():
+            if isinstance(name, str) and isinstance(text, str):
+                self.partials[name] = text
             else:
-                self.misshape(("partials", name), f"partials.{name} must be text, not {_shown(text)}")
-        for name in self.partials:
-            self.guarded(("partials", name), Template, self.partials[name], True, self.partials)
+                self.misshape(("partials", name), f"partials: {_shown(name)} must be text, not {_shown(text)}")
+        for name, text in list(self.partials.items()):
+            self.guarded(("partials", name), Template, text, True, self.partials)
 
-    def guarded(self, path: _Path, compile_it: Callable[..., Any], *arguments: Any) -> Any:
-        """What the template or condition compiler makes of the arguments; None with a problem if it refuses them."""
+    def guarded(self, path: _Path, compile_it: Callable[..., Any], source: Any, *arguments: Any) -> Any:
+        """What the template or condition compiler makes of the source; None with a problem if it refuses it."""
         try:
-            return compile_it(*arguments)
+            return compile_it(source, *arguments)
         except TemplateError as error:
-            self.misshape(path, f"{path[-1]}: {error}")
+            text = source if isinstance(source, str) else ""
+            starts = [0, *(match.end() for match in re.finditer("\n", text))]
+            self.misshape(path, f"{path[-1]}: {error}", (text, starts[error.line - 1] + error.column - 1))
             return None
 
     # steps
 
-    def steps(self, documents: Any, path: _Path, names: _Names) -> _Graph:
-        """Sibling steps as a graph. It is connected later, when the outputs of all steps are known."""
-        graph = _Graph()
-        if not isinstance(documents, list) or len(path) > 200:
-            if isinstance(documents, list):
-                self.misshape(path, "steps are nested too deeply")
-            return graph
-        for index, document in enumerate(documents):
-            if not isinstance(document, Mapping):
+    def steps(self, documents: Any, path: _Path, graph: _Graph) -> _Graph:
+        """Fills a graph with sibling steps. It is connected later, when the outputs of all steps are known."""
+        for index, document in enumerate(documents if isinstance(documents, list) else ()):
+            if not isinstance(document, dict):
                 self.misshape((*path, index), f"a step must be a map, not {_shown(document)}")
                 continue
             node = _Node(document, (*path, index), len(graph.nodes))
-            if document.get("id") is not None and node.id in names.nodes:
-                self.problem((*node.path, "id"), f"duplicate id {node.id!r}")
-                continue
-            names.nodes[node.id] = node
             graph.nodes.append(node)
-        graph.by_id = names.nodes
+            if "id" in document and graph.by_id.setdefault(node.id, node) is not node:
+                first = graph.by_id[node.id].path
+                self.problem((*node.path, "id"), f"duplicate id {node.id!r}, which {first[-2]}[{first[-1]}] has already")
         for node in graph.nodes:
-            self.step(node, names)
+            self.step(node, graph)
             for name in node.output_names:
-                names.producers.setdefault(name, []).append(node)
-        graph.producers = {name: found[0].id for name, found in names.producers.items() if len(found) == 1}
-        self.graphs.append((graph, names))
+                graph.named.setdefault(name, []).append(node.id)
+        graph.producers = {name: ids[0] for name, ids in graph.named.items() if len(ids) == 1}
+        self.graphs.append(graph)
         return graph
 
-    def step(self, node: _Node, names: _Names) -> None:
+    def step(self, node: _Node, graph: _Graph) -> None:
         """One step: keys, defaults, templates, conditions, children."""
-        document = node.document
-        row = _STEP_TYPES.get(node.type)
-        if row is None:
-            self.check_keys(document, _COMMON_KEYS, node.path, ("id", "type"), free=True)
-            if document.get("type") is not None:
-                known = _suggestion(node.type, _STEP_TYPES) or f"; there are {', '.join(_STEP_TYPES)}"
-                self.misshape((*node.path, "type"), f"unknown step type {node.type!r}{known}")
-            return
-        if isinstance(self.defaults.get(node.type), Mapping):
-            node.document = document = {**self.defaults[node.type], **document}
-        required = ("id", "type", *row.required)
-        self.check_keys(document, {**_COMMON_KEYS, **row.keys}, node.path, required, row.templates, row.free)
+        document, row = node.document, _STEP_TYPES.get(node.type, _UNKNOWN_TYPE)
+        meant = self.check_keys(document, row.checks, node.path, (), row.templates, row.free)
+        if node.type in self.defaults:
+            defaults = self.defaults[node.type]
+            node.defaulted = frozenset(defaults).difference(document)
+            node.document = document = {**defaults, **document}
+        for key in ("id", "type", *row.required):
+            if document.get(key) is None and key not in meant:
+                self.misshape(node.path, f"{key} is missing")
+        self.check_either(node, row.either, meant)
         self.common_keys(node, row)
         for key, value in document.items():
             if key in row.literal:
                 if key != "inputs":  # a transform's are compiled when it is connected
                     node.constants[key] = value
-            elif key not in _COMMON_KEYS and isinstance(key, str) and (value is not None or row.free):
+            elif key not in _COMMON_KEYS and (value is not None or row.free):
                 self.value(node, key, value)
-        specific = getattr(self, f"_{node.type}", None)
+        specific = getattr(self, f"_{node.type}", None) if row is not _UNKNOWN_TYPE else None
         if specific is not None:
-            specific(node, node.document, names)
+            specific(node, document, graph)
+        elif row is _UNKNOWN_TYPE and "type" in node.document and isinstance(document["type"], str):
+            self.misshape((*node.path, "type"), f"unknown step type {_shown(node.type)}{_known(node.type, _STEP_TYPES)}")
+
+    def check_either(self, node: _Node, names: tuple[str, ...], meant: set[str]) -> None:
+        given = [name for name in names if node.document.get(name) is not None]
+        if len(given) > 1:
+            self.misshape(self.place(node, given[1]), f"give {' or '.join(given)}, not both")
+        elif names and not given and not meant.intersection(names):
+            self.misshape(node.path, f"{names[0]} is missing (or {names[1]})")
+
+    def place(self, node: _Node, key: str) -> _Path:
+        """Where a key of a step stands: in the step, or in the workflow's `defaults`."""
+        return ("defaults", node.type, key) if key in node.defaulted else (*node.path, key)
 
     def common_keys(self, node: _Node, row: _StepType) -> None:
         document = node.document
         if document.get("for_each") is not None:
             node.local = _ITEM_NAMES
-            node.for_each = self.compiled(node, "for_each", document["for_each"])
+            node.for_each = self.rendered(node, "for_each", document["for_each"])
         if isinstance(document.get("condition"), (str, bool, int)):
-            condition = self.guarded((*node.path, "condition"), Condition, document["condition"])
-            node.references.extend((reference, "condition") for reference in condition.references if condition)
-            looks_at_item = condition and any(ref[0][:1] == ("item",) for ref in condition.references)
-            if node.type == "branch":
-                node.picker = condition
-            elif looks_at_item and document.get("function") == "filter" and not node.for_each:
-                node.local, node.item_values = _ITEM_NAMES, [("condition", condition.evaluate)]
-            elif condition is not None:
-                node.condition = condition
-                node.item_condition = any(ref[0] and ref[0][0] in node.local for ref in condition.references)
+            self.condition(node, document)
         node.output_names = tuple(name for name in _as_list(document.get("output")) if isinstance(name, str))
         self.check_outputs(node, row)
-        node.timeout = _seconds(document.get("timeout_seconds"), "s")
-        node.continue_on_error = document.get("continue_on_error") is True
-        node.rule = document.get("trigger_rule") or node.rule
-        node.limit = document.get("max_concurrency")
-        if node.limit is not None and not (node.for_each or node.type == "parallel"):
+        if len(document) > 4:  # most steps have none of these
+            node.timeout = _seconds(document.get("timeout_seconds"), "s")
+            node.continue_on_error = document.get("continue_on_error") is True
+            node.rule = document.get("trigger_rule") or node.rule
+            node.limit = document.get("max_concurrency")
+        if node.limit is not None and not (node.for_each or node.type == "parallel" or "max_concurrency" in node.defaulted):
             self.problem((*node.path, "max_concurrency"), "max_concurrency belongs to for_each and to the type parallel")
-        node.retry_given = isinstance(document.get("retry"), Mapping)
-        node.retry = _NO_RETRY if row.container else _DEFAULT_RETRY
-        if node.retry_given:
+        if not row.container:
+            node.retry = _DEFAULT_RETRY
+        if isinstance(document.get("retry"), dict):
+            node.retry_given = True
             try:
                 node.retry = RetryPolicy.from_dict(document["retry"])
             except ValidationError as error:
                 for problem in error.problems:
-                    self.misshape((*node.path, "retry", *problem.path), problem.message)
+                    self.misshape((*self.place(node, "retry"), *problem.path), problem.message)
+
+    def condition(self, node: _Node, document: Mapping[str, Any]) -> None:
+        """A condition decides whether the step runs, which branch is taken, or which items a filter keeps."""
+        place = self.place(node, "condition")
+        condition = self.guarded(place, Condition, document["condition"])
+        if condition is None:
+            return
+        roots = {reference[0][0] for reference in condition.references if reference[0]}
+        if node.type == "branch":
+            node.picker = condition
+        elif "item" in roots and document.get("function") == "filter" and not node.for_each:
+            node.local, node.item_values = _ITEM_NAMES, [("condition", condition.evaluate)]
+        else:
+            node.condition, node.item_condition = condition, not roots.isdisjoint(node.local)
+        self.note(node, condition, "condition", place)
 
     def check_outputs(self, node: _Node, row: _StepType) -> None:
         names, path = node.output_names, (*node.path, "output")
         for name in names:
-            if not _IDENTIFIER.match(name):
-                self.misshape(path, f"output {name!r} must be letters, digits, _ or -")
-        if len(set(names)) < len(names):
+            if not _IDENTIFIER(name):
+                self.misshape(path, f"output {_shown(name)} must be letters, digits, _ or -")
+        if len(names) > 1 and len(set(names)) < len(names):
             self.misshape(path, "output gives one name twice")
         if row.arity and len(names) > row.arity:
             self.misshape(path, f"{node.type} has {row.arity} output{'s' * (row.arity > 1)}, but {len(names)} are named")
@@ -3256,277 +3370,306 @@ class _Compiler:
             node.output_names = ("output",)
 
     def value(self, node: _Node, key: str, value: Any) -> None:
-        """A key of a step: a constant, or something to render in each run."""
+        """A key of a step: a constant, something to render in each run, or for each item."""
         if key == "template" and node.type == "transform" and node.document.get("function") in ("map", "template"):
-            if render := self.compiled(node, key, value):
-                node.item_values.append((key, render))
-            return
-        render = self.compiled(node, key, value)
-        if render is None or not _holds_tag(value):
-            node.constants[key] = value
-        else:
+            node.item_values = [*node.item_values, (key, self.rendered(node, key, value))]
+        elif render := self.compiled(node, key, value, self.place(node, key)):
             node.values.append((key, render))
+        else:
+            node.constants[key] = value
 
-    def compiled(self, node: _Node, key: str, value: Any) -> Callable[[Any], Any] | None:
-        """The value of a key as a function of the context; what it reads is noted on the node."""
-        compiled = self.guarded((*node.path, key), _compile_value, value, True, self.partials, None)
-        if compiled is None:
+    def rendered(self, node: _Node, key: str, value: Any) -> Callable[[Any], Any]:
+        """The value of a key as a function of the context."""
+        return self.compiled(node, key, value, self.place(node, key)) or _constant(value)
+
+    def compiled(self, node: _Node, key: str, value: Any, path: _Path) -> Callable[[Any], Any] | None:
+        """A value whose texts are templates as a function of the context; None if it is constant.
+
+        What it reads is noted on the node.
+        """
+        if isinstance(value, str):
+            template = self.guarded(path, Template, value, True, self.partials) if _has_tag(value) else None
+            if template is None:
+                return None
+            self.note(node, template, key, path)
+            evaluate: Callable[[Any], Any] = template.evaluate
+            return evaluate
+        if not isinstance(value, (dict, list)) or not _holds_tag(value):
             return None
-        node.references.extend((reference, key) for reference in compiled[1])
-        render: Callable[[Any], Any] = compiled[0]
-        return render
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        items = [(name, self.compiled(node, key, value[name], (*path, name)) or _constant(value[name])) for name in keys]
+        if isinstance(value, dict):
+            return lambda context: {name: render(context) for name, render in items}
+        return lambda context: [render(context) for _, render in items]
+
+    def note(self, node: _Node, source: Template | Condition, key: str, path: _Path) -> None:
+        for reference in source.references:
+            node.references.append((reference, key))
+            node.places.append((path, source.source))
 
     # what each type has of its own
 
-    def _llm(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+    def _llm(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
-        both = document.get("prompt") is not None and document.get("messages") is not None
-        if both or (document.get("prompt") is None and document.get("messages") is None):
-            path = (*node.path, "messages") if both else node.path
-            self.misshape(path, "give a prompt or messages, not both" if both else "prompt is missing (or messages)")
-        schema = document.get("schema")
+        schema, place = document.get("schema"), self.place(node, "schema")
         if isinstance(schema, str):
             try:
-                loaded = _read_document(os.path.join(self.workflow.folder or ".", schema))
-                node.constants["schema"] = loaded
-                if not isinstance(loaded, Mapping):
-                    self.misshape((*node.path, "schema"), f"schema: {schema} must hold a map, not {_shown(loaded)}")
+                node.constants["schema"] = loaded = _read_document(os.path.join(self.workflow.folder or ".", schema))
+                if not isinstance(loaded, dict):
+                    self.misshape(place, f"schema: {schema} must hold a map, not {_shown(loaded)}")
             except OrchestratorError as error:
-                self.misshape((*node.path, "schema"), f"schema: {error}")
+                self.misshape(place, f"schema: {error}")
 
-    def _embed(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+    def _embed(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
 
-    def _vector_search(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+    def _vector_search(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         if isinstance(document.get("embed"), Mapping):
             self.check_keys(document["embed"], _EMBED_KEYS, (*node.path, "embed"), ("provider", "model"))
 
-    def _vector_upsert(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
-        self._vector_search(node, document, names)
+    def _vector_upsert(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        self._vector_search(node, document, graph)
         if (document.get("documents") is None) == (document.get("vectors") is None):
             self.misshape(node.path, "give documents or vectors, one of the two")
 
-    def _transform(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+    def _transform(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "function", _TRANSFORMS, "transform")
-        node.inline = document.get("function") in _TRANSFORMS
-        if document.get("function") == "map":
+        node.inline = isinstance(function := document.get("function"), str) and function in _TRANSFORMS
+        if function == "map":
             node.local |= _ITEM_NAMES
-        if document.get("function") == "template":  # its inputs are names in the template
-            node.local |= {str(name) for name in (document.get("inputs") or {}) if isinstance(name, str)}
+        if function == "template":  # its inputs are names in the template
+            node.local |= {name for name in _as_list(document.get("inputs")) if isinstance(name, str)}
+            node.local |= {name for name in document["inputs"]} if isinstance(document.get("inputs"), dict) else set()
 
-    def _action(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+    def _action(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "action", _ACTIONS, "action")
 
     def custom(self, node: _Node, key: str, table: Mapping[str, Any], what: str) -> None:
         name = node.constants.get(key)
         if isinstance(name, str) and name not in table:
             near = _suggestion(name, table)
-            message = f"the {what} {name!r} is unknown here{near}; a run needs it from --plugin or {what}s={{...}}"
-            self.problem((*node.path, key), message, "warning").custom = (f"{what}s", name)
+            message = f"the {what} {_shown(name)} is unknown here{near}; a run needs it from --plugin or {what}s={{...}}"
+            self.problem(self.place(node, key), message, "warning").custom = (f"{what}s", name)
 
-    def _parallel(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
-        node.children = self.child_steps(node, document.get("tasks"), (*node.path, "tasks"), names)
+    def _parallel(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        node.children = self.child_steps(node, document.get("tasks"), (*node.path, "tasks"), graph)
         self.name_outputs(node, list(node.children.by_id))
 
-    def _branch(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
-        branches = document.get("branches")
-        for value, steps in branches.items() if isinstance(branches, Mapping) else ():
+    def _branch(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        branches, node.branches = document.get("branches"), {}
+        for value, steps in branches.items() if isinstance(branches, dict) else ():
             path = (*node.path, "branches", value)
             if not isinstance(steps, list):
-                self.misshape(path, f"branches: {value!r} must be a list of steps, not {_shown(steps)}")
-            node.branches[_branch_key(value)] = self.child_steps(node, steps, path, names)
-        self.name_outputs(node, ["branch", *dict.fromkeys(id for graph in node.branches.values() for id in graph.by_id)])
+                self.misshape(path, f"branches: {_shown(value)} must be a list of steps, not {_shown(steps)}")
+            node.branches[_branch_key(value)] = self.child_steps(node, steps, path, graph)
+        self.name_outputs(node, ["branch", *dict.fromkeys(id for inner in node.branches.values() for id in inner.by_id)])
 
-    def _loop(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
-        node.children = self.child_steps(node, document.get("steps"), (*node.path, "steps"), names, _LOOP_NAMES)
+    def _loop(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        node.children = self.child_steps(node, document.get("steps"), (*node.path, "steps"), graph, _LOOP_NAMES)
         if isinstance(document.get("until"), (str, bool, int)):
-            node.until = self.guarded((*node.path, "until"), Condition, document["until"])
+            node.until = self.guarded(self.place(node, "until"), Condition, document["until"])
         self.name_outputs(node, [*node.children.by_id, "iterations"])
 
-    def _workflow(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
-        target, path = document.get("workflow"), (*node.path, "workflow")
-        if _has_tag(target):
-            self.value(node, "workflow", target)
+    def _workflow(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        target, path = document.get("workflow"), self.place(node, "workflow")
+        if _has_tag(target):  # known only when it runs
+            node.values.append(("workflow", self.rendered(node, "workflow", target)))
             return
+        here = self.workflow
         try:
             if isinstance(target, str):
-                node.workflow = called = _sub_workflow(self.workflow, target)
-                faults = called._compiled[1].errors() if called._compiled else []  # none yet if it is calling itself
-                for fault in called._located(faults):
-                    self.problem(path, f"workflow: {fault}")
-            elif isinstance(target, Mapping):
-                here = self.workflow
+                node.workflow = called = _sub_workflow(here, target)
+                for fault in called._located(called._compiled[1].problems if called._compiled else []):
+                    self.problem(path, f"workflow: {fault}", fault.severity).custom = fault.custom
+            elif isinstance(target, dict):
                 node.workflow = called = Workflow._from_document(target, here.source, here.folder, "", here._loaded)
-                for fault in called._plan().errors():
-                    self.problem(path, f"workflow: {fault.message}")
-        except (ParseError, ValidationError) as error:
-            self.misshape(path, f"workflow: {error}")
+                called._chain = here._chain
+                self.misshapen |= called._plan().misshapen
+                for fault in called._plan().problems:
+                    copy = self.problem((*path, *fault.path), fault.message, fault.severity, fault.inside)
+                    copy.custom, copy.cycle = fault.custom, fault.cycle
+        except ValidationError as error:
+            for fault in error.problems:
+                self.misshape(path, f"workflow: {fault}")
         except OrchestratorError as error:
-            self.problem(path, f"workflow: {error}")
+            (self.misshape if isinstance(error, ParseError) else self.problem)(path, f"workflow: {error}")
         if node.workflow is None:
             return
         self.check_call(node, node.workflow, document.get("inputs") or {})
-        outputs = node.workflow.outputs
-        ids = [step.document.get("id") for step in node.workflow.steps]
-        self.name_outputs(node, list(outputs) if isinstance(outputs, Mapping) and outputs else list(map(str, ids)))
+        outputs, ids = node.workflow.outputs, [step.id for step in node.workflow.steps if isinstance(step, Step)]
+        self.name_outputs(node, list(map(str, outputs if isinstance(outputs, dict) and outputs else ids)))
 
-    def check_call(self, node: _Node, called: Workflow, given: Mapping[str, Any]) -> None:
+    def check_call(self, node: _Node, called: Workflow, given: Any) -> None:
         """The inputs that a step gives to a sub-workflow against those that it declares."""
-        path = (*node.path, "inputs")
-        declared = called.inputs if isinstance(called.inputs, Mapping) else None
-        for name in given if declared is not None and isinstance(given, Mapping) else ():
-            if name not in (declared or ()):
-                near = _suggestion(name, declared or ())
-                self.problem((*path, name), f"inputs: the workflow has no input {name!r}{near}")
-        for name in _required_inputs(declared or {}):
-            if name not in given:
-                self.problem(path, f"inputs: the workflow needs the input {name!r}")
+        path, declared = self.place(node, "inputs"), called.inputs
+        if not isinstance(declared, dict) or not isinstance(given, dict):
+            return
+        for name, value in given.items():
+            entry = declared.get(name) or {}
+            if name not in declared:
+                self.problem((*path, name), f"inputs: the workflow has no input {_shown(name)}{self.near(name, declared)}")
+            elif value is not None and not _holds_tag(value) and (fault := _input_fault(value, entry)):
+                self.problem((*path, name), f"inputs: {name} {fault}")
+        for name in _required_inputs(declared):
+            if given.get(name) is None:
+                self.problem(path, f"inputs: the workflow needs the input {_shown(name)}")
 
     def name_outputs(self, node: _Node, names: list[str]) -> None:
         """A container's outputs: the names that are given, in order; otherwise its children's own."""
         given = node.output_names
         if len(given) > len(names):
-            shown = f"{len(names)} outputs ({', '.join(names)})"
+            shown = f"{len(names)} outputs ({_shorten(', '.join(names), 100)})"
             self.problem((*node.path, "output"), f"{node.type} has {shown}, but {len(given)} are named")
         node.output_names = given or tuple(names)
 
     def child_steps(
-        self, node: _Node, steps: Any, path: _Path, names: _Names, local: frozenset[str] = frozenset()
+        self, node: _Node, steps: Any, path: _Path, graph: _Graph, local: frozenset[str] = frozenset()
     ) -> _Graph:
-        return self.steps(steps, path, _Names(names, node, names.inputs, names.local | node.local | local))
+        return self.steps(steps, path, _Graph(graph, node, graph.inputs, graph.local | node.local | local))
 
     # references
 
-    def connect(self, node: _Node, names: _Names) -> None:
+    def connect(self, node: _Node, graph: _Graph) -> None:
         """Turns `depends_on` and references into dependencies, refusing what does not exist."""
         listed = node.document.get("depends_on")
-        for index, step_id in enumerate(_as_list(listed)):
+        for index, step_id in enumerate(_as_list(listed) if listed else ()):
             path = (*node.path, "depends_on", index) if isinstance(listed, list) else (*node.path, "depends_on")
-            if isinstance(step_id, str) and not self.depend(node, step_id, names, path, f"depends_on: {step_id!r}"):
-                near = _suggestion(step_id, names.visible())
-                self.problem(path, f"depends_on: there is no step {step_id!r}{near}")
-        if node.type == "transform":
-            self.transform_inputs(node, names)
-        for reference, key in node.references:
-            self.resolve(node, reference, key, names)
+            if isinstance(step_id, str) and not self.depend(node, step_id, graph, path, ("depends_on", step_id)):
+                self.problem(path, f"depends_on: there is no step {_shown(step_id)}{self.near(step_id, graph.visible())}")
+        for (reference, key), place in zip(node.references, node.places):
+            self.resolve(node, reference, key, place, graph)
+        if node.type == "transform" and "inputs" in node.document:
+            self.transform_inputs(node, graph)
         if node.until is not None and node.children is not None:
-            inner = next(scope for graph, scope in self.graphs if graph is node.children)
             for reference in node.until.references:
-                self.resolve(node, reference, "until", inner)
+                self.resolve(node, reference, "until", (self.place(node, "until"), node.until.source), node.children)
 
-    def depend(self, node: _Node, step_id: str, names: _Names, path: _Path, shown: str) -> _Node | None:
+    def depend(self, node: _Node, step_id: str, graph: _Graph, path: _Path, shown: tuple[str, str]) -> _Node | None:
         """Finds a step from inside out; `node`, or the container of it that is its sibling, will wait for it."""
-        waiting: _Node | None = node if node.id in names.nodes else None
-        for scope in names.around():
-            target = scope.nodes.get(step_id)
+        waiting: _Node | None = node if graph.by_id.get(node.id) is node else None
+        for scope in graph.around():
+            target = scope.by_id.get(step_id)
             if target is not None:
-                if target is waiting and waiting is node:
-                    self.problem(path, f"{shown}: {step_id!r} depends on itself")
-                elif target is waiting:
-                    self.problem(path, f"{shown}: {step_id!r} contains this step")
+                if target is waiting:
+                    wrong = "depends on itself" if waiting is node else "contains this step"
+                    self.problem(path, f"{shown[0]}: {_shown(shown[1])}: {step_id!r} {wrong}")
                 elif waiting is not None:
                     waiting.dependencies[step_id] = None
                 return target
             waiting = scope.owner
         return None
 
-    def resolve(self, node: _Node, reference: Reference, key: str, names: _Names) -> None:
+    def resolve(self, node: _Node, reference: Reference, key: str, place: tuple[_Path, str], graph: _Graph) -> None:
         """Checks one reference and makes the node wait for the step that it names."""
-        segments, path = reference[0], (*node.path, key)
+        segments = reference[0]
         root = segments[0] if segments else ""
-        shown = f"{key}: {'.'.join(segments)!r}"
-        if not root or root in names.local or root in node.local or root in ("workflow", "run"):
+        if not root or root in graph.local or root in node.local or root in ("workflow", "run"):
             return
         if root not in ("steps", "outputs"):
-            name = segments[1] if root in ("inputs", "input") and len(segments) > 1 else root
-            if names.inputs is not None and name not in names.inputs and name not in ("inputs", "input"):
-                near = f"; did you mean steps.{name}?" if name in names.visible() else _suggestion(name, names.inputs)
-                self.problem(path, f"{shown}: there is no input {name!r}{near}")
-            return
-        if len(segments) < 2:
-            self.problem(path, f"{shown} needs the id of a step, as in steps.ID.OUTPUT")
-            return
+            fault = self.missing_input(segments, graph)
+        elif len(segments) < 2:
+            fault = " needs the id of a step, as in steps.ID.OUTPUT" if node.id else ""
+        else:
+            fault = self.missing_output(node, segments, place[0], key, graph)
+        if fault:
+            self.problem(place[0], f"{key}: {_shown('.'.join(segments))}{fault}", inside=(place[1], reference[2]))
+
+    def missing_input(self, segments: tuple[str, ...], graph: _Graph) -> str:
+        """What is wrong with a reference to an input, or nothing."""
+        prefixed = segments[0] in ("inputs", "input")
+        name = segments[1] if prefixed and len(segments) > 1 else segments[0]
+        if graph.inputs is None:
+            if prefixed or name not in ("item", *_LOOP_NAMES):
+                return ""
+            return f": {name!r} is known only inside {'a for_each' if name == 'item' else 'a loop'}"
+        if name in graph.inputs or name in ("inputs", "input"):
+            return ""
+        step = name if name in graph.visible() else "".join(graph.named.get(name, ())[:1])
+        path = f"steps.{name}" if step == name else f"steps.{step}.{name}"
+        near = f", did you mean {path!r}?" if step else self.near(name, graph.inputs)
+        return f": there is no input {_shown(name)}{near}"
+
+    def missing_output(self, node: _Node, segments: tuple[str, ...], path: _Path, key: str, graph: _Graph) -> str:
+        """What is wrong with a reference to a step, or nothing; the node will wait for the step."""
         step_id, rest = segments[1], segments[2:]
-        if root == "outputs" and step_id not in names.visible():
-            producers = next((scope.producers[step_id] for scope in names.around() if step_id in scope.producers), [])
-            if len(producers) > 1:
-                where = " or ".join(f"steps.{producer.id}.{step_id}" for producer in producers)
-                self.problem(path, f"{shown} is the name of several outputs; write {where}")
-                return
-            step_id, rest = (producers[0].id, ()) if producers else (step_id, rest)
-        target = self.depend(node, step_id, names, path, shown)
+        if segments[0] == "outputs" and step_id not in graph.by_id and not any(step_id in g.by_id for g in graph.around()):
+            ids = next((scope.named[step_id] for scope in graph.around() if step_id in scope.named), [])
+            if len(ids) > 1:
+                return f" is the name of several outputs; write {' or '.join(f'steps.{one}.{step_id}' for one in ids[:5])}"
+            step_id, rest = (ids[0], ()) if ids else (step_id, rest)
+        target = self.depend(node, step_id, graph, path, (key, ".".join(segments)))
         if target is None:
-            self.problem(path, f"{shown}: there is no step {step_id!r}{_suggestion(step_id, names.visible())}")
-        elif rest:
-            known = _declared_outputs(target)
-            if known and rest[0] not in known and rest[0] not in _STEP_FACTS:
-                near = _suggestion(rest[0], known) or f"; it has {', '.join(list(known)[:10])}"
-                self.problem(path, f"{shown}: step {step_id!r} has no output {rest[0]!r}{near}")
+            return f": there is no step {_shown(step_id)}{self.near(step_id, graph.visible())}"
+        while rest and target is not None and (names := target.names()) and rest[0] not in _STEP_FACTS:
+            if rest[0] not in names:
+                near = _suggestion(rest[0], names) or f"; it has {_shorten(', '.join(names), 200)}"
+                return f": step {target.id!r} has no output {_shown(rest[0])}{near}"
+            target, rest = None if target.for_each else target.child(rest[0]), rest[1:]
+        return ""
 
-    def transform_inputs(self, node: _Node, names: _Names) -> None:
+    def transform_inputs(self, node: _Node, graph: _Graph) -> None:
         """A transform's inputs: templates, values, or names of paths, upstream outputs and workflow inputs."""
-        inputs = node.document.get("inputs")
-        entries = inputs.items() if isinstance(inputs, Mapping) else ((name, name) for name in _as_list(inputs))
-        for name, source in entries:
-            if not isinstance(inputs, Mapping) and isinstance(source, str) and not _has_tag(source):
-                source = "{{" + self.input_path(node, source, names) + "}}"
-            render = self.compiled(node, "inputs", source)
-            if render is not None:
-                node.inputs.append((str(name), render))
+        inputs, place = node.document["inputs"], self.place(node, "inputs")
+        named = list(inputs.items()) if isinstance(inputs, dict) else [(one, one) for one in _as_list(inputs)]
+        paths = [isinstance(source, str) and not _has_tag(source) and self.is_path(node, source, graph) for _, source in named]
+        bare = [isinstance(source, str) and not _has_tag(source) and not isinstance(inputs, dict) for _, source in named]
+        rendered: dict[int, Callable[[Any], Any]] = {}
+        # Names of outputs come last: by then the paths and templates have said which steps it depends on.
+        for index in sorted(range(len(named)), key=lambda index: bare[index] and not paths[index]):
+            source, known = named[index][1], len(node.references)
+            path = (*place, list(inputs)[index] if isinstance(inputs, dict) else index) if inputs is not source else place
+            if paths[index] or bare[index]:
+                source = "{{" + (source if paths[index] else self.input_path(node, source, path, graph)) + "}}"
+            rendered[index] = self.compiled(node, "inputs", source, path) or _constant(source)
+            for (reference, key), where in zip(node.references[known:], node.places[known:]):
+                self.resolve(node, reference, key, where, graph)
+        node.inputs = [(str(name), rendered[index]) for index, (name, _) in enumerate(named)]
 
-    def input_path(self, node: _Node, name: str, names: _Names) -> str:
-        """What a transform's input name stands for: a path, an output of a dependency, a workflow input."""
+    def is_path(self, node: _Node, name: str, graph: _Graph) -> bool:
+        root, dot, _ = name.partition(".")
+        return root in graph.local or root in node.local or bool(dot and root in ("steps", "outputs", "inputs", "input"))
+
+    def input_path(self, node: _Node, name: str, path: _Path, graph: _Graph) -> str:
+        """What a transform's input name stands for: an output of a dependency, a dependency, a workflow input."""
         root = name.split(".", 1)[0]
-        if root in names.local or root in node.local or ("." in name and root in ("steps", "outputs", "inputs", "input")):
-            return name
-        upstream = [names.nodes[step_id] for step_id in node.dependencies]
-        found = [target for target in upstream if root in target.output_names]
+        found = [step_id for step_id in node.dependencies if root in graph.by_id[step_id].output_names]
         if len(found) > 1:
-            where = " or ".join(f"steps.{target.id}.{root}" for target in found)
-            self.problem((*node.path, "inputs"), f"inputs: {name!r} is an output of several dependencies; write {where}")
+            where = " or ".join(f"steps.{step_id}.{root}" for step_id in found)
+            self.problem(path, f"inputs: {_shown(name)} is an output of several dependencies; write {where}")
         if found:
-            return f"steps.{found[0].id}.{name}"
-        if root in node.dependencies and root not in (names.inputs or ()):
+            return f"steps.{found[0]}.{name}"
+        if root in node.dependencies and root not in (graph.inputs or ()):
             return f"steps.{name}"
         return f"inputs.{name}"
 
     def check_cycles(self, graph: _Graph) -> None:
+        """Names the cycles; each is broken where it was found, to look for others."""
+        if all(graph.by_id[name].position < node.position for node in graph.nodes for name in node.dependencies):
+            return  # every step stands below its dependencies
         import graphlib
 
-        try:
-            graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
-        except graphlib.CycleError as error:
-            cycle = error.args[1][::-1][1:]
-            first = cycle.index(min(cycle, key=lambda step_id: graph.by_id[step_id].position))
-            cycle = [*cycle[first:], *cycle[:first], cycle[first]]
-            self.problem(graph.by_id[cycle[0]].path, f"cycle: {' -> '.join(cycle)}").cycle = cycle
-            for node in graph.nodes:
-                node.dependencies = {}
+        for _ in range(_MOST_SUGGESTIONS):
+            try:
+                return graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
+            except graphlib.CycleError as error:
+                cycle = error.args[1][::-1][1:]
+                first = cycle.index(min(cycle, key=lambda step_id: graph.by_id[step_id].position))
+                cycle = [*cycle[first:], *cycle[:first], cycle[first]]
+                self.problem(graph.by_id[cycle[0]].path, f"cycle: {' -> '.join(cycle)}").cycle = cycle
+                del graph.by_id[cycle[0]].dependencies[cycle[1]]
 
-    def outputs(self, names: _Names) -> list[tuple[str, Callable[[Any], Any]]]:
+    def outputs(self, graph: _Graph) -> list[tuple[str, Callable[[Any], Any]]]:
         """The run's own outputs, rendered when every step has ended."""
-        holder = _Node({}, ("outputs",), 0)
+        holder = _Node({"id": ""}, ("outputs",), 0)
         outputs = self.document.get("outputs")
         rendered = []
-        for name, value in outputs.items() if isinstance(outputs, Mapping) else ():
-            rendered.append((str(name), self.compiled(holder, name, value) or (lambda context: None)))
-        for reference, key in holder.references:
-            self.resolve(holder, reference, key, names)
+        for name, value in outputs.items() if isinstance(outputs, dict) else ():
+            if not isinstance(name, str):
+                self.misshape(("outputs", name), f"outputs: the name {_shown(name)} must be text; quote it")
+            rendered.append((str(name), self.rendered(holder, name, value)))
+        for (reference, key), place in zip(holder.references, holder.places):
+            self.resolve(holder, reference, key, place, graph)
         return rendered
-
-
-def _holds_tag(value: Any) -> bool:
-    """Whether a template stands anywhere in a value."""
-    if isinstance(value, Mapping):
-        return any(map(_holds_tag, value.values()))
-    return any(map(_holds_tag, value)) if isinstance(value, (list, tuple)) else _has_tag(value)
-
-
-def _declared_outputs(node: _Node) -> dict[str, None]:
-    """The names that may follow `steps.ID.`; none if they are known only when it runs."""
-    children = [child.id for graph in node.graphs() for child in graph.nodes]
-    called = [str(step.document.get("id")) for step in node.workflow.steps] if node.workflow else []
-    return dict.fromkeys((*node.output_names, *children, *called))
 
 
 def _branch_key(value: Any) -> str:
@@ -3542,8 +3685,8 @@ def _label(document: Any, path: _Path) -> str:
             document = document[key]
         except (KeyError, IndexError, TypeError):
             break
-        if isinstance(key, int) and isinstance(document, Mapping) and "id" in document:
-            parts.append(f"{path[depth - 1]}[{key}] {document['id']!r}: ")
+        if isinstance(key, int) and isinstance(document, dict) and "id" in document:
+            parts.append(f"{path[depth - 1]}[{key}] {_shown(document['id'])}: ")
     return "".join(parts)
 
 
@@ -3551,7 +3694,10 @@ def _sub_workflow(caller: Workflow, name: str) -> Workflow:
     """The workflow in a file, by a name relative to the caller's own folder; read once however often it is called."""
     path = os.path.join(caller.folder or ".", name)
     known = caller._loaded.get(os.path.realpath(path))
-    return known or Workflow._from_path(path, caller._loaded)
+    if known is None and len(caller._chain) >= _MAX_WORKFLOW_DEPTH:
+        chain = " -> ".join((*caller._chain, os.path.basename(name)))
+        raise OrchestratorError(f"workflows call each other more than {_MAX_WORKFLOW_DEPTH} deep: {chain}")
+    return known or Workflow._from_path(path, caller._loaded, caller._chain)
 
 
 def _read_document(path: str) -> Any:
@@ -3565,19 +3711,19 @@ def _read_document(path: str) -> Any:
 
 def _required_inputs(declared: Mapping[str, Any]) -> list[str]:
     """The declared inputs that must be given: required (without a default)."""
-    given = ((name, entry or {}) for name, entry in declared.items())
-    return [name for name, entry in given if entry.get("required") and entry.get("default") is None]
+    entries = ((name, entry) for name, entry in declared.items() if isinstance(entry, dict))
+    return [name for name, entry in entries if entry.get("required") and entry.get("default") is None]
 
 
 def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:
     """What is wrong with an input's value, or None."""
-    kind = declared.get("type") or "any"
-    kind = _INPUT_TYPE_ALIASES.get(kind, kind)
+    kind = declared.get("type")
+    kind = _INPUT_TYPE_ALIASES.get(kind, kind) if isinstance(kind, str) else "any"
     if kind in _INPUT_TYPES and not _INPUT_TYPES[kind](value):
         return f"must be {'an' if kind[0] in 'aio' else 'a'} {kind}, not {_shown(value)}"
     allowed = declared.get("enum")
     if isinstance(allowed, list) and not any(value == one and type(value) is type(one) for one in allowed):
-        return f"must be one of {', '.join(map(_to_json, allowed))}, not {_shown(value)}"
+        return f"must be one of {_shorten(', '.join(map(_to_json, allowed)), 200)}, not {_shown(value)}"
     return None
 
 
