@@ -3411,6 +3411,7 @@ class _Compiler:
 
     def _llm(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
+        self.custom(node, "tools", {}, "tool")
         schema, place = document.get("schema"), self.place(node, "schema")
         if isinstance(schema, str):
             try:
@@ -3445,11 +3446,11 @@ class _Compiler:
         self.custom(node, "action", _ACTIONS, "action")
 
     def custom(self, node: _Node, key: str, table: Mapping[str, Any], what: str) -> None:
-        name = node.constants.get(key)
-        if isinstance(name, str) and name not in table:
-            near = _suggestion(name, table)
-            message = f"the {what} {_shown(name)} is unknown here{near}; a run needs it from --plugin or {what}s={{...}}"
-            self.problem(self.place(node, key), message, "warning").custom = (f"{what}s", name)
+        for name in _as_list(node.constants.get(key)):
+            if isinstance(name, str) and name not in table:
+                near = _suggestion(name, table)
+                message = f"the {what} {_shown(name)} is unknown here{near}; a run needs it from --plugin or {what}s={{...}}"
+                self.problem(self.place(node, key), message, "warning").custom = (f"{what}s", name)
 
     def _parallel(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         node.children = self.child_steps(node, document.get("tasks"), (*node.path, "tasks"), graph)

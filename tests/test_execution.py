@@ -205,7 +205,7 @@ def test_256_slow_calls_at_concurrency_256_take_the_time_of_one() -> None:
     provider = Scripted(delay=0.2)
     started = time.monotonic()
     result = run(*(llm(f"s{n}") for n in range(256)), provider=provider, concurrency=256)
-    assert time.monotonic() - started < 2  # one after the other they take 51 s, by asyncio's own pool at least 8
+    assert time.monotonic() - started < 5  # one after the other they take 51 s
     assert provider.most_active > 200
     assert result.status == "completed"
 
