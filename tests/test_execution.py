@@ -202,10 +202,10 @@ def test_every_state_is_what_the_rules_say_whatever_the_concurrency(graph: list[
 
 
 def test_256_slow_calls_at_concurrency_256_take_the_time_of_one() -> None:
-    provider = Scripted(delay=0.2)
+    provider = Scripted(delay=1.0)
     started = time.monotonic()
     result = run(*(llm(f"s{n}") for n in range(256)), provider=provider, concurrency=256)
-    assert time.monotonic() - started < 5  # one after the other they take 51 s
+    assert time.monotonic() - started < 10  # one after the other they take 256 s
     assert provider.most_active > 200
     assert result.status == "completed"
 
@@ -327,7 +327,7 @@ def test_cancel_from_another_thread_ends_the_run() -> None:
 @given(st.floats(0, 0.05), st.integers(1, 8))
 def test_cancelling_at_any_moment_leaves_nothing_unfinished(moment: float, concurrency: int) -> None:
     provider = Scripted(delay=0.01)
-    steps = [llm(f"s{n}", "{{steps.s%d}}" % (n - 1) if n % 3 else "x") for n in range(12)]
+    steps = [llm(f"s{n}", f"{{{{steps.s{n - 1}}}}}" if n % 3 else "x") for n in range(12)]
     executor = WorkflowExecutor(Workflow("t", steps), {}, {"p": provider}, max_concurrency=concurrency)
 
     async def cancelled() -> int:
