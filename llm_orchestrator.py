@@ -1185,6 +1185,13 @@ def _finite(value: Any) -> Any:
 # closure `read(this, frame)`. Linear in the source; paths reach keys and indexes only; values are never rendered again.
 # ---------------------------------------------------------------------------------------------------------------------
 
+if TYPE_CHECKING:
+    _Frame = dict[str, Any]  # what a tag sees besides `this`, see _root_frame
+    _Read = Callable[[Any, Any], Any]  # (this, frame) -> value
+    _Node = tuple[str, Any, str, int]  # kind ("literal", "path", "key", "call"), content, text, position
+    _Helpers = Mapping[str, Callable[..., Any]]
+    Reference = tuple[tuple[str, ...], bool, int]  # segments, required, position
+
 _MAX_NESTING = 100
 _NAME = r"""[^\s!"#%-,./;->@\[-^`{-~]+"""
 _STEP = rf"(?:{_NAME}|\[[^\]\\]*(?:\\\]?[^\]\\]*)*\])"
@@ -1192,14 +1199,15 @@ _PATH = rf"@?(?:(?:\.\.?/)+(?={_STEP})|\.\.?(?:/\.\.?)*)?(?:{_STEP}(?:[./]{_STEP
 _QUOTED = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
 _TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))")
 _STEPS = re.compile(rf"\.\.?(?=/|\Z)|{_STEP}")
-_SIMPLE_TAG = re.compile(r"\{\{\s*([A-Za-z_][\w-]*(?:\.[\w-]+)*)\s*\}\}(?!\})|<<([A-Za-z_][\w-]*(?:\.[\w-]+)*)>>")
-_OPENER, _EQUALS, _LITERAL_NUMBER = re.compile(r"\{\{|<<"), re.compile(r"\s*="), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
-_TAG = re.compile(r"(\{\{\{\{|\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
+_WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)[A-Za-z_][\w-]*(?:\.[\w-]+)*)"
+_SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?)\s*{_WORDS}(?: {_WORDS})?\s*(?(1)>>|\}}\}}(?!\}}))")
+_OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
+_TAG = re.compile(r"(\{\{\{\{)|(\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
 _TAG_ENDS = {
-    "{{": r"\s*(~?)\}\}(?!\})", "{{{": r"\s*\}(~?)\}\}", "{{{{": r"\s*()\}\}\}\}", "{{!": r"(~?)\}\}",
+    "{{": r"\s*(?:()\}\}(?!\})|(~)\}\})", "{{{": r"\s*\}(~?)\}\}", "{{{{": r"\s*()\}\}\}\}", "{{!": r"(~?)\}\}",
     "{{!--": r"--(~?)\}\}", "<<": r"\s*(~?)>>", "<<<": r"\s*>(~?)>>", "<<!": "(~?)>>", "<<!--": "--(~?)>>", "(": r"\s*()\)",
 }  # fmt: skip
-_RAW_TAG = rf"\{{\{{\{{\{{(?:/({_NAME})\}}\}}\}}\}}|(?=[^/]))"
+_BLOCK_PARAMETERS, _RAW_TAG = rf"\s*\|\s*({_NAME}(?:\s+{_NAME})*)\s*\|", rf"\{{{{4}}(?:/({_NAME})\}}{{4}}|(?=[^/{{]))"
 _STANDALONE = frozenset(("#", "^", "/", "else", ">", "#>", "#*", "!"))
 _LITERAL_WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "undefined": None}
 
@@ -1209,16 +1217,16 @@ class _Malformed(Exception):
 
 
 class _Tag:
-    """One tag: its sign ("" for a value), `~` on either side, and what is in it."""
+    """One tag: its sign ("" for a value), what it calls with what, block parameters, and `~` on either side."""
 
-    __slots__ = ("arguments", "end", "head", "indent", "left", "named", "names", "position", "right", "sign")
+    arguments: Sequence[_Node] = ()
+    named: Mapping[str, _Node] = {}
+    names: Sequence[str] = ()
+    left = right = False
+    indent = ""
 
-    def __init__(self, sign: str, position: int, head: _Expression | None = None, end: int = 0) -> None:
-        self.sign, self.position, self.head, self.end, self.indent = sign, position, head, end, ""
-        self.left = self.right = False
-        self.arguments: list[_Expression] = []
-        self.named: dict[str, _Expression] = {}
-        self.names: tuple[str, ...] = ()  # block parameters
+    def __init__(self, sign: str, position: int, end: int = 0, head: _Node | None = None) -> None:
+        self.sign, self.position, self.end, self.head = sign, position, end, head
 
     @property
     def name(self) -> str:
@@ -1246,34 +1254,37 @@ def _scan(source: str) -> list[str | _Tag]:
         if literal or tag is None:
             start, search = position, position + 2
         else:
-            items.append(tag)
-            start = search = _scan_raw(source, tag, items) if tag.sign == "raw" else tag.end
+            items += _raw_block(source, tag) if tag.sign == "raw" else (tag,)
+            start = search = tag.end
     return [*items, source[start:]] if start < len(source) else items
 
 
-def _scan_raw(source: str, tag: _Tag, items: list[str | _Tag]) -> int:
-    """Adds the text of a raw block, nested ones included, and its closing tag; returns where that ends."""
-    level, tag.sign = 1, "#"
+def _raw_block(source: str, tag: _Tag) -> list[str | _Tag]:
+    """The text of a raw block between the tags that open and close it, which render as nothing."""
+    level = 1
     for match in re.compile(_RAW_TAG).finditer(source, tag.end):
         level += -1 if match[1] else 1
-        if level == 0:
-            text = source[tag.end : match.start()]
-            items += [text] * bool(text) + [_Tag("/", match.start(), ("path", match[1], match[1], match.start()))]  # type: ignore[operator]
-            return match.end()
-    raise TemplateError(f"raw block {tag.name!r} is never closed", source, tag.position)
+        if level == 0 and match[1] == tag.name == "raw" and not (tag.arguments or tag.named):
+            text, tag.sign, tag.end = source[tag.end : match.start()], "!", match.end()
+            return [tag, text, _Tag("!", match.start())]
+    raise TemplateError("a raw block is {{{{raw}}}} text {{{{/raw}}}}", source, tag.position)
 
 
 def _read_tag(source: str, position: int) -> _Tag:
     """The tag at `position`. A `<<` tag ends on its line and holds no other `<<`, so that to fail is cheap."""
     simple = _SIMPLE_TAG.match(source, position)
-    if simple and (text := simple[1] or simple[2]) != "else" and text not in _LITERAL_WORDS:
-        return _Tag("", position, ("path", text, text, simple.start(simple.lastindex or 0)), simple.end())
+    if simple and "\n" not in (simple[0] if simple[1] else ""):
+        _, sign, head, argument = simple.groups()
+        tag = _Tag(sign, position, simple.end(), ("path", (0, head.split("."), False), head, simple.start(3)))
+        if argument:
+            tag.arguments = (("path", (0, argument.split("."), False), argument, simple.start(4)),)
+        return tag
     match = _TAG.match(source, position)
     assert match
-    opener, sign, limit = match[1], match[3] or "", len(source)
+    opener, sign, limit = match[1] or match[2], match[4] or "", len(source)
     if opener == "<<" and (stop := re.compile(r"<<|\n").search(source, match.end())):
         limit = stop.start()
-    tag = _Tag("raw" if opener == "{{{{" else "" if sign in ("{", "<", "&") else sign, position)
+    tag = _Tag("raw" if match[1] else "" if sign in ("{", "<", "&") else sign, position)
     if sign in ("{", "<") and sign != opener[0]:
         raise _Malformed(f"unexpected {sign!r}", position)
     if sign == "!":
@@ -1283,9 +1294,9 @@ def _read_tag(source: str, position: int) -> _Tag:
             raise _Malformed("comment is never closed", position)
     else:
         end = _read_arguments(source, match.end(), limit, opener + (sign if sign in ("{", "<") else ""), tag, 0)
-    tag.left, tag.right, tag.end = bool(match[2]), bool(end[1]), end.end()
+    tag.left, tag.right, tag.end = bool(match[3]), "~" in end[0][-3:], end.end()
     if tag.sign == "" and tag.name == "else" and tag.head and tag.head[0] == "path":
-        tag.sign, tag.head = "else", tag.arguments.pop(0) if tag.arguments else None
+        tag.sign, tag.head, tag.arguments = "else", tag.arguments[0] if tag.arguments else None, tag.arguments[1:]
     elif tag.sign == "^" and not tag.head:
         tag.sign = "else"
     elif not tag.head and sign != "!":
@@ -1299,31 +1310,32 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
     """Reads head, arguments, named arguments and block parameters into the tag; returns the match of its end."""
     if depth > _MAX_NESTING:
         raise _Malformed(f"sub-expressions nested deeper than {_MAX_NESTING}", position)
-    ending, parameters = re.compile(_TAG_ENDS[opener]), re.compile(rf"\s*\|((?:\s*{_NAME})+)\s*\|")
+    ending, nodes, named = re.compile(_TAG_ENDS[opener]), [], {}
     while not (end := ending.match(source, position, limit)):
         token, key = _TOKEN.match(source, position, limit), ""
-        if token and tag.head and token["path"] == "as" and (names := parameters.match(source, token.end(), limit)):
-            tag.names, position = tuple(names[1].split()), names.end()
-            continue
-        if token and tag.head and (equals := _EQUALS.match(source, token.end(), limit)):
+        if token and nodes and token["path"] == "as" and not tag.names:
+            if names := re.compile(_BLOCK_PARAMETERS).match(source, token.end(), limit):
+                tag.names, position = names[1].split(), names.end()
+                continue
+        if token and nodes and (equals := re.compile(r"\s*=").match(source, token.end(), limit)):
             key = token["path"] or ""
             token = _TOKEN.match(source, equals.end(), limit) if re.fullmatch(_STEP, key) else None
-        if not token or (not key and (tag.named or tag.names)):
+        if not token or (not key and named) or tag.names:
             rest = source[position : min(limit, position + 60)].lstrip()
             if opener == "{{" and rest.startswith("}}}"):
                 raise _Malformed("'}}}' closes only '{{{': put a space before a brace that is text", position)
             raise _Malformed(f"unexpected {rest.split()[0]!r} in a tag" if rest else f"{opener!r} is never closed", position)
         node, position = _read_operand(source, token, limit, depth)
         if key:
-            tag.named[_unbracketed(key)] = node
-        elif tag.head:
-            tag.arguments.append(node)
+            named[_unbracketed(key)] = node
         else:
-            tag.head = node
+            nodes.append(node)
+    if nodes:
+        tag.head, tag.arguments, tag.named = nodes[0], nodes[1:], named
     return end
 
 
-def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> tuple[_Expression, int]:
+def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> tuple[_Node, int]:
     """The node that a token opens (a path, a literal or a sub-expression) and where it ends."""
     kind = token.lastgroup or ""
     text, start, end = token[kind], token.start(kind), token.end()
@@ -1335,7 +1347,7 @@ def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> 
     if kind == "path" and (number := _LITERAL_NUMBER.fullmatch(text)):
         return ("literal", float(text) if number[1] else int(text), text, start), end
     if kind == "path":
-        return ("path", text, text, start), end
+        return ("path", _split_path(text, start), text, start), end
     inner = _Tag("(", start)
     if text != "(":
         raise _Malformed(f"unexpected {text!r} in a tag", start)
@@ -1350,31 +1362,35 @@ def _unbracketed(step: str) -> str:
     return re.sub(r"\\([\\\]])", r"\1", step[1:-1]) if step[0] == "[" else step
 
 
-def _split_path(text: str) -> tuple[int, tuple[str, ...], bool]:
-    """Levels up, steps, and whether the path names its scope: "../a.[b c]" -> (1, ("a", "b c"), True)."""
-    steps = _STEPS.findall(text)
-    first = next((index for index, step in enumerate(steps) if step not in (".", "..", "this")), len(steps))
-    return steps[:first].count(".."), tuple(map(_unbracketed, steps[first:])), first > 0
+def _split_path(text: str, position: int = 0) -> tuple[int, list[str], bool]:
+    """Levels up, steps, and whether the path names its scope: "../a.[b c]" -> (1, ["a", "b c"], True)."""
+    steps, scopes = _STEPS.findall(text), (".", "..", "this")
+    first = next((index for index, step in enumerate(steps) if step not in scopes), len(steps))
+    if not {*steps[first:]}.isdisjoint(scopes):
+        raise _Malformed(f"invalid path {text!r}: '.', '..' and 'this' come first", position)
+    return steps[:first].count(".."), [*map(_unbracketed, steps[first:])], first > 0
 
 
-def _strip_lines(items: list[Any]) -> list[Any]:
+def _strip_lines(items: list[str | _Tag]) -> list[Any]:
     """Applies `~`, and takes block tags, comments and partials that stand alone on a line out with their line."""
-    stripped, last = ["", *items, ""], len(items)
+    stripped: list[Any] = ["", *items, ""]
+    last = len(items)
     for index, tag in enumerate(items, 1):
         if isinstance(tag, str) or not (tag.sign in _STANDALONE or tag.left or tag.right):
             continue
+        if tag.left and isinstance(stripped[index - 1], str):
+            stripped[index - 1] = stripped[index - 1].rstrip()
+        if tag.right and isinstance(stripped[index + 1], str):
+            stripped[index + 1] = stripped[index + 1].lstrip()
         before, after = items[index - 2] if index > 1 else "\n", items[index] if index < last else "\n"
         if tag.sign in _STANDALONE and isinstance(before, str) and isinstance(after, str):
             _, newline, indent = before.rpartition("\n")
             rest, ending, _ = after.partition("\n")
             if not (indent.strip() or rest.strip()) and (newline or index == 2) and (ending or index == last - 1):
-                tag.indent = indent[len(indent.rstrip(" \t")) :] if tag.sign == ">" and not tag.left else ""
-                stripped[index - 1] = stripped[index - 1].rstrip(" \t")
+                left = stripped[index - 1]
+                stripped[index - 1] = left.rstrip(" \t")
+                tag.indent = left[len(stripped[index - 1]) :]
                 stripped[index + 1] = re.sub(r"\A[ \t]*\r?\n?", "", stripped[index + 1])
-        if tag.left and isinstance(stripped[index - 1], str):
-            stripped[index - 1] = stripped[index - 1].rstrip()
-        if tag.right and isinstance(stripped[index + 1], str):
-            stripped[index + 1] = stripped[index + 1].lstrip()
     return [item for item in stripped if item != ""]
 
 
@@ -1401,7 +1417,7 @@ def _settled(value: Any) -> Any:
 
 def _child(value: Any, step: str) -> Any:
     """The value under a key of a map or an index of a list, or _MISSING; never an attribute."""
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):
         if step in value:
             return value[step]
         number = int(step) if len(step) < 19 and re.fullmatch(r"-?(?:0|[1-9][0-9]*)", step) else None
@@ -1460,7 +1476,8 @@ def _to_text(value: Any) -> str:
         return value
     if type(value) is int and -1000000 < value < 1000000:
         return repr(value)
-    return "" if value is None else _json_text(value)
+    value = _settled(value)
+    return value if isinstance(value, str) else "" if value is None else _json_text(value)
 
 
 def _as_number(text: str) -> int | float | None:
@@ -1551,7 +1568,7 @@ _HELPERS: dict[str, Callable[..., Any]] = {
 _LENIENT = frozenset(("if", "unless", "default", "and", "or", "not"))  # a missing value is null in their arguments
 
 
-# ---- Compiler --------------------------------------------------------------------------------------------------------
+# ---- Closures: what tags compile to ----------------------------------------------------------------------------------
 
 
 def _root_frame(root: Any) -> _Frame:
@@ -1560,7 +1577,7 @@ def _root_frame(root: Any) -> _Frame:
         "root": root,
         "contexts": (root, None),  # this, the contexts around it
         "loop": None,  # (index, key, first, last, the loop around it)
-        "parameters": None,  # (the values of block parameters ..., those of the block around it)
+        "parameters": {},  # block parameters by name
         "partials": {},  # inline partials: name -> (program, the frame it is defined in)
         "block": None,  # @partial-block: (program, the frame it is defined in)
         "level": 0,  # of partials in partials
@@ -1569,14 +1586,19 @@ def _root_frame(root: Any) -> _Frame:
 
 def _inside(frame: _Frame, value: Any, names: Sequence[str] = ()) -> _Frame:
     """The frame of a block whose `this` is the value; its block parameter too, if it has one."""
-    inner = {**frame, "contexts": (value, frame["contexts"])}
+    contexts = frame["contexts"]
+    inner = {**frame, "contexts": contexts if value is contexts[0] else (value, contexts)}
     if names:
-        inner["parameters"] = (value, frame["parameters"])
+        inner["parameters"] = {**frame["parameters"], names[0]: value}
     return inner
 
 
 def _nothing(this: Any, frame: Any) -> str:
     return ""
+
+
+def _this(this: Any, frame: Any) -> Any:
+    return _settled(this)
 
 
 def _constant(value: Any) -> Callable[..., Any]:
@@ -1601,7 +1623,9 @@ def _climber(chain: str, levels: int, slot: int) -> _Read:
     return read
 
 
-def _path_reader(steps: tuple[str, ...], start: _Read | None = None, missing: _Read | None = None, raw: bool = False) -> _Read:
+def _path_reader(
+    steps: Sequence[str], start: _Read | None = None, missing: _Read | None = None, raw: bool = False
+) -> _Read:
     """Reads a path from `this` or from what `start` reads. A missing value is null unless `missing` raises."""
 
     def read(this: Any, frame: Any) -> Any:
@@ -1612,7 +1636,9 @@ def _path_reader(steps: tuple[str, ...], start: _Read | None = None, missing: _R
             return missing(this, frame) if missing else None
         return value if raw else _settled(value)
 
-    first, second, third = (*steps, "", "", "")[:3]
+    if start or not 1 <= len(steps) <= 3:
+        return read if start or steps or raw else _this
+    first, second, third = (*steps, "", "")[:3]
 
     def read_one(this: Any, frame: Any) -> Any:
         value = this.get(first) if type(this) is dict else None
@@ -1629,7 +1655,7 @@ def _path_reader(steps: tuple[str, ...], start: _Read | None = None, missing: _R
         value = value.get(third) if type(value) is dict else None
         return value if type(value) in _PLAIN else read(this, frame)
 
-    return read if start or not 1 <= len(steps) <= 3 else (read_one, read_two, read_three)[len(steps) - 1]
+    return (read_one, read_two, read_three)[len(steps) - 1]
 
 
 def _joined(parts: list[Any]) -> _Read:
@@ -1645,22 +1671,81 @@ def _joined(parts: list[Any]) -> _Read:
             texts[index] = value if type(value) is str else _to_text(value)
         return "".join(texts)
 
+    render.parts = parts  # type: ignore[attr-defined]
     return render
 
 
-def _render_each(value: Any, body: _Read, inverse: _Read, names: Sequence[str], this: Any, frame: _Frame) -> Any:
-    """The body once for each item of a list or map; the inverse if there is none."""
-    listed = isinstance(value, (list, tuple))
-    keys: Any = range(len(value)) if listed else list(value) if isinstance(value, Mapping) else ()
-    if not keys:
-        return inverse(this, frame)
-    inner, contexts, around, last, texts = {**frame}, frame["contexts"], frame["loop"], len(keys) - 1, []
-    for index, (key, item) in enumerate(zip(keys, value if listed else [value[key] for key in keys])):
-        inner["contexts"], inner["loop"] = (item, contexts), (index, key, index == 0, index == last, around)
-        if names:
-            inner["parameters"] = (item, key, frame["parameters"])
-        texts.append(body(item, inner))
-    return "".join(texts)
+def _column(part: Any, items: Any) -> Iterable[str]:
+    """The text of one part of a program for each of the items; the part looks at nothing else."""
+    if isinstance(part, str):
+        return [part] * len(items)
+    values = items if part is _this else [part(item, None) for item in items]
+    return [value if type(value) is str else _to_text(value) for value in values]
+
+
+def _loop(body: _Read, inverse: _Read, names: Sequence[str], framed: bool) -> Callable[[Any, Any, Any], str]:
+    """Renders the body once for each item of a list or map; the inverse if there is none.
+
+    A body that does not look at its frame is rendered column by column: each part for all items, then interleaved.
+    """
+    parts = getattr(body, "parts", None) or [getattr(body, "constant", body)]
+
+    def render(value: Any, this: Any, frame: _Frame) -> str:
+        listed = isinstance(value, (list, tuple))
+        keys: Any = range(len(value)) if listed else list(value) if isinstance(value, Mapping) else ()
+        if not keys:
+            return inverse(this, frame)  # type: ignore[no-any-return]
+        items = value if listed else [value[key] for key in keys]
+        if not framed:
+            return "".join([text for row in zip(*[_column(part, items) for part in parts]) for text in row])
+        inner, contexts, around, last, texts = {**frame}, frame["contexts"], frame["loop"], len(keys) - 1, []
+        parameters = inner["parameters"] = {**frame["parameters"]}
+        for index, key, item in zip(range(len(keys)), keys, items):
+            inner["contexts"], inner["loop"] = (item, contexts), (index, key, index == 0, index == last, around)
+            parameters.update(zip(names, (item, key)))
+            texts.append(body(item, inner))
+        return "".join(texts)
+
+    return render
+
+
+def _if_block(read: _Read, body: _Read, inverse: _Read, zero: _Read) -> _Read:
+    def render(this: Any, frame: Any) -> Any:
+        value = read(this, frame)
+        true = _truthy(value) or (value is not False and value == 0 and _truthy(zero(this, frame)))
+        return body(this, frame) if true else inverse(this, frame)
+
+    return render
+
+
+def _scope_block(
+    kind: str, read: _Read, body: _Read, inverse: _Read, names: Sequence[str], framed: bool, refuse: Callable[[Any], None]
+) -> _Read:
+    """each: the body for each item; with: once, the value as `this`; a section: either, as the value asks for."""
+    loop, (looped, skipped) = _loop(body, inverse, names, framed), _SCOPES[kind]
+
+    def render(this: Any, frame: Any) -> Any:
+        value = read(this, frame)
+        if isinstance(value, looped):
+            return loop(value, this, frame)
+        settled = _settled(value)
+        if skipped(settled):
+            refuse(value)
+            return inverse(this, frame)
+        inner = this if settled is True and not kind else value
+        return body(inner, _inside(frame, inner, names) if framed else None)
+
+    return render
+
+
+_SCOPES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool]]] = {  # what is looped over, what asks for the inverse
+    "each": ((list, tuple, Mapping), lambda value: True),
+    "with": ((), lambda value: not _truthy(value) and (value is False or value != 0)),
+    "": ((list, tuple), lambda value: value is None or value is False),  # a section
+}
+
+
+# ---- Compiler --------------------------------------------------------------------------------------------------------
 
 
 class _Partials(dict):  # type: ignore[type-arg]
@@ -1687,11 +1772,11 @@ class _TemplateCompiler:
         self.end = _Tag("", 0)  # the tag that ended the program compiled last
         self.inlines: dict[str, _Read] = {}  # and its inline partials
         self.scopes: list[bool | None] = [True]  # is `this` the root, level by level? None: depends on a value
-        self.names: list[tuple[str, ...]] = []  # block parameters, level by level
-        self.guards: list[tuple[str, ...]] = []  # the paths that the #if and #unless around ask for
+        self.names: dict[str, int] = {}  # block parameters: how many scopes there are where each is `this`; 0: never
+        self.guards: list[Sequence[str]] = []  # the paths that the #if and #unless around ask for
         self.references: list[tuple[tuple[str, ...], bool, int, bool]] = []  # the last: starts at @root
         self.calls: list[tuple[str, bool, set[str], int]] = []  # partials: name, context is the root, keys, position
-        self.dynamic = self.framed = False  # has tags that render; needs a frame
+        self.framed = False  # whether what was compiled last looks at its frame
 
     def error(self, reason: str, position: int) -> TemplateError:
         return TemplateError(reason + (f" in partial {self.name!r}" if self.name else ""), self.source, position)
@@ -1700,9 +1785,10 @@ class _TemplateCompiler:
         """Compiles up to the tag that ends the opener's body, or to the end of the source."""
         parts: list[Any] = []
         inlines: dict[str, _Read] = {}
-        outer_scopes, outer_names, end = len(self.scopes), len(self.names), _Tag("", 0)
+        outer_scopes, outer_names, end = len(self.scopes), self.names, _Tag("", 0)
         self.scopes += scope
-        self.names += [tuple(names)] if names else []
+        if names:
+            self.names = {**outer_names, **dict.fromkeys(names, 0), names[0]: len(self.scopes) if scope == (False,) else 0}
         self.nesting += 1
         if self.nesting > _MAX_NESTING + 1:
             raise self.error(f"blocks nested deeper than {_MAX_NESTING}", opener.position if opener else 0)
@@ -1721,7 +1807,8 @@ class _TemplateCompiler:
             raise self.error(f"block '{opener.sign}{opener.name}' is never closed", opener.position)
         if end.sign and not opener:
             raise self.error(f"'{end.sign}{end.name}' outside of a block", end.position)
-        del self.scopes[outer_scopes:], self.names[outer_names:]
+        del self.scopes[outer_scopes:]
+        self.names = outer_names
         self.nesting -= 1
         self.end, self.inlines, program = end, inlines, _joined(parts)
 
@@ -1734,8 +1821,8 @@ class _TemplateCompiler:
 
     def close(self, opener: _Tag) -> None:
         """Checks that the tag that ended the last program closes the opener."""
-        wanted, found = (_split_path(name) for name in (opener.name, self.end.name))
-        if self.end.sign != "/" or wanted != found:
+        assert opener.head
+        if self.end.sign != "/" or not self.end.head or opener.head[1] != self.end.head[1]:
             line = self.source.count("\n", 0, opener.position) + 1
             ending = f"'/{self.end.name}'" if self.end.sign == "/" else "a second else"
             raise self.error(f"{ending} does not close '{opener.sign}{opener.name}' of line {line}", self.end.position)
@@ -1760,10 +1847,8 @@ class _TemplateCompiler:
 
     def tag(self, tag: _Tag) -> _Read:
         """The closure of a tag and, if it opens a block, of all up to its end."""
-        self.dynamic = True
         if tag.sign == "":
             return self.value(tag)
-        self.framed = True
         if tag.sign in ("#", "^"):
             return self.block(tag)
         if tag.sign in (">", "#>"):
@@ -1774,101 +1859,35 @@ class _TemplateCompiler:
         """{{#*inline "name"}}: a partial for the block it stands in."""
         if tag.name != "inline" or len(tag.arguments) != 1 or tag.arguments[0][0] != "literal":
             raise self.error('the only decorator is {{#*inline "name"}}', tag.position)
-        self.framed = True
         body = self.program(tag, (None,))
         self.close(tag)
+        self.framed = True
         return {tag.arguments[0][2]: body}
 
     def block(self, tag: _Tag, chained: bool = False) -> _Read:
-        name = tag.name if tag.head and tag.head[0] == "path" else ""
-        if name in self.helpers:
-            return self.helper_block(tag, chained)
-        if name in _BLOCKS:
-            if len(tag.arguments) != 1:
-                raise self.error(f"#{name} takes one argument", tag.position)
-            return _BLOCKS[name](self, tag, chained)
-        if name == "raw" and not tag.arguments:
-            return self.bodies(tag, (), chained)[0]
-        return self.section(self.value(tag), tag, chained)
-
-    def section(self, read: _Read, tag: _Tag, chained: bool) -> _Read:
-        """`{{#x}}`: once for true, for each item of a list, with any other value as `this`; else the inverse."""
-        names, (body, inverse) = tag.names, self.bodies(tag, (None,), chained)
-
-        def render(this: Any, frame: _Frame) -> Any:
-            value = read(this, frame)
-            if isinstance(value, (list, tuple)):
-                return _render_each(value, body, inverse, names, this, frame)
-            if value is None or value is False:
-                return inverse(this, frame)
-            inner = _inside(frame, value, names)
-            return body(value, inner) if value is not True else body(this, {**inner, "contexts": frame["contexts"]})
-
-        return render
-
-    def if_block(self, tag: _Tag, chained: bool) -> _Read:
-        seen, guarded = len(self.references), len(self.guards)
-        test, zero = self.expression(tag.arguments[0], True), self.named(tag, True).get("includeZero", _nothing)
-        self.guards += [steps for steps, *_ in self.references[seen:]]
-        body, inverse = self.bodies(tag, (), chained)
+        """A block: if, unless, each, with, or a section over the value of the tag."""
+        kind = tag.name if tag.name in _BLOCKS and tag.name not in self.helpers and tag.head and tag.head[0] == "path" else ""
+        if kind and len(tag.arguments) != 1:
+            raise self.error(f"#{kind} takes one argument", tag.position)
+        tests, seen, guarded, around = kind in _LENIENT, len(self.references), len(self.guards), self.framed
+        self.framed = False
+        read = self.expression(tag.arguments[0], tests, kind == "with") if kind else self.value(tag)
+        zero = self.named(tag, True).get("includeZero", _nothing)
+        if tests:
+            self.guards += [steps for steps, *_ in self.references[seen:]]
+        same = tests or (kind == "with" and tag.arguments[0][2] in (".", "this"))
+        around, self.framed = around or self.framed, False
+        body, inverse = self.bodies(tag, () if same else (False,) if kind else (None,), chained)
+        framed, self.framed = self.framed, around or self.framed
         del self.guards[guarded:]
-        if tag.name == "unless":
-            body, inverse = inverse, body
+        if tests:
+            return _if_block(read, *((body, inverse) if kind == "if" else (inverse, body)), zero)
 
-        def render(this: Any, frame: _Frame) -> Any:
-            value = test(this, frame)
-            true = _truthy(value) or (value is not False and value == 0 and _truthy(zero(this, frame)))
-            return body(this, frame) if true else inverse(this, frame)
-
-        return render
-
-    def each_block(self, tag: _Tag, chained: bool) -> _Read:
-        read, names, strict = self.expression(tag.arguments[0]), tag.names, self.strict
-        body, inverse = self.bodies(tag, (False,), chained)
-
-        def render(this: Any, frame: _Frame) -> Any:
-            value = read(this, frame)
-            if strict and not isinstance(value, (list, tuple, Mapping, type(None))):
+        def refuse(value: Any) -> None:
+            if kind == "each" and self.strict and value is not None:
                 raise self.error(f"#each needs a list or a map, not {_kind(value)}", tag.position)
-            return _render_each(value, body, inverse, names, this, frame)
 
-        return render
-
-    def with_block(self, tag: _Tag, chained: bool) -> _Read:
-        read, names, same = self.expression(tag.arguments[0], raw=True), tag.names, tag.arguments[0][2] in (".", "this")
-        body, inverse = self.bodies(tag, () if same else (False,), chained)
-
-        def render(this: Any, frame: _Frame) -> Any:
-            value = read(this, frame)
-            settled, inner = _settled(value), _inside(frame, value, names)
-            if not _truthy(settled) and (settled is False or settled != 0):
-                return inverse(this, frame)
-            return body(value, {**inner, "contexts": frame["contexts"]} if same else inner)
-
-        return render
-
-    def helper_block(self, tag: _Tag, chained: bool) -> _Read:
-        """A block that calls a helper. One that takes `options` renders the bodies itself: options.fn(context) and
-        options.inverse(context), for the context around it by default; options.hash has the named arguments and
-        options.this the context. What another helper returns is the value of a section."""
-        function, names = self.helpers[tag.name], tag.names
-        code = getattr(function, "__code__", None)
-        if not code or "options" not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
-            return self.section(self.call(tag, False), tag, chained)
-        arguments, named = [self.expression(node) for node in tag.arguments], self.named(tag)
-        body, inverse = self.bodies(tag, (None,), chained)
-
-        def render(this: Any, frame: _Frame) -> Any:
-            def render_body(program: _Read, context: Any = _MISSING) -> Any:
-                same = context is _MISSING or context is this
-                return program(this, frame) if same else program(context, _inside(frame, context, names))
-
-            fn, other = functools.partial(render_body, body), functools.partial(render_body, inverse)
-            values = {key: read(this, frame) for key, read in named.items()}
-            options = SimpleNamespace(fn=fn, inverse=other, hash=values, this=this)
-            return self.invoke(tag, function, [read(this, frame) for read in arguments], {**values, "options": options})
-
-        return render
+        return _scope_block(kind, read, body, inverse, tag.names, framed, refuse)
 
     def value(self, tag: _Tag) -> _Read:
         """`{{head arguments}}`: a helper's value if arguments or a helper of the caller's ask for one, else a path's."""
@@ -1878,7 +1897,7 @@ class _TemplateCompiler:
             return self.call(tag, False)
         if tag.arguments or tag.named or (tag.names and not tag.sign):
             raise self.error("unexpected arguments", position)
-        return self.expression(("key" if kind == "literal" else kind, content, text, position))
+        return self.expression(("path", (0, [text], True), text, position) if kind == "literal" else tag.head)
 
     def call(self, tag: _Tag, lenient: bool) -> _Read:
         """A helper call. A missing value is null in the arguments of helpers that ask whether it is there."""
@@ -1888,11 +1907,17 @@ class _TemplateCompiler:
             raise self.error(f"unknown helper {tag.name!r}{known}", tag.head[3] if tag.head else 0)
         lenient = lenient or tag.name in _LENIENT
         reads = [self.expression(node, lenient, raw=function is _lookup) for node in tag.arguments]
-        named, invoke, strict = self.named(tag, lenient), self.invoke, self.strict and not lenient
+        named, strict = self.named(tag, lenient), self.strict and not lenient
 
         def read(this: Any, frame: Any) -> Any:
-            values = [read(this, frame) for read in reads]
-            value = invoke(tag, function, values, {key: read(this, frame) for key, read in named.items()})
+            values, keywords = [read(this, frame) for read in reads], {key: read(this, frame) for key, read in named.items()}
+            try:
+                value = function(*values, **keywords)
+            except RecursionError:
+                raise
+            except Exception as error:
+                reason = str(error).replace("<lambda>()", "it") or type(error).__name__
+                raise self.error(f"helper {tag.name!r}: {reason}", tag.position) from error
             if value is _MISSING and strict:
                 raise self.error(f"missing value {values[1]!r}{_there(values[0], _to_text(values[1]))}", tag.position)
             return None if value is _MISSING else value
@@ -1902,63 +1927,50 @@ class _TemplateCompiler:
     def named(self, tag: _Tag, lenient: bool = False) -> dict[str, _Read]:
         return {key: self.expression(node, lenient) for key, node in tag.named.items()}
 
-    def invoke(self, tag: _Tag, function: Any, values: list[Any], named: dict[str, Any]) -> Any:
-        try:
-            return function(*values, **named)
-        except RecursionError:
-            raise
-        except Exception as error:
-            reason = str(error).replace("<lambda>()", "it") or type(error).__name__
-            raise self.error(f"helper {tag.name!r}: {reason}", tag.position) from error
-
-    def expression(self, node: _Expression, lenient: bool = False, raw: bool = False) -> _Read:
+    def expression(self, node: _Node, lenient: bool = False, raw: bool = False) -> _Read:
         """The closure of a node. Lenient: a missing value is null. Raw: a view at the end of a path stays a view."""
         kind, content, text, position = node
         if kind == "literal":
             return _constant(content)
         if kind == "call":
             return self.call(content, lenient)
-        depth, steps, fixed = (0, (text,), True) if kind == "key" else _split_path(text)
-        if kind == "path" and not {".", "..", "this"}.isdisjoint(step for step in _STEPS.findall(text)[-len(steps) :] if steps):
-            raise self.error(f"invalid path {text!r}: '.', '..' and 'this' come first", position)
+        depth, steps, fixed = content
         start: _Read | None = None
-        level = next((level for level, names in enumerate(reversed(self.names)) if steps and steps[0] in names), None)
-        if kind == "path" and text[0] == "@":
-            slots = {"index": 0, "key": 1, "first": 2, "last": 3}
-            if steps[:1] == ("root",):
-                self.refer(steps[1:], lenient, position, True)
+        if text[0] == "@":
+            name, steps = steps[0] if steps else "", steps[1:]
+            if name == "root":
+                self.refer(steps, lenient, position, True)
                 start = lambda this, frame: frame["root"]  # noqa: E731
-            elif steps == ("partial-block",):
+            elif name == "partial-block":
                 start = lambda this, frame: frame["block"] is not None  # noqa: E731
             else:
-                start = _climber("loop", depth, slots.get(steps[0] if steps else "", 9))
-            steps = steps[1:]
-        elif level is not None and not fixed:
-            start, steps = _climber("parameters", level, self.names[-1 - level].index(steps[0])), steps[1:]
+                start = _climber("loop", depth, {"index": 0, "key": 1, "first": 2, "last": 3}.get(name, 9))
+        elif not fixed and (scopes := self.names.get(steps[0])) is not None:
+            name, steps = steps[0], steps[1:]
+            if scopes != len(self.scopes):  # otherwise the block parameter is `this`
+                start = lambda this, frame: frame["parameters"].get(name, _MISSING)  # noqa: E731
         else:
-            scopes = self.scopes[len(self.scopes) - 1 - depth :] if depth < len(self.scopes) else [False]
-            if scopes[0]:
-                self.refer(steps, lenient or None in scopes, position, False)
+            around = self.scopes[len(self.scopes) - 1 - depth :] if depth < len(self.scopes) else [False]
+            if around[0]:
+                self.refer(steps, lenient or None in around, position, False)
             start = _climber("contexts", depth, 0) if depth else None
         self.framed = self.framed or start is not None
         missing = self.missing(text, steps, start, position) if self.strict and not lenient else None
         return _path_reader(steps, start, missing, raw)
 
-    def refer(self, steps: tuple[str, ...], lenient: bool, position: int, absolute: bool) -> None:
+    def refer(self, steps: Sequence[str], lenient: bool, position: int, absolute: bool) -> None:
         if steps:
             required = not lenient and not any(steps[: len(guard)] == guard for guard in self.guards)
-            self.references.append((steps, required, position, absolute))
+            self.references.append((tuple(steps), required, position, absolute))
 
-    def missing(self, text: str, steps: tuple[str, ...], start: _Read | None, position: int) -> _Read:
-        """Raises the error for a missing value: what there is instead, and where it may be meant."""
-        inside = len(self.scopes) > 1
+    def missing(self, text: str, steps: Sequence[str], start: _Read | None, position: int) -> _Read:
+        """Raises the error for a missing value: what there is instead, and how a name outside of the block is written."""
+        hint = f"; outside of the block: ../{text} or @root.{text}" if len(self.scopes) > 1 and not start else ""
 
         def fail(this: Any, frame: Any) -> Any:
             value = start(this, frame) if start else this
             if value is _MISSING:
                 raise self.error(f"missing value {text!r}: there is no such scope or loop here", position)
-            elsewhere = inside and not start and frame and _child(frame["root"], steps[0]) is not _MISSING
-            hint = f"; inside a block write ../{text} or @root.{text}" if elsewhere else ""
             raise self.error(f"missing value {text!r}{_there(value, *steps)}{hint}", position)
 
         return fail
@@ -1971,11 +1983,10 @@ class _TemplateCompiler:
         name_of = self.call(content, False) if kind == "call" else None
         if len(tag.arguments) > 1:
             raise self.error("a partial takes one context", tag.position)
-        own_block, indent, partials = kind == "path" and name == "@partial-block", tag.indent, self.partials
+        own_block, partials = kind == "path" and name == "@partial-block", self.partials
+        indent = tag.indent if tag.sign == ">" else ""
         if self.strict and tag.sign == ">" and not (name_of or own_block or self.name or name in partials):
-            inlines = [item.arguments[0][2] for item in self.items if type(item) is _Tag and item.sign == "#*" and item.arguments]
-            if name not in inlines:
-                raise self.error(f"unknown partial {name!r}{_suggestion(name, partials)}", tag.position)
+            self.check_inline(name, tag)
         context = self.expression(tag.arguments[0], raw=True) if tag.arguments else None
         named, same = self.named(tag), not tag.arguments or tag.arguments[0][2] in (".", "this")
         self.calls.append((name, same and self.scopes[-1] is True, set(named), tag.position))
@@ -1983,6 +1994,7 @@ class _TemplateCompiler:
         defined = self.inlines if block else {}
         if block:
             self.close(tag)
+        self.framed = True
 
         def render(this: Any, frame: _Frame) -> str:
             known = _to_text(name_of(this, frame)) if name_of else name
@@ -1994,12 +2006,15 @@ class _TemplateCompiler:
                 value = ChainMap(values, value) if isinstance(value, Mapping) else values  # type: ignore[arg-type]
             found = frame["block"] if own_block else frame["partials"].get(known)
             template = None if found or own_block else partials.template(known)
-            if not (template or found or block):
+            if template:
+                found = template._program, frame
+            elif not (found or block):
                 raise self.error(f"unknown partial {known!r}{_suggestion(known, partials)}", tag.position)
-            program, origin = (template._program, frame) if template else found or (block, frame)
-            inner = {**origin} if value is origin["contexts"][0] else _inside(origin, value)
-            inner["level"], inner["loop"] = frame["level"] + 1, frame["loop"]
-            if not own_block and (found or template):
+            program, origin = found or (block, frame)
+            inner = {**_inside(origin, value), "level": frame["level"] + 1, "loop": frame["loop"]}
+            if template:
+                inner["contexts"] = (value, None)  # a partial does not see the contexts around it
+            if found and not own_block:
                 inner["block"] = (block, frame) if block else frame["block"]
             if defined:
                 inner["partials"] = {**inner["partials"], **{key: (body, frame) for key, body in defined.items()}}
@@ -2008,13 +2023,14 @@ class _TemplateCompiler:
 
         return render
 
+    def check_inline(self, name: str, tag: _Tag) -> None:
+        """A partial that is not in the table has to be an inline one."""
+        inlines = {item.arguments[0][2] for item in self.items if type(item) is _Tag and item.sign == "#*" and item.arguments}
+        if name not in inlines:
+            raise self.error(f"unknown partial {name!r}{_suggestion(name, self.partials)}", tag.position)
 
-_BLOCKS: dict[str, Callable[[_TemplateCompiler, _Tag, bool], _Read]] = {
-    "if": _TemplateCompiler.if_block,
-    "unless": _TemplateCompiler.if_block,
-    "each": _TemplateCompiler.each_block,
-    "with": _TemplateCompiler.with_block,
-}
+
+_BLOCKS = frozenset(("if", "unless", "each", "with"))
 
 
 class Template:
@@ -2022,7 +2038,7 @@ class Template:
 
     `strict`: a missing value is a TemplateError (else it renders as nothing), but not in the arguments of #if, #unless,
     default, and, or, not. `partials`: name -> source or Template. `helpers`: name -> function, called with the
-    arguments of the tag, the named ones as keywords; one that takes `options` can be a block (options.fn, .inverse).
+    arguments of the tag, the named ones as keywords; a block {{#name}} is a section over what it returns.
 
     A `<<` opens a tag if what follows, on the same line and up to `>>`, is a tag: a path, a helper call, a block tag;
     not a bare number or quoted text, and with no other `<<` in it. Otherwise it is plain text, as in `cout << x`.
@@ -2042,22 +2058,22 @@ class Template:
         compiler = _TemplateCompiler(source, strict, self._partials, helpers or {}, _name)
         first = compiler.items[0] if len(compiler.items) == 1 else ""
         self.is_expression = isinstance(first, _Tag) and first.sign == "" and first.end - first.position == len(source)
-        self._value = compiler.tag(first) if self.is_expression else compiler.program(None)
+        self._constant = not any(isinstance(item, _Tag) and item.sign != "!" for item in compiler.items)
+        self._value = compiler.value(first) if self.is_expression else compiler.program(None)  # type: ignore[arg-type]
         self._program = _joined([self._value]) if self.is_expression else self._value
-        self._framed, self._constant = compiler.framed, not compiler.dynamic
-        self._references, self._calls = compiler.references, compiler.calls
+        self._framed, self._references, self._calls = compiler.framed, compiler.references, compiler.calls
 
     def render(self, context: Any) -> str:
         """The text for a context (a map of names to JSON-like values). TemplateError for a missing value (strict)."""
-        try:
-            return self._program(context, _root_frame(context) if self._framed else None)  # type: ignore[no-any-return]
-        except RecursionError:
-            raise TemplateError("nested too deeply to render") from None
+        return self._run(self._program, context)  # type: ignore[no-any-return]
 
     def evaluate(self, context: Any) -> Any:
         """The value itself if the source is one `{{expression}}` and nothing else; otherwise the text."""
+        return self._run(self._value, context)
+
+    def _run(self, program: _Read, context: Any) -> Any:
         try:
-            return self._value(context, _root_frame(context) if self._framed else None)
+            return program(context, _root_frame(context) if self._framed else None)
         except RecursionError:
             raise TemplateError("nested too deeply to render") from None
 
