@@ -3478,6 +3478,8 @@ class _Compiler:
             path = (*node.path, "branches", value)
             if not isinstance(steps, list):
                 self.misshape(path, f"branches: {_shown(value)} must be a list of steps, not {_shown(steps)}")
+            if _branch_key(value) in node.branches:
+                self.misshape(path, f"branches: {_shown(value)} stands there twice")
             node.branches[_branch_key(value)] = self.child_steps(node, steps, path, graph)
         self.name_outputs(node, ["branch", *dict.fromkeys(id for inner in node.branches.values() for id in inner.by_id)])
 
@@ -3690,8 +3692,10 @@ class _Compiler:
 
 
 def _branch_key(value: Any) -> str:
-    """A branch's name as text: YAML's true, 1 and null are the texts true, 1 and null."""
-    return value.strip() if isinstance(value, str) else _to_json(value)
+    """A branch's name as text: YAML's true, 1, 1.0 and null are the texts true, 1, 1 and null."""
+    if isinstance(value, str):
+        return value.strip()
+    return _to_json(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _label(document: Any, path: _Path) -> str:
@@ -6362,16 +6366,16 @@ async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
     node = call.node
     value = _branch_key(node.picker.value(call.context) if node.picker else None)
     taken = value if value in node.branches else "default" if "default" in node.branches else None
-    first: dict[str, Any] = {}
-    for name, graph in node.branches.items():
-        if name == taken:
-            children = await call.run_children(graph)
-            first = dict(zip(graph.by_id, children.firsts()))
-    for name, graph in node.branches.items():
+    outputs = {child.id: None for graph in node.branches.values() for child in graph.nodes}
+    recorded = set(node.branches[taken].by_id if taken is not None else ())  # an id may stand in several branches
+    for order, (name, graph) in enumerate(node.branches.items()):
         if name != taken:
-            call.skip_children([child for child in graph.nodes if child.id not in first], "branch")
-    every = dict.fromkeys(child.id for graph in node.branches.values() for child in graph.nodes)
-    return (taken, *(first.get(child_id) for child_id in every))
+            call.skip_children([child for child in graph.nodes if child.id not in recorded], order, "branch")
+            recorded.update(graph.by_id)
+    if taken is not None:
+        children = await call.run_children(node.branches[taken], order=list(node.branches).index(taken))
+        outputs.update(zip(children.graph.by_id, children.firsts()))
+    return (taken, *outputs.values())
 
 
 async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
@@ -6651,17 +6655,27 @@ class _StepView(dict[str, Any]):
 
     __slots__ = ("value",)
 
-    def __init__(self, result: StepResult, children: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, result: StepResult, children: Mapping[str, Any]) -> None:
         super().__init__(result.outputs)
         self.value = next(iter(result.outputs.values()), None)
-        if children:
-            self.update(children)
+        self.update(children)
         self.setdefault("output", self.value)
         self.setdefault("status", result.status)
         self.setdefault("error", result.error["message"] if result.error else None)
 
     def __template_value__(self) -> Any:
         return self.value
+
+
+def _null_views(node: _Node, called: bool = True) -> dict[str, Any]:
+    """What templates see as the children of a container that did not run them."""
+    views: dict[str, Any] = {}
+    graphs = [*node.graphs(), *([node.workflow._plan().graph] if node.workflow and called else [])]
+    for child in (child for graph in graphs for child in graph.nodes):
+        result = StepResult(child.id, child.type)
+        result.status, result.outputs = "skipped", dict.fromkeys(child.output_names)
+        views[child.id] = _StepView(result, _null_views(child, False))  # a workflow may call itself
+    return views
 
 
 class _Fallback(dict[str, Any]):
@@ -6701,16 +6715,20 @@ class _Layer(_Fallback):
 
 
 class _OutputNames(_Fallback):
-    """`outputs.X`: a step by its id, or an output by its name."""
+    """`outputs.X`: a step by its id, or an output by its name, of this scope or of those around it."""
 
-    __slots__ = ("graph", "steps")
+    __slots__ = ("around", "graph", "steps")
 
-    def __init__(self, steps: Mapping[str, Any], graph: _Graph) -> None:
+    def __init__(self, steps: Mapping[str, Any], graph: _Graph, around: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.steps, self.graph = steps, graph
+        self.steps, self.graph, self.around = steps, graph, around
 
     def behind(self, key: Any) -> Any:
-        return self.steps[key] if key in self.steps else self.steps[self.graph.producers[key]][key]
+        if key in self.steps:
+            return self.steps[key]
+        if key not in self.graph.producers and self.around is not None:
+            return self.around[key]
+        return self.steps[self.graph.producers[key]][key]
 
 
 _TRIGGER_RULES: dict[str, Callable[[int, int, int], str | None]] = {
@@ -6883,7 +6901,9 @@ class _GraphRun:
             result.outputs = dict.fromkeys(node.output_names)
             result.tolerated = status == "failed" and node.continue_on_error
         if not self.has_items:  # items have no name of their own in templates; the step gathers their outputs
-            self.context["steps"][node.id] = _StepView(result, children)
+            if _STEP_TYPES[node.type].container and node.for_each is None and (children is None or node.branches):
+                children = {**_null_views(node), **(children or {})}
+            self.context["steps"][node.id] = _StepView(result, children or {})
         ran = status == "completed" or result.tolerated
         failed = status in ("failed", "cancelled") and not ran
         if run.listening:
@@ -7201,8 +7221,8 @@ class _StepRun:
     def count(self, request: Any, answer: Any) -> None:
         """Adds what an answer says that it used, and what that cost."""
         names = ("input_tokens", "tokens", "output_tokens", "total_tokens")
-        counts = (getattr(answer, name, None) for name in names)
-        inputs, texts, outputs, total = (count if _is_integer(count) and count > 0 else 0 for count in counts)
+        counts: list[Any] = [getattr(answer, name, None) for name in names]
+        inputs, texts, outputs, total = (max(count, 0) if _is_integer(count) else 0 for count in counts)
         used = {"input_tokens": inputs or texts, "output_tokens": outputs}
         used["total_tokens"] = total or sum(used.values())
         cost = self.run.budget.cost(request.model, used["input_tokens"], used["output_tokens"])
@@ -7227,9 +7247,9 @@ class _StepRun:
             items = list(enumerate(source))
         else:
             raise ExecutionError(f"for_each needs a list or a map, not {_type_name(source)}", self.id)
-        self.began = time.perf_counter()
         runs = _ItemRuns(self, items)
-        await runs.execute()
+        with _Clock(self):
+            await runs.execute()
         if not self.node.continue_on_error:
             runs.raise_failures()
         return runs.gathered()
@@ -7240,7 +7260,7 @@ class _StepRun:
     ) -> _GraphRun:  # fmt: skip
         """The children of a container, in a scope in front of the container's own; an error if one fails for good."""
         steps = _Layer(self.context["steps"])
-        context = {**self.context, **(local or {}), "steps": steps, "outputs": _OutputNames(steps, graph)}
+        context = {**self.context, **(local or {}), "steps": steps, "outputs": _OutputNames(steps, graph, self.context["outputs"])}
         prefix = f"{self.id}.{segment}." if segment else f"{self.id}."
         outer = self.siblings
         children = _GraphRun(
@@ -7252,10 +7272,10 @@ class _StepRun:
         children.raise_failures()
         return children
 
-    def skip_children(self, nodes: list[_Node], reason: str) -> None:
+    def skip_children(self, nodes: list[_Node], order: int, reason: str) -> None:
         """Records children that a container passed over."""
         for node in nodes:
-            result = StepResult(f"{self.id}.{node.id}", node.type, (*self.result.order, 1, node.position))
+            result = StepResult(f"{self.id}.{node.id}", node.type, (*self.result.order, order, node.position))
             result.status, result.reason, result.outputs = "skipped", reason, dict.fromkeys(node.output_names)
             self.run.results[result.step_id] = result
             if self.run.listening:
@@ -7263,23 +7283,27 @@ class _StepRun:
 
     async def run_workflow(self, values: dict[str, Any]) -> tuple[Any, ...]:
         """Another workflow's steps as children of this one, with inputs, partials and providers of its own."""
-        caller = self.siblings.workflow
-        called = self.node.workflow or _sub_workflow(caller, values["workflow"])
+        called = self.node.workflow or self.run.found_workflow(self.siblings.workflow, values["workflow"])
         chain = (*self.siblings.chain, str(called.name))
         if len(chain) > _MAX_WORKFLOW_DEPTH:
             shown = " -> ".join(chain)
             raise ExecutionError(f"workflows call each other more than {_MAX_WORKFLOW_DEPTH} deep: {shown}")
-        called.validate()
         plan = called._plan()
-        inputs = _checked_inputs(called, values.get("inputs") or {})
-        context = _root_context(self.run, called, plan, inputs)
+        context = _root_context(self.run, called, plan, _checked_inputs(called, values.get("inputs") or {}))
         children = _GraphRun(
             self.run, plan.graph, context, called, f"{self.id}.", (*self.result.order, 0), called.max_concurrency,
             called.fail_fast or self.siblings.fail_fast, chain,
         )  # fmt: skip
-        await children.execute()
+        timeout = _seconds(called.timeout_seconds, "s") or 3600
+        timer = self.run.loop.call_later(timeout, children.abort)
+        try:
+            await children.execute()
+        finally:
+            timer.cancel()
         self.child_views = context["steps"]
         children.raise_failures()
+        if children.cancelled:
+            raise ExecutionError(f"the workflow {called.name!r} took longer than its {timeout:g} s", retryable=True)
         if plan.outputs:
             return tuple(render(context) for _, render in plan.outputs)
         return children.firsts()
@@ -7433,6 +7457,7 @@ class _Run:
         self.slots, self.pool = _Slots(loop, executor.max_concurrency), _WorkerPool(loop)
         self.budget = _Budget(executor.workflow, self.usage)
         self.stopped: str | None = None  # cancelled or timed_out, once it is
+        self.checked: list[Workflow] = []  # sub-workflows that were found while running
         self.main: asyncio.Task[None] | None = None
         self.logger = _enabled_logger()
         self.listeners = [one for one in (executor.on_event, listener) if one is not None]
@@ -7514,6 +7539,16 @@ class _Run:
 
     def vector_store(self, name: str) -> Any:
         return self.executor._vector_store(name)
+
+    def found_workflow(self, caller: Workflow, name: str) -> Workflow:
+        """A sub-workflow whose name is known only now, checked as the others were before the run."""
+        called = _sub_workflow(caller, name)
+        if called not in self.checked:
+            for workflow in self.executor._workflows(called):
+                workflow.validate()
+                self.executor._check_needs(workflow)
+            self.checked.append(called)
+        return called
 
     def http(self) -> _HttpClient:
         return self.executor._http()
@@ -7660,26 +7695,31 @@ class WorkflowExecutor:
 
     def _check(self) -> None:
         """Refuses a run that cannot succeed, before its first step."""
-        problems: list[Problem] = []
-        for workflow in self._workflows():
-            for problem in workflow._plan().problems:
-                table, name = problem.custom or ("", "")
-                if table in ("actions", "transforms", "tools") and name not in getattr(self, table):
-                    problems.append(problem)
-            for node in workflow._plan().graph.walk():
-                for key, name in self._needs(node):
-                    try:
-                        self._provider(name, workflow) if key == "provider" else self._vector_store(name)
-                    except ValidationError as error:
-                        path = (*node.path, key)
-                        problems.append(Problem(_label(workflow.to_dict(), path) + error.problems[0].message, path))
-            if problems:
-                raise ValidationError([_as_error(problem) for problem in workflow._located(problems)])
+        for workflow in self._workflows(self.workflow):
+            self._check_needs(workflow)
         self._check_missing_inputs()
 
-    def _workflows(self) -> Iterator[Workflow]:
-        """The workflow and every sub-workflow that is known before the run."""
-        found = [self.workflow]
+    def _check_needs(self, workflow: Workflow) -> None:
+        """ValidationError if a workflow needs a function, provider or vector store that is not there."""
+        problems: list[Problem] = []
+        for problem in workflow._plan().problems:
+            table, name = problem.custom or ("", "")
+            if table in ("actions", "transforms", "tools") and name not in getattr(self, table):
+                problems.append(problem)
+        for node in workflow._plan().graph.walk():
+            for key, name in self._needs(node):
+                try:
+                    self._provider(name, workflow) if key == "provider" else self._vector_store(name)
+                except ValidationError as error:
+                    path = (*node.path, key)
+                    problems.append(Problem(_label(workflow.to_dict(), path) + error.problems[0].message, path))
+        if problems:
+            raise ValidationError([_as_error(problem) for problem in workflow._located(problems)])
+
+    @staticmethod
+    def _workflows(first: Workflow) -> Iterator[Workflow]:
+        """A workflow and every sub-workflow of it that is known before it runs."""
+        found = [first]
         for workflow in found:
             yield workflow
             for node in workflow._plan().graph.walk():
