@@ -45,14 +45,15 @@ __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022
     "AnthropicProvider", "AuthenticationError", "AzureOpenAIProvider", "BadResponseError", "BudgetExceededError",
-    "CohereProvider",
+    "Cassette", "CohereProvider",
     "CompletionRequest", "CompletionResponse", "Condition", "ConditionError", "ContextLengthError", "DagError",
     "EchoProvider", "EmbeddingRequest", "EmbeddingResponse", "ExecutionError", "GeminiProvider", "LocalVectorStore",
     "MistralProvider", "OllamaProvider", "OpenAICompatibleProvider", "OpenAIProvider", "OrchestratorError",
     "PROVIDERS", "ParseError", "Problem", "Provider", "ProviderConnectionError", "ProviderError",
-    "ProviderTimeoutError", "QuotaExceededError", "RateLimitError", "ResponseCache", "RetryPolicy", "RunResult", "RunTimeoutError",
-    "SQLiteStore", "Step", "StepResult", "Store", "Template", "TemplateError", "VECTOR_STORES", "ValidationError", "VoyageProvider",
-    "Workflow", "WorkflowDAG", "WorkflowExecutor", "load_yaml",
+    "ProviderTimeoutError", "QuotaExceededError", "RateLimitError", "ResponseCache", "RetryPolicy", "RunResult",
+    "RunTimeoutError",
+    "SQLiteStore", "Step", "StepResult", "Store", "Template", "TemplateError", "VECTOR_STORES", "ValidationError",
+    "VoyageProvider", "Workflow", "WorkflowDAG", "WorkflowExecutor", "load_yaml",
 ]
 
 TYPE_CHECKING = False  # the name is enough for type checkers, and `typing` is slow to import
@@ -6393,6 +6394,23 @@ async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     return outputs
 
 
+class _Paused(BaseException):
+    """A step waits for an approval: the run goes on as far as it can without it, and stops."""
+
+
+async def _approval_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    """Pauses the run until it is resumed with a decision on this step."""
+    decision = call.run.decisions.get(call.id)
+    if decision is None:
+        call.result.reason = "approval"
+        call.run.emit("approval_needed", call.id, message=values.get("message") or "")
+        raise _Paused
+    approved, given = decision
+    if not approved:
+        raise ExecutionError("it was rejected", call.id)
+    return ({"approved": True, **given},)
+
+
 async def _workflow_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     return await call.run_workflow(values)
 
@@ -6408,6 +6426,7 @@ _HANDLERS: dict[str, Callable[[_StepRun, dict[str, Any]], Awaitable[tuple[Any, .
     "branch": _branch_step,
     "loop": _loop_step,
     "workflow": _workflow_step,
+    "approval": _approval_step,
 }
 
 
@@ -6745,10 +6764,6 @@ _TRIGGER_RULES: dict[str, Callable[[int, int, int], str | None]] = {
 }
 
 
-class _Paused(Exception):
-    """A step waits for an approval: the run goes on as far as it can without it, and stops."""
-
-
 class _GraphRun:
     """One pass over sibling steps: the top level of a run, the children of a container, an iteration of a loop.
 
@@ -6854,6 +6869,9 @@ class _GraphRun:
 
     def start(self, position: int) -> None:
         node, result = self.node(position), self.begin(position)
+        if result.step_id in self.run.prior:
+            self.restore(position, result)
+            return
         reason = None
         if self.graph.counts[position]:
             ran, failed = self.ran[position], self.failed[position]
@@ -6876,6 +6894,13 @@ class _GraphRun:
             self.tasks.add(task)
             task.add_done_callback(step.ended)
 
+    def restore(self, position: int, result: StepResult) -> None:
+        """Takes over what an earlier execution of this run completed."""
+        restored = StepResult.from_dict({**self.run.prior[result.step_id], "order": result.order})
+        self.results[position] = self.run.results[result.step_id] = restored
+        self.run.count(restored.usage or {})
+        self.finish(position, restored, self.run.restored_children(result.step_id), stored=True)
+
     def run_inline(self, position: int, node: _Node, result: StepResult) -> None:
         """A step that never waits: no task, no slot, no thread."""
         started, run = time.perf_counter(), self.run
@@ -6894,7 +6919,9 @@ class _GraphRun:
         result.duration_ms = round((time.perf_counter() - started) * 1000, 3)
         self.finish(position, result)
 
-    def finish(self, position: int, result: StepResult, children: Mapping[str, Any] | None = None) -> None:
+    def finish(
+        self, position: int, result: StepResult, children: Mapping[str, Any] | None = None, stored: bool = False
+    ) -> None:
         """Records the final state of a step and releases what waited for it."""
         node, status, run = self.node(position), result.status, self.run
         if status != "completed":
@@ -6908,6 +6935,8 @@ class _GraphRun:
         failed = status in ("failed", "cancelled") and not ran
         if run.listening:
             run.emit_end(result)
+        if run.journal is not None and not stored:
+            run.journal.step(result)
         self.unfinished -= 1
         for dependent in node.dependents if not self.has_items else ():
             self.ran[dependent] += ran
@@ -7003,6 +7032,8 @@ class _StepRun:
         self.task = asyncio.current_task()
         result.status = "running"
         try:
+            if self.run.journal is not None:
+                await self.run.journal.barrier()  # what it builds on is durable before it begins
             if node.for_each is not None and not self.siblings.has_items:
                 outputs: tuple[Any, ...] = await self.each()
             else:
@@ -7203,9 +7234,23 @@ class _StepRun:
         return vectors, model, tokens
 
     async def invoke(self, name: str, provider: Any, call: Any, request: Any, cached: bool) -> Any:
-        """One call of a provider: from the cache or the cassette, or past budget and gate, in a slot, counted."""
-        with self.run.budget.reserved(request.model, _estimated_tokens(request)):
-            answer = await self.working(functools.partial(self.call, name, provider, call, request))
+        """One call of a provider: from the cassette or the cache, or past budget and gate, in a slot, counted."""
+        run = self.run
+        keepers = run.executor.keepers(cached)
+        for keeper in keepers:
+            if (answer := await self.threaded(keeper.recall, name, provider, request)) is not None:
+                return answer
+        with run.budget.reserved(request.model, _estimated_tokens(request)):
+            try:
+                answer = await self.working(functools.partial(self.call, name, provider, call, request))
+            except ProviderError as error:
+                answer = error
+            if run.journal is not None:
+                run.journal.call(self.id, name, request, answer)
+            for keeper in keepers:
+                await self.threaded(keeper.keep, name, provider, request, answer)
+            if isinstance(answer, ProviderError):
+                raise answer
             self.count(request, answer)
         return answer
 
@@ -7280,6 +7325,8 @@ class _StepRun:
             self.run.results[result.step_id] = result
             if self.run.listening:
                 self.run.emit_end(result)
+            if self.run.journal is not None:
+                self.run.journal.step(result)
 
     async def run_workflow(self, values: dict[str, Any]) -> tuple[Any, ...]:
         """Another workflow's steps as children of this one, with inputs, partials and providers of its own."""
@@ -7447,10 +7494,20 @@ class _Run:
 
     def __init__(
         self, executor: WorkflowExecutor, loop: asyncio.AbstractEventLoop,
-        listener: Callable[[dict[str, Any]], None] | None = None,
+        listener: Callable[[dict[str, Any]], None] | None = None, recorded: Mapping[str, Any] | None = None,
+        decisions: Mapping[str, tuple[bool, Mapping[str, Any]]] | None = None,
     ) -> None:  # fmt: skip
         self.executor, self.loop, self.thread = executor, loop, threading.get_ident()
-        self.run_id, self.started = os.urandom(8).hex(), time.perf_counter()
+        self.run_id, self.started = recorded["run_id"] if recorded else os.urandom(8).hex(), time.perf_counter()
+        states = recorded["steps"] if recorded else {}
+        self.prior = {step_id: state for step_id, state in states.items() if state["status"] == "completed"}
+        self.prior_parts: dict[str, dict[str, None]] = {}  # id -> what follows it in the ids of the states
+        for step_id in sorted(states, key=lambda step_id: states[step_id].get("order") or []):
+            while "." in step_id:
+                step_id, part = step_id.rsplit(".", 1)
+                self.prior_parts.setdefault(step_id, {})[part] = None
+        self.states, self.decisions, self.is_new = states, decisions or {}, recorded is None
+        self.journal = executor.store.journal(self.run_id, loop) if executor.store is not None else None
         self.result = RunResult(self.run_id, str(executor.workflow.name))
         self.usage = self.result.usage
         self.results: dict[str, StepResult] = {}
@@ -7469,6 +7526,8 @@ class _Run:
         import asyncio
 
         workflow, plan = self.executor.workflow, self.executor.workflow._plan()
+        if self.journal is not None and self.is_new:
+            self.journal.begin(workflow, self.executor)
         context = _root_context(self, workflow, plan, inputs)
         chain = (str(workflow.name),)
         top = _GraphRun(self, plan.graph, context, workflow, fail_fast=bool(workflow.fail_fast), chain=chain)
@@ -7485,9 +7544,10 @@ class _Run:
                 self.stop("cancelled")
         timer.cancel()
         self.pool.close()
-        if not self.main.cancelled() and self.main.exception() is not None:
-            raise self.main.exception() or AssertionError
-        self.finish(top, plan, context)
+        error = None if self.main.cancelled() else self.main.exception()
+        if error is not None and not isinstance(error, _Paused):
+            raise error
+        self.finish(top, plan, context, error is not None)
         if interrupted:
             raise asyncio.CancelledError
         return self.result
@@ -7498,7 +7558,7 @@ class _Run:
             self.stopped = status
             self.main.cancel()
 
-    def finish(self, top: _GraphRun, plan: _Plan, context: dict[str, Any]) -> None:
+    def finish(self, top: _GraphRun, plan: _Plan, context: dict[str, Any], paused: bool) -> None:
         """The run's own status, outputs and error."""
         result = self.result
         result.steps = {step.step_id: step for step in sorted(self.results.values(), key=lambda step: step.order)}
@@ -7515,8 +7575,8 @@ class _Run:
             result.exception, result.error = error, {**(first.error or {}), "step_id": first.step_id}
         elif self.budget.error is not None:  # also where continue_on_error hides it: the run is not complete
             result.exception = self.budget.error
-        result.status = self.stopped or ("completed" if result.exception is None else "failed")
-        for name, render in plan.outputs:
+        result.status = self.stopped or ("failed" if result.exception else "paused" if paused else "completed")
+        for name, render in plan.outputs if result.status != "paused" else ():
             try:
                 result.outputs[name] = render(context)
             except TemplateError as error:
@@ -7527,6 +7587,8 @@ class _Run:
         if result.error is None and result.exception is not None:
             result.error = _error_summary(result.exception)
         result.duration_ms = round((time.perf_counter() - self.started) * 1000, 3)
+        if self.journal is not None:
+            self.journal.end(result)
         if self.listening:
             self.emit("run_finished", status=result.status, duration_ms=result.duration_ms, usage=result.usage)
 
@@ -7552,6 +7614,19 @@ class _Run:
 
     def http(self) -> _HttpClient:
         return self.executor._http()
+
+    def restored_children(self, step_id: str) -> dict[str, Any] | None:
+        """Takes over the children of a restored container; what templates see of them, of a loop's last iteration."""
+        views: dict[str, Any] = {}
+        for part in self.prior_parts.get(step_id, ()):
+            child_id = f"{step_id}.{part}"
+            inner = self.restored_children(child_id)
+            if child_id in self.states:
+                self.results[child_id] = result = StepResult.from_dict(self.states[child_id])
+                views[part] = _StepView(result, inner)
+            else:
+                views = inner or {}
+        return views or None
 
     def count(self, amounts: Mapping[str, Any]) -> None:
         for name, amount in amounts.items():
@@ -7600,7 +7675,8 @@ class WorkflowExecutor:
         transforms: Mapping[str, Callable[..., Any]] | None = None,
         tools: Mapping[str, Callable[..., Any]] | None = None, vector_stores: Mapping[str, Any] | None = None,
         on_event: Callable[[dict[str, Any]], None] | None = None, offline: bool = False,
-        output_folder: str | os.PathLike[str] = "output", streaming: bool = False,
+        output_folder: str | os.PathLike[str] = "output", streaming: bool = False, store: Any = None,
+        cache: Any = None, cassette: Any = None,
     ) -> None:  # fmt: skip
         if not isinstance(workflow, Workflow):
             raise ValidationError(f"workflow must be a Workflow, not {type(workflow).__name__}")
@@ -7613,7 +7689,8 @@ class WorkflowExecutor:
         self.providers, self.vector_stores = dict(providers or {}), dict(vector_stores or {})
         self.actions, self.transforms, self.tools = dict(actions or {}), dict(transforms or {}), dict(tools or {})
         self.on_event, self.offline, self.output_folder = on_event, offline, os.fspath(output_folder)
-        self.streaming = streaming
+        self.streaming, self.store, self.cache, self.cassette = streaming, store, cache, cassette
+        self.launch: dict[str, Any] = {}  # what a store should know of how the run was started
         self.result: RunResult | None = None  # of the latest run, also when that was cancelled
         self._built: dict[tuple[Any, str], Any] = {}  # providers made here, by the workflow that sets them up and name
         self._client: _HttpClient | None = None
@@ -7629,11 +7706,11 @@ class WorkflowExecutor:
         """
         return await self._execute(None)
 
-    async def _execute(self, listener: Callable[[dict[str, Any]], None] | None) -> RunResult:
+    async def _execute(self, listener: Callable[[dict[str, Any]], None] | None, *resumed: Any) -> RunResult:
         import asyncio
 
         self._check()
-        run = _Run(self, asyncio.get_running_loop(), listener)
+        run = _Run(self, asyncio.get_running_loop(), listener, *resumed)
         self.result = run.result
         self._runs.append(run)
         try:
@@ -7660,17 +7737,73 @@ class WorkflowExecutor:
 
     def run(self) -> RunResult:
         """Runs the workflow and returns its result; works with and without a running event loop (a notebook)."""
+        return self._blocking(self.execute)
+
+    def resume(
+        self, run_id: str, *, from_step: str | None = None, force: bool = False,
+        decisions: Mapping[str, tuple[bool, Mapping[str, Any]]] | None = None,
+    ) -> Any:  # fmt: skip
+        """Goes on with a run of this workflow that `store` holds, with the inputs it was started with.
+
+        Completed steps are not run again; `from_step` and what follows it are. `decisions` maps the ids of approval
+        steps to (approved, values). Returns the RunResult; inside a running event loop, an awaitable of it. Raises
+        OrchestratorError if the run is held by another process, or if the workflow has changed (unless `force`).
+        """
+        import asyncio
+
+        async def resumed() -> RunResult:
+            recorded = self._claimed(run_id, from_step, force)
+            return await self._execute(None, recorded, decisions)
+
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._blocking(resumed)
+        return resumed()
+
+    def _claimed(self, run_id: str, from_step: str | None, force: bool) -> dict[str, Any]:
+        """A stored run that is ours now; given back if it cannot be resumed."""
+        if self.store is None:
+            raise OrchestratorError("to resume takes the store that holds the run")
+        recorded: dict[str, Any] = self.store.claim(run_id)
+        try:
+            difference = self.store.difference(recorded, self)
+            if difference and not force:
+                raise OrchestratorError(f"the workflow has changed since run {run_id}; force to go on:\n{difference}")
+            self.inputs = _checked_inputs(self.workflow, recorded.get("inputs") or {})
+            again = self._following(from_step) if from_step is not None else set()
+            forgotten = [step_id for step_id in recorded["steps"] if step_id.split(".")[0] in again]
+            if forgotten:
+                self.store.forget(run_id, forgotten)
+            states = {step_id: state for step_id, state in recorded["steps"].items() if step_id not in forgotten}
+            return {**recorded, "steps": states}
+        except BaseException:
+            self.store.update(run_id, release=True)
+            raise
+
+    def _following(self, step_id: str) -> set[str]:
+        """A top-level step and all that depend on it."""
+        graph = self.workflow._plan().graph
+        if step_id not in graph.by_id:
+            raise ValidationError(f"there is no step {step_id!r}{_suggestion(step_id, graph.by_id)}")
+        found = [graph.by_id[step_id]]
+        for node in found:
+            found += [graph.nodes[position] for position in node.dependents if graph.nodes[position] not in found]
+        return {node.id for node in found}
+
+    def _blocking(self, execute: Callable[[], Any]) -> RunResult:
+        """The result of a run, in a loop of its own; in a thread of its own if this one has a running loop."""
         import asyncio
 
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return asyncio.run(self.execute())
+            return asyncio.run(execute())  # type: ignore[no-any-return]
         outcome: list[Any] = []
 
         def in_thread() -> None:
             try:
-                outcome.append(asyncio.run(self.execute()))
+                outcome.append(asyncio.run(execute()))
             except BaseException as error:
                 outcome.append(error)
 
@@ -7707,6 +7840,9 @@ class WorkflowExecutor:
             if table in ("actions", "transforms", "tools") and name not in getattr(self, table):
                 problems.append(problem)
         for node in workflow._plan().graph.walk():
+            if node.type == "approval" and self.store is None:
+                message = "an approval needs a store that keeps the run meanwhile: --store FILE, or store="
+                problems.append(Problem(_label(workflow.to_dict(), node.path) + message, node.path))
             for key, name in self._needs(node):
                 try:
                     self._provider(name, workflow) if key == "provider" else self._vector_store(name)
@@ -7781,6 +7917,10 @@ class WorkflowExecutor:
             if ("vectors", name) not in self._built:
                 self._built["vectors", name] = VECTOR_STORES[name].from_env()
             return self._built["vectors", name]
+
+    def keepers(self, cached: bool) -> list[Any]:
+        """What may know the answer to a call already, and keeps it."""
+        return [keeper for keeper in (self.cassette, self.cache if cached else None) if keeper is not None]
 
     def _http(self) -> _HttpClient:
         with self._lock:
@@ -8177,6 +8317,14 @@ class Store(_Database):
         self._wake()
         return self.load(run_id)
 
+    def journal(self, run_id: str, loop: asyncio.AbstractEventLoop) -> _Journal:
+        """What a run writes to."""
+        return _Journal(self, run_id, loop)
+
+    def difference(self, run: Mapping[str, Any], executor: WorkflowExecutor) -> str:
+        """How the workflow that a run (of `load`) was started with differs from an executor's; "" if it does not."""
+        return _workflow_diff(run["workflow_text"] or "", _workflow_text(executor))
+
     def record(
         self, run_id: str, step_id: str, state: Mapping[str, Any], on_durable: Callable[[Any], Any] | None = None
     ) -> None:
@@ -8495,29 +8643,80 @@ def _state_problems(
 
 
 class _Journal:
-    """A run's side of its store, for one event loop: `record` calls back in the loop, once for many records."""
+    """A run's side of its store, for one event loop: what is written down, and how much of it is durable."""
 
     def __init__(self, store: Any, run_id: str, loop: asyncio.AbstractEventLoop) -> None:
         self.store, self.run_id, self.loop = store, run_id, loop
-        self.landed: collections.deque[tuple[Callable[[Any], Any], Any]] = collections.deque()
+        self.written = self.durable = 0
+        self.error: OrchestratorError | None = None
+        self.landed: collections.deque[OrchestratorError | None] = collections.deque()
         self.delivering = False
+        self.waiting: list[tuple[int, asyncio.Future[None]]] = []
 
-    def record(self, step_id: str, state: Mapping[str, Any], then: Callable[[Any], Any]) -> None:
-        """Calls then(error), with None once the state and all before it are durable."""
-        self.store.record(self.run_id, step_id, state, functools.partial(self._land, then))
+    def begin(self, workflow: Workflow, executor: WorkflowExecutor) -> None:
+        """Writes down what is to be run."""
+        text, source = _workflow_text(executor), os.path.abspath(workflow.source) if workflow.folder else None
+        run = {"run_id": self.run_id, "workflow": str(workflow.name), "workflow_text": text, "source": source}
+        self.store.begin({**run, "inputs": executor.inputs, "launch": executor.launch})
 
-    def _land(self, then: Callable[[Any], Any], error: OrchestratorError | None) -> None:
-        self.landed.append((then, error))
+    def step(self, result: StepResult) -> None:
+        """Writes down how a step ended."""
+        try:
+            state = {**result.to_dict(), "order": list(result.order)}
+            self.store.record(self.run_id, result.step_id, state, self.land)
+            self.written += 1
+        except OrchestratorError as error:
+            self.error = self.error or error
+
+    def call(self, step_id: str, provider: str, request: Any, answer: Any) -> None:
+        """Notes a call of a provider: hashes of what was asked and answered, not the texts."""
+        asked, answered = _request_document(provider, request), _answer_document(answer)
+        names = ("input_tokens", "output_tokens", "tokens", "error")
+        used = {name: answered[name] for name in names if answered.get(name) is not None}
+        about = {"step_id": step_id, "provider": provider, "model": request.model, **used}
+        self.store.note(self.run_id, "provider_call", {**about, "asked": _digest(asked), "answered": _digest(answered)})
+
+    def land(self, error: OrchestratorError | None) -> None:
+        """Called in the writer's thread, once for each step, in their order."""
+        self.landed.append(error)
         if not self.delivering:
             self.delivering = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self.loop.call_soon_threadsafe(self._deliver)
+                self.loop.call_soon_threadsafe(self.deliver)
 
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
         self.delivering = False
         while self.landed:
-            then, error = self.landed.popleft()
-            then(error)
+            self.error = self.error or self.landed.popleft()
+            self.durable += 1
+        for waiter in [one for one in self.waiting if one[0] <= self.durable or self.error]:
+            self.waiting.remove(waiter)
+            if not waiter[1].done():
+                waiter[1].set_result(None)
+
+    async def barrier(self) -> None:
+        """Returns when all that was written down until now is durable; raises what kept it out."""
+        if self.durable < self.written and self.error is None:
+            waiter = self.loop.create_future()
+            self.waiting.append((self.written, waiter))
+            await waiter
+        if self.error is not None:
+            raise self.error
+
+    def end(self, result: RunResult) -> None:
+        """Writes down the outcome and gives the run back; what keeps it out becomes the result's error."""
+        waiting = [step_id for step_id, step in result.steps.items() if step.reason == "approval"]
+        names = ("outputs", "error", "usage", "duration_ms")
+        try:
+            fields = {name: getattr(result, name) for name in names}
+            self.store.update(self.run_id, result.status, {**fields, "waiting": waiting}, release=True)
+        except OrchestratorError as error:
+            result.status, result.exception, result.error = "failed", error, _error_summary(error)
+
+
+def _workflow_text(executor: WorkflowExecutor) -> str:
+    """A workflow and those that it calls, as YAML: what a run depends on besides its inputs."""
+    return "\n# ---- called\n".join(workflow.to_yaml() for workflow in executor._workflows(executor.workflow))
 
 
 # ---- Requests by content: the cache, and record and replay -----------------------------------------------------------
@@ -8593,6 +8792,22 @@ class ResponseCache(_SQLiteFile):
             with self._transaction() as execute:
                 self._drop(execute, "stored_at < ?", time.time() - max_age_seconds)
 
+    def recall(self, name: str, provider: Any, request: Any) -> Any:
+        """The answer that was kept for a provider's request, marked as such; None if there is none."""
+        document = _request_document(name, request, provider)
+        found = self.get(document)
+        answer = None if found is None else _answer_from(document["kind"], found)
+        if answer is not None and hasattr(answer, "metadata"):
+            answer.metadata["cached"] = True
+        return answer
+
+    def keep(self, name: str, provider: Any, request: Any, answer: Any) -> None:
+        """Keeps a provider's answer; errors are not kept."""
+        if isinstance(answer, str):
+            answer = CompletionResponse(answer, request.model)
+        if isinstance(answer, (CompletionResponse, EmbeddingResponse)):
+            self.put(_request_document(name, request, provider), _answer_document(answer))
+
     def get(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
         """The answer to the same request, or None."""
         oldest = time.time() - (self.max_age_seconds if self.max_age_seconds is not None else math.inf)
@@ -8625,7 +8840,7 @@ class ResponseCache(_SQLiteFile):
             self._disconnect()
 
 
-class _Cassette:
+class Cassette:
     """Requests and their answers as JSON lines {"request", "response"}: written anew, or read and answered from."""
 
     def __init__(self, path: str, replay: bool) -> None:
@@ -8645,6 +8860,20 @@ class _Cassette:
                     self.answers.setdefault(_sorted_json(entry["request"]), []).append(dict(entry["response"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise OrchestratorError(f"{path}:{number}: is no recorded request with its response: {error!r}") from None
+
+    def recall(self, name: str, provider: Any, request: Any) -> Any:
+        """The next recorded answer; None while recording. Raises the error that was recorded, or ExecutionError."""
+        if self.file is not None:
+            return None
+        document = _request_document(name, request)
+        return _answer_from(document["kind"], self.replay(document))
+
+    def keep(self, name: str, provider: Any, request: Any, answer: Any) -> None:
+        """Records a provider's answer, or its error."""
+        if self.file is not None:
+            if isinstance(answer, str):
+                answer = CompletionResponse(answer, request.model)
+            self.record(_request_document(name, request), _answer_document(answer))
 
     def record(self, request: Mapping[str, Any], response: Mapping[str, Any]) -> None:
         line = _stored_json({"request": request, "response": _without_secrets(response)})
@@ -8859,6 +9088,8 @@ _COMMON_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--log-format", {"choices": ("text", "json"), "default": "text", "help": "how stderr's log lines look"}),
     ("--debug", {"action": "store_true", "help": "show tracebacks"}),
 )
+_STORE = ("--store", {"metavar": "FILE", "help": "the SQLite file that keeps runs (default: $LLM_ORCHESTRATOR_STORE)"})
+_JSON = ("--json", {"action": "store_true", "help": "print JSON"})
 _RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("-i --input", {"metavar": "JSON|FILE|-", "help": "inputs: a JSON object, or a JSON or YAML file that holds one"}),
     ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE",
@@ -8870,16 +9101,37 @@ _RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
                   "help": "a Python file with dicts named actions, transforms, tools, providers or vector_stores"}),
     ("--print", {"dest": "path", "metavar": "PATH", "help": "print one value, raw: outputs.x, steps.a.text, status"}),
     ("-o --out", {"metavar": "FILE", "help": "write the result there instead of to stdout"}),
+    ("--cache", {"metavar": "FILE", "help": "answer repeated calls from this SQLite file, and keep new answers there"}),
+    ("--record", {"metavar": "FILE", "help": "write the calls of providers and their answers to this file"}),
+    ("--replay", {"metavar": "FILE", "help": "answer the calls of providers from a file that --record wrote"}),
     ("--output-dir", {"default": "output", "metavar": "DIR", "help": "where write_file writes (default: output)"}),
 )  # fmt: skip
 # command -> (what it does, an example, its arguments)
 _COMMAND_LINE: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
     "validate": ("check workflows and report every problem", "validate examples/*.yaml", (
         ("files", {"nargs": "+", "metavar": "FILE", "help": "workflows in YAML or JSON; - for standard input"}),
-        ("--json", {"action": "store_true", "help": "print the problems as JSON"}),
+        _JSON,
     )),
     "run": ("run a workflow and print its result as JSON",
-            "run wf.yaml --set name=Alice --print outputs.answer", (_FILE, *_RUN_OPTIONS)),
+            "run wf.yaml --set name=Alice --print outputs.answer", (_FILE, _STORE, *_RUN_OPTIONS)),
+    "resume": ("go on with a stored run where it stopped", "resume 5f3c2b6d9a0e4c11 --store runs.db", (
+        ("run_id", {"nargs": "?", "metavar": "RUN_ID", "help": "the run's id, as `runs list` shows it"}), _STORE,
+        ("--failed", {"action": "store_true", "help": "resume every run that failed or was interrupted"}),
+        ("--from", {"dest": "from_step", "metavar": "STEP", "help": "run this step and all that follows it again"}),
+        ("--force", {"action": "store_true", "help": "go on although the workflow has changed"}),
+        ("--approve", {"action": "append", "default": [], "metavar": "STEP", "help": "approve a step that waits for it"}),
+        ("--reject", {"action": "append", "default": [], "metavar": "STEP", "help": "let a step that waits fail"}),
+        *_RUN_OPTIONS[1:],
+    )),
+    "runs": ("look at stored runs", "runs list --store runs.db", (
+        ("action", {"choices": ("list", "show", "failures", "audit", "export", "delete", "prune"),
+                    "help": "list runs; show, audit, export or delete one; failures: steps that failed for good"}),
+        ("run_id", {"nargs": "?", "metavar": "RUN_ID", "help": "the run, for show, audit, export and delete"}), _STORE,
+        ("--status", {"metavar": "STATUS", "help": "list: only runs of this status"}),
+        ("--limit", {"type": int, "default": 100, "metavar": "N", "help": "list: at most so many, the newest (100)"}),
+        ("--older-than", {"metavar": "AGE", "help": "prune: ended runs older than this, such as 30d or 12h"}),
+        ("--verify", {"action": "store_true", "help": "audit: find any edit; exit status 1 if there is one"}), _JSON,
+    )),
     "graph": ("draw a workflow", "graph wf.yaml --format text", (
         _FILE, ("--format", {"choices": tuple(_PICTURES), "default": "mermaid", "help": "default: mermaid"}),
     )),
@@ -8996,24 +9248,144 @@ def _run_command(options: argparse.Namespace) -> int:
         raise OrchestratorError("the workflow and the inputs cannot both come from standard input")
     workflow = _load_workflow(options.file)
     inputs = _read_inputs(options.input, options.set, workflow.inputs or {})
-    extensions = _load_plugins(options.plugin)
+    with contextlib.ExitStack() as opened:
+        return _execute(options, workflow, inputs, _open_store(options, opened), opened)
+
+
+def _execute(
+    options: argparse.Namespace, workflow: Workflow, inputs: Mapping[str, Any] | None, store: Any,
+    opened: contextlib.ExitStack, **resume: Any,
+) -> int:  # fmt: skip
+    """Runs a workflow, or goes on with a stored run, under the options of the command line; the exit status."""
     reporter = _Reporter(options, len(workflow.steps))
+    if options.record and options.replay:
+        raise OrchestratorError("--record and --replay exclude each other")
+    tape = options.record or options.replay
+    cassette = opened.enter_context(contextlib.closing(Cassette(tape, bool(options.replay)))) if tape else None
+    cache = opened.enter_context(contextlib.closing(ResponseCache(options.cache))) if options.cache else None
     executor = WorkflowExecutor(
         workflow, inputs, max_concurrency=options.max_concurrency, offline=options.offline, streaming=options.stream,
-        output_folder=options.output_dir, on_event=reporter.on_event if reporter.wanted else None, **extensions,
+        output_folder=options.output_dir, on_event=reporter.on_event if reporter.wanted else None, store=store,
+        cache=cache, cassette=cassette, **_load_plugins(options.plugin),
     )  # fmt: skip
+    executor.launch = {name: getattr(options, name) for name in _LAUNCH_OPTIONS}
     for warning in executor.warnings if not options.quiet else ():
         if warning.custom is None:
             _complain(str(warning))
     with _signals(executor) as received:
-        result = executor.run()
+        result = executor.resume(**resume) if resume else executor.run()
     reporter.close()
     _write_result(result, options)
     if result.error is not None and not options.quiet:
         _complain(f"{result.status}: {result.error['type']}: {result.error['message']}")
+    for step_id, step in result.items() if result.status == "paused" else ():
+        if step.reason == "approval":
+            _complain(f"paused: {step_id} waits: {_PROGRAM} resume {result.run_id} --approve {step_id} --store {store.name}")
     if received or result.status == "cancelled":
         return 128 + received[0] if received else _EXIT_INTERRUPTED
-    return _EXIT_COMPLETED if result.status == "completed" else _EXIT_FAILED
+    return _EXIT_COMPLETED if result.status in ("completed", "paused") else _EXIT_FAILED
+
+
+_LAUNCH_OPTIONS = ("plugin", "offline", "max_concurrency", "output_dir")  # that a resumed run takes over
+
+
+def _open_store(options: argparse.Namespace, opened: contextlib.ExitStack, needed: bool = False) -> Any:
+    """The store of --store or of the environment, closed with `opened`; None if there is none."""
+    path = options.store or os.environ.get("LLM_ORCHESTRATOR_STORE")
+    if not path and needed:
+        raise OrchestratorError("say which store holds the runs: --store FILE, or LLM_ORCHESTRATOR_STORE")
+    return opened.enter_context(contextlib.closing(SQLiteStore(path))) if path else None
+
+
+def _resume_command(options: argparse.Namespace) -> int:
+    if bool(options.run_id) == options.failed:
+        raise OrchestratorError("give the id of a run, or --failed for all that failed or were interrupted")
+    with contextlib.ExitStack() as opened:
+        store = _open_store(options, opened, needed=True)
+        run_ids = [options.run_id]
+        if options.failed:
+            run_ids = [run["run_id"] for run in store.runs(10**9) if run["status"] in ("failed", "interrupted")]
+        return max((_resume_run(options, store, run_id, opened) for run_id in run_ids), default=_EXIT_COMPLETED)
+
+
+def _resume_run(options: argparse.Namespace, store: Any, run_id: str, opened: contextlib.ExitStack) -> int:
+    """Goes on with one run: its workflow's file as it is now, or the recorded text if that file is gone."""
+    recorded = store.load(run_id)
+    for name in _LAUNCH_OPTIONS:
+        setattr(options, name, getattr(options, name) or (recorded.get("launch") or {}).get(name))
+    source = recorded.get("source")
+    if source and os.path.exists(source):
+        workflow = Workflow.from_file(source)
+    else:
+        workflow = Workflow.from_yaml(recorded["workflow_text"].split("\n# ---- called\n")[0])
+        workflow.source, workflow.folder = source or workflow.source, os.path.dirname(source) if source else None
+    values = _read_inputs(None, options.set, {})
+    decisions = {step_id: (True, values) for step_id in options.approve}
+    decisions.update({step_id: (False, {}) for step_id in options.reject})
+    waiting = recorded.get("waiting") or []
+    for step_id in decisions:
+        if step_id not in waiting:
+            raise OrchestratorError(f"run {run_id}: no step {step_id!r} waits for approval{_suggestion(step_id, waiting)}")
+    again = {"run_id": run_id, "from_step": options.from_step, "force": options.force, "decisions": decisions}
+    return _execute(options, workflow, recorded.get("inputs"), store, opened, **again)
+
+
+def _runs_command(options: argparse.Namespace) -> int:
+    if (options.run_id is None) == (options.action in ("show", "audit", "export", "delete")):
+        raise OrchestratorError(f"runs {options.action} takes {'the id of a run' if options.run_id is None else 'no run'}")
+    if (options.action == "prune") != bool(options.older_than):
+        raise OrchestratorError("runs prune needs --older-than, such as 30d; other actions take none")
+    with contextlib.ExitStack() as opened:
+        store = _open_store(options, opened, needed=True)
+        status, found = _EXIT_COMPLETED, _RUNS_ACTIONS[options.action](store, options)
+        if options.action == "audit" and options.verify:
+            found = store.verify(options.run_id)
+            status = _EXIT_FAILED if found else _EXIT_COMPLETED
+        if options.json or options.action == "export":
+            print(_to_json(found, indent=2))
+        elif options.action == "show":
+            steps = [{"step": step_id, **state} for step_id, state in found.pop("steps").items()]
+            facts = {name: value for name, value in found.items() if name not in ("workflow_text", "launch")}
+            print(*(f"{name}: {_cell(name, value)}" for name, value in facts.items()), sep="\n")
+            _print_table(steps, ("step", "type", "status", "attempts", "duration_ms", "error", "reason"))
+        elif found and isinstance(found[0], dict):
+            _print_table(found, _RUNS_COLUMNS[options.action])
+        else:
+            print(*(found or [_NOTHING.get(options.action, "none")]), sep="\n")
+    return status
+
+
+_RUNS_ACTIONS: dict[str, Callable[[Any, argparse.Namespace], Any]] = {
+    "list": lambda store, options: store.runs(options.limit, options.status),
+    "show": lambda store, options: store.load(options.run_id),
+    "failures": lambda store, options: store.failures(),
+    "audit": lambda store, options: store.audit(options.run_id),
+    "export": lambda store, options: store.export(options.run_id),
+    "delete": lambda store, options: [options.run_id][: store.delete(options.run_id) or 1],
+    "prune": lambda store, options: store.prune(_parse_age(options.older_than)),
+}
+_RUNS_COLUMNS = {
+    "list": ("run_id", "workflow", "status", "started_at", "updated_at"),
+    "failures": ("run_id", "workflow", "step_id", "attempts", "error"),
+    "audit": ("number", "time", "kind", "details"),
+}
+_NOTHING = {"list": "no runs", "failures": "no failures", "audit": "the audit trail is whole", "prune": "nothing to delete"}
+
+
+def _cell(name: str, value: Any) -> str:
+    """A value in a table or a line."""
+    if value is not None and (name == "time" or name.endswith("_at")):
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    if name == "error" and isinstance(value, Mapping):
+        value = value.get("message")
+    return "" if value is None else _shorten(_to_text(value).replace("\n", " "), 100)
+
+
+def _print_table(rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
+    cells = [columns, *([_cell(name, row.get(name)) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
 @contextlib.contextmanager
@@ -9234,6 +9606,8 @@ def _terminal_width() -> int:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "validate": _validate_command,
     "run": _run_command,
+    "resume": _resume_command,
+    "runs": _runs_command,
     "graph": _graph_command,
 }
 
