@@ -8097,7 +8097,8 @@ class _Database:
     name = "the store"
 
     def __init__(self) -> None:
-        self._pid, self._lock, self._connection = os.getpid(), threading.RLock(), None
+        self._pid, self._lock, self._closed = os.getpid(), threading.RLock(), False
+        self._connection: Any = None
 
     def connect(self) -> Any:
         """A new connection to a database that has the tables of `SCHEMA`."""
@@ -8118,25 +8119,29 @@ class _Database:
     def _transaction(self, write: bool = True) -> Iterator[Callable[..., Any]]:
         """Gives execute(sql, parameters, many=False) -> cursor. Commits at the end, or undoes everything."""
         with self._lock:
-            if self._pid != os.getpid():
-                raise OrchestratorError(f"{self.name} does not outlive a fork: open it in the new process")
+            self._check_open()
             try:
                 if self._connection is None:
                     self._connection = self.connect()
-                cursor = self._connection.cursor()
+                with contextlib.closing(self._connection.cursor()) as cursor:
 
-                def execute(sql: str, parameters: Sequence[Any] = (), many: bool = False) -> Any:
-                    (cursor.executemany if many else cursor.execute)(self.statement(sql), parameters)
-                    return cursor
+                    def execute(sql: str, parameters: Sequence[Any] = (), many: bool = False) -> Any:
+                        (cursor.executemany if many else cursor.execute)(self.statement(sql), parameters)
+                        return cursor
 
-                self.begin_transaction(cursor, write)
-                yield execute
-                self._connection.commit()
+                    self.begin_transaction(cursor, write)
+                    yield execute
+                    self._connection.commit()
             except BaseException as error:
                 self._undo()
                 if isinstance(error, OrchestratorError) or not isinstance(error, Exception):
                     raise
                 raise OrchestratorError(f"{self.name}: {self.explain(error)}") from error
+
+    def _check_open(self) -> None:
+        if self._closed or self._pid != os.getpid():
+            reason = "is closed" if self._closed else "does not outlive a fork: open it in the new process"
+            raise OrchestratorError(f"{self.name} {reason}")
 
     def _undo(self) -> None:
         """Rolls back; a connection that cannot is dropped, and the next transaction makes a new one."""
@@ -8151,6 +8156,18 @@ class _Database:
         if connection is not None and self._pid == os.getpid():
             with contextlib.suppress(Exception):
                 connection.close()
+
+    def close(self) -> None:
+        """Ends the connection; whatever is called afterwards is refused."""
+        with self._lock:
+            self._closed = True
+            self._disconnect()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 _SQLITE_FAULTS = {
@@ -8275,7 +8292,6 @@ class Store(_Database):
 
         super().__init__()
         self.holder = f"{_process_name(os.getpid())}.{os.urandom(4).hex()}"
-        self._closed = False
         self._held: dict[str, _HeldRun] = {}
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
@@ -8451,24 +8467,18 @@ class Store(_Database):
         return old
 
     def close(self) -> None:
-        """Commits what was recorded, gives the leases back and ends the writer."""
-        self._closed, writer = True, self._writer
+        """Commits what was recorded, gives the leases back and ends the writer; later calls are refused."""
+        writer, self._writer = self._writer, None
         if writer is not None and self._pid == os.getpid():
             self._jobs.put(None)
             writer.join()
         with self._lock, contextlib.suppress(OrchestratorError):
-            self._apply(self._waiting_jobs())
             if self._held:
                 with self._transaction() as execute:
                     execute("UPDATE runs SET holder = NULL, lease_until = NULL WHERE holder = ?", (self.holder,))
-        self._held.clear()
-        self._disconnect()
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            self._held.clear()
+        super().close()
+        self._apply(self._waiting_jobs())  # of threads that came too late: they are told so
 
     def _lease(self, execute: Callable[..., Any], run_id: str) -> tuple[str, float]:
         """(holder or "", end of the lease) of a run; an error if there is no such run."""
@@ -8485,8 +8495,7 @@ class Store(_Database):
     # The writer
 
     def _enqueue(self, job: tuple[Any, ...]) -> None:
-        if self._closed or self._pid != os.getpid():
-            raise OrchestratorError(f"{self.name} is closed" if self._closed else f"{self.name} does not outlive a fork")
+        self._check_open()
         self._jobs.put(job)
         self._wake()
 
@@ -8834,10 +8843,6 @@ class ResponseCache(_SQLiteFile):
         gone = f"(SELECT COALESCE(SUM(size), 0) FROM answers WHERE {condition})"
         execute(f"UPDATE total SET size = size - {gone}", (value,))
         execute(f"DELETE FROM answers WHERE {condition}", (value,))
-
-    def close(self) -> None:
-        with self._lock:
-            self._disconnect()
 
 
 class Cassette:
