@@ -4356,9 +4356,10 @@ class _Exchange:
             kind, retryable, reason = ProviderConnectionError, False, "the call was cancelled"
         elif isinstance(error, _HttpFault):
             words, kind, retryable, reason = error.words, BadResponseError, error.retryable, f"{place} answered {error}"
-            for line in (*self.fields.values(), *self.target.proxy_fields.values()):
-                secret = line.rpartition(" ")[2] if _SECRET_HEADER(line.partition(":")[0]) else ""
-                words = words.replace(secret, "***") if secret else words
+            lines = (*self.fields.values(), *self.target.proxy_fields.values())
+            secrets = [line.rpartition(" ")[2] for line in lines if _SECRET_HEADER(line.partition(":")[0])]
+            for secret in filter(None, (self.target.path.partition("?")[2], *secrets)):
+                words = words.replace(secret, "***")
             reason += f": {_shorten(words.strip(), 100)!r}" if words.strip() else ""
         elif time.monotonic() >= self.deadline:
             kind, retryable, reason = ProviderTimeoutError, True, f"no answer from {place} within {self.seconds:g} s"
