@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import logging
-    from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Container, Generator, Iterable, Iterator, Sequence
     from typing import Any
 else:
     Any = object  # for `dict[str, Any]` as a base class
@@ -3798,8 +3798,9 @@ def _levels(graph: _Graph) -> list[list[_Node]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Retry: policies and delays
-# How often a step is tried and how long it waits in between. Pure arithmetic; the waiting is done by the executor.
+# 8. Retry: policies, delays, limits
+# How often a step is tried and how long it waits in between; how fast a provider may be called, and when it is better
+# left alone. Limits are shared by threads and event loops.
 # ---------------------------------------------------------------------------------------------------------------------
 
 _RETRY_KEYS: dict[str, Callable[[Any], str | None]] = {
@@ -3808,9 +3809,44 @@ _RETRY_KEYS: dict[str, Callable[[Any], str | None]] = {
     "initial_delay": _must("milliseconds, or a text such as 1.5s", lambda value: _seconds(value, "ms") is not None),
     "max_delay": _must("milliseconds, or a text such as 30s", lambda value: _seconds(value, "ms") is not None),
     "backoff_multiplier": _number(1, 1000),
-    "jitter": _must("true, false or a fraction up to 1", lambda value: isinstance(value, (bool, int, float)) and 0 <= value <= 1),
-}  # fmt: skip
+    "jitter": _must("true, false or a fraction up to 1", lambda value: isinstance(value, (int, float)) and 0 <= value <= 1),
+}
 _RETRY_ALIASES = {"backoff": "strategy", "initial_delay_ms": "initial_delay", "max_delay_ms": "max_delay"}
+_RATE_LIMIT_KEYS: dict[str, Callable[[Any], str | None]] = {
+    "requests_per_minute": _must("a number above 0", lambda value: _is_number(value) and value > 0),
+    "tokens_per_minute": _must("a number above 0", lambda value: _is_number(value) and value > 0),
+    "max_concurrent": _integer(1),
+}
+_CIRCUIT_BREAKER_KEYS: dict[str, Callable[[Any], str | None]] = {
+    "failure_rate": _must("a fraction above 0, up to 1", lambda value: _is_number(value) and 0 < value <= 1),
+    "window": _integer(1, 1000),
+    "min_calls": _integer(1, 1000),
+    "open_seconds": _must("seconds, or a text such as 30s", lambda value: _seconds(value, "s") is not None),
+}
+
+
+def _checked_settings(
+    name: str, document: Any, checks: Mapping[str, Callable[[Any], str | None]], aliases: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """A map of settings under their first names, without nulls (the default is meant). ValidationError has every fault."""
+    if not isinstance(document, Mapping):
+        raise ValidationError(f"{name} must be a map, not {_shown(document)}")
+    given: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for key, value in document.items():
+        known = (aliases or {}).get(str(key), str(key))
+        if known not in checks:
+            hint = _suggestion(known, (*checks, *(aliases or ())))
+            problems.append(Problem(f"{name}: unknown key {key!r}{hint}", (key,)))
+        elif known in given:
+            problems.append(Problem(f"{name}: {key} and {known} are two names of one value", (key,)))
+        elif value is not None:
+            given[known] = value
+            if fault := checks[known](value):
+                problems.append(Problem(f"{name}: {key} {fault}", (key,)))
+    if problems:
+        raise ValidationError(problems)
+    return given
 
 
 class RetryPolicy:
@@ -3824,19 +3860,13 @@ class RetryPolicy:
     __slots__ = ("backoff_multiplier", "initial_delay_seconds", "jitter", "max_attempts", "max_delay_seconds", "strategy")
 
     def __init__(
-        self,
-        max_attempts: int = 3,
-        strategy: str = "exponential",
-        initial_delay: float | str = 500,
-        max_delay: float | str = 30_000,
-        backoff_multiplier: float = 2,
-        jitter: bool | float = True,
-    ) -> None:
-        given = {"max_attempts": max_attempts, "strategy": strategy, "initial_delay": initial_delay}
-        given.update(max_delay=max_delay, backoff_multiplier=backoff_multiplier, jitter=jitter)
-        problems = [(key, fault) for key, value in given.items() if (fault := _RETRY_KEYS[key](value))]
-        if problems:
-            raise ValidationError([Problem(f"retry: {key} {fault}", (key,)) for key, fault in problems])
+        self, max_attempts: int = 3, strategy: str = "exponential", initial_delay: float | str = 500,
+        max_delay: float | str = 30_000, backoff_multiplier: float = 2, jitter: bool | float = True,
+    ) -> None:  # fmt: skip
+        given = (max_attempts, strategy, initial_delay, max_delay, backoff_multiplier, jitter)
+        faults = [(key, check(value)) for (key, check), value in zip(_RETRY_KEYS.items(), given)]
+        if any(fault for _, fault in faults):
+            raise ValidationError([Problem(f"retry: {key} {fault}", (key,)) for key, fault in faults if fault])
         self.max_attempts, self.strategy = max_attempts, strategy
         self.initial_delay_seconds = _seconds(initial_delay, "ms") or 0.0
         self.max_delay_seconds = _seconds(max_delay, "ms") or 0.0
@@ -3845,32 +3875,17 @@ class RetryPolicy:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> RetryPolicy:
         """The policy of a document's `retry` map, in either spelling of its keys; null means the default."""
-        given: dict[str, Any] = {}
-        problems: list[Problem] = []
-        for key, value in document.items():
-            name = _RETRY_ALIASES.get(key, key) if isinstance(key, str) else str(key)
-            if name not in _RETRY_KEYS:
-                known = (*_RETRY_KEYS, *_RETRY_ALIASES)
-                problems.append(Problem(f"retry: unknown key {key!r}{_suggestion(name, known)}", (key,)))
-            elif name in given:
-                problems.append(Problem(f"retry: {key} and {name} are two names of one value", (key,)))
-            elif value is not None and (fault := _RETRY_KEYS[name](value)):
-                problems.append(Problem(f"retry: {key} {fault}", (key,)))
-            elif value is not None:
-                given[name] = value
-        if problems:
-            raise ValidationError(problems)
-        return cls(**given)
+        return cls(**_checked_settings("retry", document, _RETRY_KEYS, _RETRY_ALIASES))
 
     def full_delay_seconds(self, failures: int) -> float:
         """The delay after this many failures (from 1) before jitter."""
-        if self.strategy == "linear":
-            return min(self.initial_delay_seconds * failures, self.max_delay_seconds)
-        factor = self.backoff_multiplier if self.strategy == "exponential" else 1
-        try:
-            return min(self.initial_delay_seconds * factor ** (failures - 1), self.max_delay_seconds)
-        except OverflowError:
-            return self.max_delay_seconds
+        factor: float = failures if self.strategy == "linear" else 1
+        if self.strategy == "exponential":
+            try:
+                factor = float(self.backoff_multiplier) ** (failures - 1)
+            except OverflowError:
+                factor = sys.float_info.max
+        return min(self.initial_delay_seconds * factor, self.max_delay_seconds)
 
     def delay_seconds(self, failures: int, retry_after_seconds: float | None = None) -> float | None:
         """How long to wait after this many failures (from 1); None if the server asks for more than `max_delay`."""
@@ -3880,8 +3895,7 @@ class RetryPolicy:
         if self.jitter is not False:
             import random
 
-            spread = 1.0 if self.jitter is True else float(self.jitter)
-            delay *= random.uniform(0, 1) if self.jitter is True else random.uniform(1 - spread, 1 + spread)
+            delay *= random.uniform(0, 1) if self.jitter is True else random.uniform(1 - self.jitter, 1 + self.jitter)
         return max(min(delay, self.max_delay_seconds), retry_after_seconds or 0.0)
 
     def __repr__(self) -> str:
@@ -3892,62 +3906,242 @@ _DEFAULT_RETRY = RetryPolicy()
 _NO_RETRY = RetryPolicy(max_attempts=1)
 
 
+class _Places:
+    """A number of places, given in the order of asking to tasks of any event loop in any thread."""
+
+    def __init__(self, count: float = math.inf) -> None:
+        self.count, self.taken, self.lock = count, 0, threading.Lock()
+        self.waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+
+    async def enter(self) -> None:
+        """Waits for a place. A cancelled wait keeps none."""
+        import asyncio
+
+        with self.lock:
+            if self.taken < self.count:
+                self.taken += 1
+                return
+            place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.waiting.append(place)
+        try:
+            await place
+        except BaseException:
+            with self.lock:
+                given = place not in self.waiting
+                if not given:
+                    self.waiting.remove(place)
+            if given:
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Gives a place up, from any thread. It passes to who has waited longest without ever being free."""
+        with self.lock:
+            while self.waiting:
+                place = self.waiting.popleft()
+                with contextlib.suppress(RuntimeError):  # its event loop is closed: the next one
+                    place.get_loop().call_soon_threadsafe(self.give, place)
+                    return
+            self.taken -= 1
+
+    @staticmethod
+    def give(place: asyncio.Future[None]) -> None:
+        if not place.done():
+            place.set_result(None)
+
+
+class _RateLimit(_Places):
+    """How fast and how many at once a provider may be called: `await start(tokens)`, the call, `settle`, `leave`.
+
+    No window of 60 s sees more than `requests_per_minute` starts, nor more than `tokens_per_minute` tokens (a single
+    larger call goes alone). Starts keep the order of asking and are evenly spaced, at most one second's worth at once.
+    """
+
+    def __init__(
+        self, requests_per_minute: float = math.inf, tokens_per_minute: float = math.inf, max_concurrent: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        super().__init__(max_concurrent)
+        self.requests, self.tokens, self.clock = requests_per_minute, tokens_per_minute, clock
+        self.window_seconds = max(60.0, 60 / requests_per_minute)
+        self.booked: collections.deque[list[float]] = collections.deque()  # [start, tokens] within a window of the last
+        self.used = self.refunded = 0.0  # tokens booked less refunds; refunds, which count for the oldest booked first
+        self.last = self.due = self.resumes = -math.inf  # the last start, the next at an even pace, the end of a pause
+        self.gate = _Places(1)  # only the first in line has booked, so that refunds and pauses count for those behind
+
+    @classmethod
+    def from_dict(cls, document: Any, clock: Callable[[], float] = time.monotonic) -> _RateLimit:
+        """The limits of a provider's `rate_limit` map. Raises ValidationError."""
+        return cls(**_checked_settings("rate_limit", document, _RATE_LIMIT_KEYS), clock=clock)
+
+    async def start(self, tokens: int = 0) -> None:
+        """Waits until a call of about so many tokens may start, and takes a place. A cancelled wait keeps nothing."""
+        import asyncio
+
+        await self.enter()
+        booked = False
+        try:
+            await self.gate.enter()
+            try:
+                wait, booked = self.reserve(tokens), True
+                while wait > 0:
+                    await asyncio.sleep(wait)
+                    wait = self.blocked_seconds()
+            finally:
+                self.gate.leave()
+        except BaseException:
+            if booked:
+                self.settle(tokens, 0)
+            self.leave()
+            raise
+
+    def reserve(self, tokens: int = 0) -> float:
+        """Books the next start for a call of about so many tokens; returns the seconds until then (0.0: now).
+
+        After that wait ask for `blocked_seconds`: a pause that came meanwhile does not move what is booked.
+        """
+        with self.lock:
+            now, gap = self.clock(), max(60 / self.requests, tokens * 60 / self.tokens)
+            start = max(now, self.last, self.resumes, self.due - max(0.0, 1 - gap))
+            while self.booked:
+                full = len(self.booked) + 1 > self.requests or self.used + tokens > self.tokens
+                if self.booked[0][0] > start - self.window_seconds and not full:
+                    break
+                left, spent = self.booked.popleft()
+                refund = min(spent, self.refunded)
+                self.refunded -= refund
+                self.used -= spent - refund
+                start = max(start, left + self.window_seconds)
+            if gap:
+                self.booked.append([start, tokens])
+                self.used += tokens
+            self.last, self.due = start, max(self.due, start) + gap
+            return start - now
+
+    def settle(self, estimated: int, actual: int) -> None:
+        """Corrects what a call that was booked with `estimated` tokens has used (0 if it was never made)."""
+        with self.lock:
+            more = max(float(actual - estimated), -self.used) if self.booked else 0.0
+            self.due += more * 60 / self.tokens
+            self.used += more
+            if more > 0:
+                self.booked[-1][1] += more
+            else:
+                self.refunded -= more
+
+    def pause(self, seconds: float) -> None:
+        """Nobody may start for so long: the provider has asked for it."""
+        with self.lock:
+            self.resumes = max(self.resumes, self.clock() + seconds)
+
+    def blocked_seconds(self) -> float:
+        """The rest of the pause."""
+        return max(0.0, self.resumes - self.clock())
+
+
+class _CircuitBreaker:
+    """Whether a provider is worth calling: `allow()` before a call, `record(ok)` after it, in any thread.
+
+    Closed, it opens when at least `min_calls` of the last `window` calls are known and a share of `failure_rate` of them
+    failed. Open, it lets nobody pass for `open_seconds`. Half open, it lets one probe pass at a time: a success closes it,
+    a failure opens it again. `on_change(old, new)` hears of each change of `state`.
+    """
+
+    def __init__(
+        self, failure_rate: float = 0.5, window: int = 20, min_calls: int | None = None, open_seconds: float | str = 30,
+        clock: Callable[[], float] = time.monotonic, on_change: Callable[[str, str], Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.failure_rate, self.min_calls = failure_rate, min(min_calls or 10, window)
+        self.open_seconds, self.clock = _seconds(open_seconds, "s") or 0.0, clock
+        self.on_change, self.lock = on_change, threading.Lock()
+        self.state, self.opened, self.probing = "closed", 0.0, False
+        self.outcomes: collections.deque[bool] = collections.deque(maxlen=window)
+
+    @classmethod
+    def from_dict(cls, document: Any, clock: Callable[[], float] = time.monotonic) -> _CircuitBreaker:
+        """The breaker of a provider's `circuit_breaker` map. Raises ValidationError."""
+        return cls(**_checked_settings("circuit_breaker", document, _CIRCUIT_BREAKER_KEYS), clock=clock)
+
+    @property
+    def retry_after_seconds(self) -> float:
+        """How long nobody passes; 0.0 if the next caller may, or the outcome of a probe decides."""
+        return max(0.0, self.opened + self.open_seconds - self.clock()) if self.state == "open" else 0.0
+
+    def allow(self) -> bool:
+        """Whether to make a call now. The outcome of every call that it has let pass must be recorded."""
+        with self.lock:
+            state = "half_open" if self.state == "open" and not self.retry_after_seconds else self.state
+            allowed = state == "closed" or (state == "half_open" and not self.probing)
+            self.probing = state == "half_open"
+            old, self.state = self.state, state
+        self.changed(old, state)
+        return allowed
+
+    def record(self, ok: bool | None) -> None:
+        """The outcome of a call that was let pass; None if there is none, as when it was cancelled."""
+        with self.lock:
+            old = state = self.state
+            if old == "half_open":
+                self.probing, state = False, {True: "closed", False: "open", None: old}[ok]
+            elif old == "closed" and ok is not None:
+                self.outcomes.append(ok)
+                failures, calls = self.outcomes.count(False), len(self.outcomes)
+                state = "open" if calls >= self.min_calls and failures >= self.failure_rate * calls else old
+            if state != old:
+                self.state, self.opened = state, self.clock()
+                self.outcomes.clear()
+        self.changed(old, state)
+
+    def changed(self, old: str, new: str) -> None:
+        if new != old and self.on_change:
+            self.on_change(old, new)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. HTTP: connections, deadlines, cancellation
 # A request goes out, a bounded response comes back before its deadline, or an error of the ProviderError family says
-# what happened. Connections are kept and reused; another thread can break a call off by the socket under it.
+# what happened. Connections are kept and reused; another thread can break a call off by the socket under it. HTTP/1.1
+# is read here (RFC 9112): http.client has no deadline, and spends most of its time on reading headers.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_CONNECT_SECONDS = 10.0
-_CALL_SECONDS = 120.0  # for a whole attempt, unless it has its own deadline
+_CONNECT_SECONDS = 10.0  # for the TCP connection, the proxy's consent and the TLS handshake together
+_CALL_SECONDS = 120.0  # for a whole attempt outside a run, unless the client has its own limit
 _IDLE_SECONDS = 60.0  # after which an unused connection is not trusted any more
-_MAX_BODY_BYTES = 64 * 1024 * 1024
-_MAX_HEADERS = 200
+_LINGER_SECONDS = 0.25  # for the rest of a stream whose reader has had enough, so that its connection can be kept
+_MAX_BODY_BYTES, _MAX_HEAD_BYTES = 64 * 1024 * 1024, 256 * 1024
 _RETRIED_STATUSES = frozenset((408, 409, 425, 429, *range(500, 600)))
 _CALL = threading.local()  # .scope: the _CancelScope of the call that this thread makes
+
+_STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) +([1-9][0-9][0-9])(?: .*)?").fullmatch
+_HEAD_END, _LINE_END, _FOLD = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r?\n").search, re.compile(r"\r?\n[ \t]+").sub
+_CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?").fullmatch
+_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
+_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*").fullmatch
+_SECRET_HEADER = re.compile("auth|key|token|secret|cookie", re.I).search
 
 
 class _CancelScope:
     """One call in a worker thread. `cancel`, from any thread, shuts down the socket that the call waits for.
 
-    As a context it is the calling thread's scope, and cancels itself after `timeout_seconds`.
+    The lookup of a host's addresses has no socket and cannot be broken off; the call ends right after it.
     """
 
-    __slots__ = ("cancelled", "expired", "lock", "socket", "timeout_seconds", "timer")
+    __slots__ = ("cancelled", "lock", "socket")
 
-    def __init__(self, timeout_seconds: float | None = None) -> None:
-        self.cancelled = self.expired = False
-        self.lock, self.socket, self.timeout_seconds = threading.Lock(), None, timeout_seconds
-        self.timer: threading.Timer | None = None
-
-    def __enter__(self) -> _CancelScope:
-        _CALL.scope = self
-        if self.timeout_seconds is not None:
-            self.timer = threading.Timer(self.timeout_seconds, self.expire)
-            self.timer.daemon = True
-            self.timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _CALL.scope = None
-        if self.timer:
-            self.timer.cancel()
-
-    def expire(self) -> None:
-        self.expired = True
-        self.cancel()
+    def __init__(self) -> None:
+        self.cancelled, self.lock, self.socket = False, threading.Lock(), None
 
     def cancel(self) -> None:
-        import socket
-
         with self.lock:
             self.cancelled = True
             if self.socket is not None:
+                import socket
+
                 with contextlib.suppress(OSError):  # not the method of an SSLSocket, which another thread is reading
                     socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
     def attach(self, sock: Any) -> None:
-        """The socket to shut down from now on; None when the call is done with it."""
+        """The socket to shut down from now on; None, before it is closed, when the call is done with it."""
         with self.lock:
             self.socket = sock
             if self.cancelled and sock is not None:
@@ -3967,412 +4161,469 @@ class _Response:
         return self.body.decode("utf-8", "replace")
 
 
-@functools.cache
-def _response_class() -> Any:
-    """http.client's response with a strict and small reading of headers, instead of the email package's."""
-    from http.client import BadStatusLine, HTTPException, HTTPResponse, IncompleteRead, LineTooLong
+class _HttpFault(Exception):
+    """An answer that cannot be taken: why, whether another attempt may help, and the server's own words."""
 
-    class StrictResponse(HTTPResponse):
-        def begin(self) -> None:
-            status, headers = 100, {}
-            while status < 200 and status != 101:
-                version, status, self.reason = self._read_status()  # type: ignore[attr-defined]
-                headers = self.header_lines()
-            self.version = 10 if version in ("HTTP/1.0", "HTTP/0.9") else 11
-            self.code = self.status = status
-            self.headers = self.msg = headers  # type: ignore[assignment]
-            coding, length = headers.get("transfer-encoding", "identity").lower(), headers.get("content-length")
-            if coding not in ("identity", "chunked"):
-                raise HTTPException(f"unknown transfer encoding {coding[:50]!r}")
-            self.chunked, self.chunk_left = coding == "chunked", None  # type: ignore[assignment]
-            self.will_close = self._check_close()  # type: ignore[attr-defined]
-            if status in (204, 304) or self._method == "HEAD":  # type: ignore[attr-defined]
-                self.length: int | None = 0
-            elif self.chunked or length is None:
-                self.length = None
-                self.will_close = self.will_close or not self.chunked
-            elif not (length.isascii() and length.isdigit() and len(length) < 19):
-                raise HTTPException(f"the content length {length[:50]!r} is no number")
-            else:
-                self.length = int(length)
+    def __init__(self, reason: str, words: Any = "", retryable: bool = True) -> None:
+        super().__init__(reason)
+        self.words, self.retryable = words if isinstance(words, str) else words.decode("latin-1"), retryable
 
-        def header_lines(self) -> dict[str, str]:
+
+class _Connection:
+    """A socket and what was read from it ahead. It waits until `deadline` (of time.monotonic(); inf: as long as it takes)
+    and then raises TimeoutError (socket.timeout); a cancelled scope or a lost connection is a ConnectionError."""
+
+    def __init__(self, sock: Any) -> None:
+        self.socket, self.ahead, self.position, self.since = sock, b"", 0, 0.0
+
+    def begin(self, scope: _CancelScope, deadline: float) -> None:
+        """Serves a call. `silent`: nothing has come yet; `lives`: it can serve another one after the answer."""
+        self.scope, self.deadline, self.silent, self.lives = scope, deadline, True, False
+        scope.attach(self.socket)
+        self.socket.settimeout(None)
+
+    def limit(self) -> None:
+        """Lets the socket wait until the deadline."""
+        if self.deadline != math.inf:
+            remaining = self.deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError("timed out")
+            self.socket.settimeout(min(remaining, 1e6))
+
+    def send(self, message: bytes) -> None:
+        rest = memoryview(message)
+        while rest:
+            self.limit()
+            rest = rest[self.socket.send(rest) :]
+
+    def read(self) -> bytes:
+        """More bytes; none at the end of the connection."""
+        self.limit()
+        piece: bytes = self.socket.recv(65536)
+        self.silent = self.silent and not piece
+        if not piece and self.scope.cancelled:
+            raise ConnectionAbortedError("the call was cancelled")
+        return piece
+
+    def more(self) -> None:
+        piece = self.read()
+        if not piece:
+            raise ConnectionResetError(f"it was closed {'before' if self.silent else 'in the middle of'} the answer")
+        self.ahead, self.position = self.ahead[self.position :] + piece, 0
+
+    def until(self, end: Callable[..., re.Match[bytes] | None], most: int = _MAX_HEAD_BYTES) -> bytes:
+        """What comes before a match of `end`, not much more than so many bytes; the match is passed over."""
+        start = self.position
+        while not (match := end(self.ahead, start)):
+            start = max(0, len(self.ahead) - self.position - 3)  # where the unread bytes will end, less a split match
+            if start > most:
+                raise _HttpFault("more headers than can be right", self.ahead, False)
+            self.more()
+        text, self.position = self.ahead[self.position : match.start()], match.end()
+        return text
+
+    def head(self) -> _Response:
+        """The answer without its body. Interim answers (1xx) are passed over."""
+        left, status = _MAX_HEAD_BYTES, 100
+        while status < 200:  # runs at least once
+            self.ahead, self.position = self.ahead[self.position :], 0
+            while b"HTTP/".startswith(self.ahead):
+                self.more()
+            text = self.until(_HEAD_END, left) if self.ahead.startswith(b"HTTP/") else self.ahead
+            first, *lines = _FOLD(" ", text.decode("latin-1")).split("\n")
+            status_line = _STATUS_LINE(first.rstrip("\r"))
+            if not status_line or status_line[2] == "101":
+                raise _HttpFault("something that is not HTTP/1.1", text)
+            left, status = left - len(text), int(status_line[2])
             headers: dict[str, str] = {}
-            for _ in range(_MAX_HEADERS):
-                line = self.fp.readline(65537)
-                if line in (b"\r\n", b"\n"):
-                    return headers
-                if len(line) > 65536:
-                    raise LineTooLong("header line")
-                if not line.endswith(b"\n"):
-                    raise IncompleteRead(line)
-                name, colon, value = line.decode("latin-1").partition(":")
+            for line in lines:
+                name, colon, value = line.partition(":")
                 name, value = name.strip().lower(), value.strip()
                 if not colon:
-                    raise BadStatusLine(name)
-                if name == "content-length" and headers.get(name, value) != value:
-                    raise HTTPException("two different content lengths")
-                headers[name] = f"{headers[name]}, {value}" if name in headers and name != "content-length" else value
-            raise HTTPException(f"more than {_MAX_HEADERS} headers")
+                    raise _HttpFault("a header without a colon", line)
+                if name in headers and not (name == "content-length" and headers[name] == value):
+                    value = f"{headers[name]}, {value}"
+                headers[name] = value
+            wishes = headers.get("connection", "").lower()
+            self.lives = "close" not in wishes and (status_line[1] != "0" or "keep-alive" in wishes)
+        return _Response(status, headers)
 
-    return StrictResponse
+    def body(self, response: _Response) -> Iterator[bytes]:
+        """The pieces of the body of an answer that has one, unchunked (RFC 9112, 6.3)."""
+        coding, length = response.headers.get("transfer-encoding"), response.headers.get("content-length")
+        if coding:
+            if coding.lower() != "chunked":
+                raise _HttpFault("an unknown transfer encoding", coding)
+            self.lives = self.lives and length is None
+            size = -1
+            while size:
+                found = _CHUNK_SIZE(line := self.until(_LINE_END))
+                if not found:
+                    raise _HttpFault("a chunk without its size", line)
+                size = int(found[1], 16)
+                yield from self.exactly(size)
+                while line := self.until(_LINE_END):  # trailers, if this was the last chunk
+                    if size:
+                        raise _HttpFault("a chunk that is longer than it says", line)
+        elif length is None:
+            self.lives, rest, self.position = False, self.ahead[self.position :], len(self.ahead)
+            yield rest
+            yield from iter(self.read, b"")
+        elif not (length.isascii() and length.isdigit() and len(length) < 19):
+            raise _HttpFault("a content length that is no number", length)
+        elif int(length) > _MAX_BODY_BYTES:
+            raise _HttpFault(f"more than {_MAX_BODY_BYTES >> 20} MiB", "", False)
+        else:
+            yield from self.exactly(int(length))
+
+    def exactly(self, count: int) -> Iterator[bytes]:
+        while count:
+            if self.position == len(self.ahead):
+                self.more()
+            piece = self.ahead[self.position : self.position + count]
+            self.position, count = self.position + len(piece), count - len(piece)
+            yield piece
+
+    def quiet(self) -> bool:
+        """Whether nothing has come since the last answer, not even the end of the connection."""
+        import socket
+
+        with contextlib.suppress(OSError):
+            self.socket.settimeout(0)
+            try:
+                socket.socket.recv(self.socket, 1, socket.MSG_PEEK)
+            except BlockingIOError:
+                return True
+        return False
+
+
+def _inflated(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """gzip (of any number of members) or zlib unpacked, in steps that stay small whatever was packed."""
+    import zlib
+
+    unpack = None
+    for piece in pieces:
+        while piece:
+            unpack = zlib.decompressobj(47) if unpack is None or unpack.eof else unpack
+            try:
+                yield unpack.decompress(piece, 1 << 20)
+            except zlib.error as error:
+                raise _HttpFault("a compressed body that is broken", str(error)) from None
+            piece = unpack.unconsumed_tail or unpack.unused_data
+    if unpack is not None and not unpack.eof:
+        raise ConnectionResetError("it was closed in the middle of a compressed answer")
 
 
 class _HttpClient:
     """Requests to any http or https address, over connections that are kept and reused; safe for many threads.
 
     `name` opens its error messages. `proxy` is a URL ("" for none); otherwise HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and
-    NO_PROXY count. `timeout_seconds` bounds a call that no step's deadline bounds already.
+    NO_PROXY count. `timeout_seconds` bounds each call, beside what its scope decides.
     """
 
     def __init__(self, name: str, *, proxy: str | None = None, timeout_seconds: float | None = None) -> None:
         self.name, self.proxy, self.timeout_seconds = name, proxy, timeout_seconds
-        self.idle: dict[tuple[Any, ...], list[tuple[Any, float]]] = {}
+        self.idle: dict[tuple[Any, ...], list[_Connection]] = {}
+        self.target = functools.lru_cache(maxsize=256)(functools.partial(_Target, proxy=proxy))
         self.lock = threading.Lock()
-        self.context: Any = None
-        self.proxies: dict[tuple[str, str, int], str | None] = {}
 
     def request(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        body: bytes | None,
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None,
         on_bytes: Callable[[bytes], Any] | None = None,
-    ) -> _Response:
+    ) -> _Response:  # fmt: skip
         """The response, whatever its status; redirects are refused. Errors: ProviderConnectionError (retryable, but for
         certificates), ProviderTimeoutError, BadResponseError.
 
         With `on_bytes` the body of a 2xx answer is handed over piece by piece as it arrives, until it returns True.
         """
-        scope: _CancelScope | None = getattr(_CALL, "scope", None)
-        if scope is None:
-            with _CancelScope(self.timeout_seconds or _CALL_SECONDS):
-                return self.request(method, url, headers, body, on_bytes)
-        target = self.target(url)
-        try:
-            response = self.exchange(scope, target, method, headers, body, on_bytes)
-        except OrchestratorError:
-            raise
-        except Exception as error:
-            raise self.fault(error, scope, target) from error
-        if 300 <= response.status < 400:
-            place = response.headers.get("location", "")[:200]
-            reason = f"answered {response.status}, a redirect to {place!r}; redirects are not followed, so give the final address"
-            raise BadResponseError(reason, provider=self.name, status=response.status)
-        return response
-
-    def exchange(
-        self,
-        scope: _CancelScope,
-        target: _Target,
-        method: str,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        on_bytes: Any,
-    ) -> _Response:
-        connection, reused = self.connection(scope, target, False)
-        try:
-            try:
-                raw = self.send(connection, target, method, headers, body)
-            except ConnectionError:  # a kept connection that the server had closed: once more, on a new one
-                if not reused or scope.cancelled:
-                    raise
-                scope.attach(None)
-                connection.close()
-                connection, _ = self.connection(scope, target, True)
-                raw = self.send(connection, target, method, headers, body)
-            response, complete = self.receive(raw, on_bytes)
-        except BaseException:
-            scope.attach(None)
-            connection.close()
-            raise
-        scope.attach(None)
-        if complete and not raw.will_close and not scope.cancelled:
-            raw.close()
-            with self.lock:
-                self.idle.setdefault(target.key, []).append((connection, time.monotonic()))
-        else:
-            raw.close()
-            connection.close()
-        return response
-
-    def send(
-        self, connection: Any, target: _Target, method: str, headers: Mapping[str, str], body: bytes | None
-    ) -> Any:
-        """Sends the request in one piece and reads the head of the response."""
-        sent = {name.lower() for name in headers}
-        connection.putrequest(method, target.request_path, skip_accept_encoding=True, skip_host="host" in sent)
-        for name, value in (*headers.items(), *target.headers):
-            connection.putheader(name, value)
-        if body is not None or method in ("POST", "PUT", "PATCH"):
-            connection.putheader("Content-Length", str(len(body or b"")))
-        connection.endheaders(body)
-        return connection.getresponse()
-
-    def receive(self, raw: Any, on_bytes: Callable[[bytes], Any] | None) -> tuple[_Response, bool]:
-        """The response and whether its body was read to the end."""
-        response = _Response(raw.status, raw.headers)
-        if raw.length is not None and raw.length > _MAX_BODY_BYTES:
-            raise self.too_large(response)
-        coding = response.headers.get("content-encoding", "identity").lower()
-        if coding not in ("identity", "", "gzip", "x-gzip", "deflate"):
-            raise BadResponseError(
-                f"answered in the encoding {coding[:50]!r}, which was not asked for", provider=self.name
-            )
-        inflate = None
-        if coding not in ("identity", ""):
-            import zlib
-
-            inflate = zlib.decompressobj(47)
-        pieces, size, live = [], 0, on_bytes is not None and 200 <= raw.status < 300
-        for piece in iter(lambda: raw.read1(1 << 20), b""):
-            piece = inflate.decompress(piece, _MAX_BODY_BYTES + 1) if inflate else piece
-            size += len(piece)
-            if size > _MAX_BODY_BYTES or (inflate and inflate.unconsumed_tail):
-                raise self.too_large(response)
-            if not live:
-                pieces.append(piece)
-            elif on_bytes is not None and piece and on_bytes(piece):
-                return response, False
-        if raw.length or (inflate and not inflate.eof):
-            raise ConnectionResetError("the connection was lost in the middle of the answer")
+        answer = _Exchange(self, method, url, headers, body).answer()
+        response, pieces = next(answer), []  # type: _Response, list[bytes]
+        with contextlib.closing(answer):
+            for piece in answer:
+                if on_bytes is None or not 200 <= response.status < 300:
+                    pieces.append(piece)
+                elif on_bytes(piece):
+                    with contextlib.suppress(ProviderError, StopIteration):
+                        answer.send(True)
+                        collections.deque(answer, 0)
         response.body = b"".join(pieces)
-        return response, True
+        return response
 
-    def too_large(self, response: _Response) -> ProviderError:
-        return BadResponseError(
-            f"the answer is larger than {_MAX_BODY_BYTES >> 20} MiB", provider=self.name, status=response.status
-        )
-
-    # ---- connections
-
-    def connection(self, scope: _CancelScope, target: _Target, fresh: bool) -> tuple[Any, bool]:
-        """(connection, whether it was used before), attached to the scope."""
-        import select
-
-        while not fresh:
+    def kept(self, key: tuple[Any, ...]) -> _Connection | None:
+        """A connection that waits for its next use."""
+        while True:
             with self.lock:
-                kept = self.idle.get(target.key)
-                connection, since = kept.pop() if kept else (None, 0.0)
-            if connection is None:
-                break
-            usable = time.monotonic() - since < _IDLE_SECONDS and connection.sock is not None
-            if usable:
-                poll = getattr(select, "poll", None)  # select() itself fails for descriptors above 1023
-                if poll:
-                    waiting = poll()
-                    waiting.register(connection.sock, select.POLLIN)
-                    usable = not waiting.poll(0)
-                if usable:
-                    try:
-                        scope.attach(connection.sock)
-                    except BaseException:
-                        connection.close()
-                        raise
-                    return connection, True
-            connection.close()
-        return self.connect(scope, target), False
+                waiting = self.idle.get(key)
+                if not waiting:
+                    return None
+                connection = waiting.pop()
+            if time.monotonic() - connection.since < _IDLE_SECONDS and connection.quiet():
+                return connection
+            connection.socket.close()
 
-    def connect(self, scope: _CancelScope, target: _Target) -> Any:
-        """A new connection: through the proxy if there is one, with TLS for https."""
-        from http.client import HTTPConnection
-
-        host, port = target.proxy or (target.host, target.port)
-        connection = HTTPConnection(host, port, timeout=_CONNECT_SECONDS)
-        connection.response_class = _response_class()
-        connection._create_connection = functools.partial(_open_socket, scope)  # type: ignore[attr-defined]
-        try:
-            if target.proxy and target.secure:
-                netloc = f"[{target.host}]:{target.port}" if ":" in target.host else f"{target.host}:{target.port}"
-                connection.set_tunnel(target.host, target.port, {"Host": netloc, **dict(target.tunnel_headers)})
-            connection.connect()
-            if target.secure:
-                context = self.tls()
-                name = target.host.rstrip(".")
-                connection.sock = sock = context.wrap_socket(
-                    connection.sock, server_hostname=name, do_handshake_on_connect=False
-                )
-                scope.attach(sock)
-                sock.do_handshake()
-            connection.sock.settimeout(None)  # from here on the deadline of the call decides
-        except BaseException:
-            scope.attach(None)
-            connection.close()
-            raise
-        return connection
-
-    def tls(self) -> Any:
+    def keep(self, key: tuple[Any, ...], connection: _Connection) -> None:
+        connection.since = time.monotonic()
         with self.lock:
-            if self.context is None:
-                try:
-                    import ssl
-                except ImportError:
-                    reason = "https needs Python's ssl module, which this Python was built without"
-                    raise ProviderConnectionError(reason, provider=self.name, retryable=False) from None
-                bundle = os.environ.get("SSL_CERT_FILE")
-                if bundle and not os.path.isfile(bundle):
-                    reason = f"SSL_CERT_FILE names {bundle!r}, which is no file"
-                    raise ProviderConnectionError(reason, provider=self.name, retryable=False)
-                self.context = ssl.create_default_context()
-                self.context.set_alpn_protocols(["http/1.1"])
-            return self.context
-
-    def target(self, url: str) -> _Target:
-        try:
-            target = _Target(url)
-            place = (target.scheme, target.host, target.port)
-            if place not in self.proxies:
-                self.proxies[place] = _proxy_for(*place) if self.proxy is None else self.proxy or None
-            target.go_through(self.proxies[place])
-        except ValueError as error:
-            raise ProviderConnectionError(f"bad address: {error}", provider=self.name, retryable=False) from None
-        return target
-
-    def fault(self, error: Exception, scope: _CancelScope, target: _Target) -> ProviderError:
-        """What an exception of the network means. Only the host is named: a path or a query may hold a secret."""
-        from http.client import HTTPException, IncompleteRead
-
-        place = f"{target.host}:{target.port}" + (
-            f" through the proxy {target.proxy[0]}:{target.proxy[1]}" if target.proxy else ""
-        )
-        kind: type[ProviderError] = ProviderConnectionError
-        retryable, text = True, str(error) or type(error).__name__
-        if scope.expired:
-            kind, reason = ProviderTimeoutError, f"no answer from {place} within {scope.timeout_seconds:g} s"
-        elif scope.cancelled:
-            reason, retryable = "the call was cancelled", False
-        elif isinstance(error, TimeoutError) or "timed out" in text:
-            kind, reason = ProviderTimeoutError, f"cannot connect to {place} within {_CONNECT_SECONDS:g} s"
-        elif type(error).__name__ == "gaierror":
-            reason = f"cannot find the host of {place}: {text}"
-        elif type(error).__name__ == "SSLCertVerificationError":
-            reason, retryable = (
-                f"the certificate of {place} is not trusted: {getattr(error, 'verify_message', text)}",
-                False,
-            )
-        elif refused := re.match(r"Tunnel connection failed: (\d+)", text):
-            reason, retryable = f"the proxy refused {place}: {text}", int(refused[1]) in _RETRIED_STATUSES
-        elif isinstance(error, (IncompleteRead, ConnectionError, OSError)):
-            reason = f"lost the connection to {place}: {text}" if not isinstance(error, ConnectionRefusedError) else (
-                f"{place} refused the connection"
-            )  # fmt: skip
-        elif isinstance(error, HTTPException):
-            shown = _shorten(text.strip("'\""), 200)
-            kind, reason, retryable = BadResponseError, f"{place} answered something that is not HTTP: {shown}", False
-        else:  # a header that cannot be sent; its value may be a secret
-            reason, retryable = (
-                f"the request to {place} cannot be sent: {type(error).__name__} in its address or headers",
-                False,
-            )
-        return kind(reason, provider=self.name, retryable=retryable)
+            waiting = self.idle.setdefault(key, [])
+            waiting.append(connection)
+            while connection.since - waiting[0].since > _IDLE_SECONDS:
+                waiting.pop(0).socket.close()
 
     def close(self) -> None:
         """Closes the connections that are not in use."""
         with self.lock:
-            kept = [connection for connections in self.idle.values() for connection, _ in connections]
-            self.idle.clear()
-        for connection in kept:
-            connection.close()
+            kept, self.idle = self.idle, {}
+        for connections in kept.values():
+            for connection in connections:
+                connection.socket.close()
+
+    __del__ = close
+
+
+_FAULTS: dict[str, tuple[type[ProviderError], bool, str]] = {  # of the network, by the name of the exception or a base of it
+    "gaierror": (ProviderConnectionError, True, "cannot find the host of {place}: {text}"),
+    "SSLCertVerificationError": (ProviderConnectionError, False, "the certificate of {place} is not trusted: {text}"),
+    "SSLError": (ProviderConnectionError, True, "TLS with {place} failed: {text}"),
+    "timeout": (ProviderTimeoutError, True, "cannot connect to {place} within {limit:g} s"),  # before Python 3.10
+    "TimeoutError": (ProviderTimeoutError, True, "cannot connect to {place} within {limit:g} s"),
+    "ConnectionRefusedError": (ProviderConnectionError, True, "{place} refused the connection"),
+    "OSError": (ProviderConnectionError, True, "lost the connection to {place}: {text}"),
+    "ImportError": (ProviderConnectionError, False, "{place} cannot be used with this Python: {text}"),
+    "ValueError": (ProviderConnectionError, False, "{place} is no host that can be looked up"),
+}
+
+
+class _Exchange:
+    """One request and its answer: over which connection, until when, and what a fault of the network means."""
+
+    def __init__(self, client: _HttpClient, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> None:
+        self.client, self.has_body = client, method != "HEAD"
+        scope: _CancelScope | None = getattr(_CALL, "scope", None)
+        self.scope = scope or _CancelScope()
+        self.seconds = client.timeout_seconds or (math.inf if scope else _CALL_SECONDS)
+        self.deadline = time.monotonic() + self.seconds
+        try:
+            self.target = client.target(url)
+            self.fields = self.target.fields(method, headers, body)
+        except ValueError as error:
+            raise ProviderConnectionError(str(error), provider=client.name, retryable=False) from None
+        lines = (f"{method} {self.target.path} HTTP/1.1", *self.fields.values(), "", "")
+        self.message = "\r\n".join(lines).encode("latin-1") + (body or b"")
+        self.key = (os.getpid(), *self.target.key)  # a forked process leaves the connections to its parent
+
+    def answer(self) -> Generator[Any, Any, None]:
+        """The response without its body, then the body in pieces; a True sent back leaves little time for the rest. In
+        the end the connection is kept, or closed if anything is wrong with it."""
+        connection, done = None, False
+        try:
+            connection, response = self.open()
+            yield response
+            coding, size = response.headers.get("content-encoding", "identity").lower(), 0
+            pieces = connection.body(response) if self.has_body and response.status not in (204, 304) else ()
+            if coding not in ("identity", ""):
+                if coding not in ("gzip", "x-gzip", "deflate"):
+                    raise _HttpFault("in an encoding that was not asked for", coding, False)
+                pieces = _inflated(pieces)
+            for piece in pieces:
+                size += len(piece)
+                if size > _MAX_BODY_BYTES:
+                    raise _HttpFault(f"more than {_MAX_BODY_BYTES >> 20} MiB", "", False)
+                if piece and (yield piece):
+                    connection.deadline = min(self.deadline, time.monotonic() + _LINGER_SECONDS)
+            done = connection.lives and connection.position == len(connection.ahead)
+        except (OSError, ValueError, ImportError, _HttpFault) as error:
+            raise self.fault(error) from (error if isinstance(error, OSError) else None)
+        finally:
+            self.scope.attach(None)
+            if done and connection:
+                self.client.keep(self.key, connection)
+            elif connection:
+                connection.socket.close()
+
+    def open(self) -> tuple[_Connection, _Response]:
+        """(connection, the answer that begins on it). A kept connection may have been closed by the server just now: if it
+        dies before the first byte of an answer, the request goes out once more, on a new one."""
+        connection = self.client.kept(self.key)
+        while True:
+            reused = connection is not None
+            connection = connection or self.connect()
+            try:
+                connection.begin(self.scope, self.deadline)
+                response = self.ask(connection)
+                if 300 <= response.status < 400 and response.status != 304:
+                    place = re.split("[?#]", response.headers.get("location", ""))[0]
+                    raise _HttpFault(f"{response.status}, a redirect. Redirects are not followed; it leads to", place, False)
+                return connection, response
+            except BaseException as error:
+                self.scope.attach(None)
+                connection.socket.close()
+                died = reused and connection.silent and isinstance(error, ConnectionError)
+                if not died or self.scope.cancelled:
+                    raise
+                connection = None
+
+    def ask(self, connection: _Connection) -> _Response:
+        """Sends the request and reads the head of the answer, which may come before all is sent (as 413 does)."""
+        try:
+            connection.send(self.message)
+        except ConnectionError as error:
+            with contextlib.suppress(ConnectionError):
+                return connection.head()
+            raise error
+        return connection.head()
+
+    def connect(self) -> _Connection:
+        """A new connection, to the first address that takes one; each but the last has half of the time that is left."""
+        import socket
+
+        target = self.target
+        context = _tls_context(*map(os.environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR"))) if target.secure else None
+        addresses = socket.getaddrinfo(*(target.proxy or (target.host, target.port)), 0, socket.SOCK_STREAM)
+        end = min(time.monotonic() + _CONNECT_SECONDS, self.deadline)
+        failure: OSError = OSError("the host has no address")
+        for left, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses):
+            connection, now = _Connection(socket.socket(family, kind, protocol)), time.monotonic()
+            try:
+                connection.begin(self.scope, end if left == 1 else (now + end) / 2)
+                connection.limit()
+                connection.socket.connect(address)
+                connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.begin(self.scope, end)
+                self.secure(connection, context)
+                return connection
+            except BaseException as error:
+                self.scope.attach(None)
+                connection.socket.close()
+                if not isinstance(error, OSError) or self.scope.cancelled:
+                    raise
+                failure = error
+        raise failure
+
+    def secure(self, connection: _Connection, context: Any) -> None:
+        """For https: the way through the proxy, if there is one, and TLS."""
+        target = self.target
+        if context and target.proxy:
+            lines = (f"CONNECT {target.host_port} HTTP/1.1", f"Host: {target.host_port}", *target.proxy_fields.values(), "", "")
+            connection.send("\r\n".join(lines).encode())
+            status = connection.head().status
+            if not 200 <= status < 300:
+                reason, again = f"the proxy refused {target.host_port}: it answered {status}", status in _RETRIED_STATUSES
+                raise ProviderConnectionError(reason, provider=self.client.name, retryable=again)
+            connection.ahead = b""
+        if context:
+            connection.limit()
+            name, plain = target.host.rstrip("."), connection.socket
+            connection.socket = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
+            self.scope.attach(connection.socket)
+            connection.socket.do_handshake()
+
+    def fault(self, error: Exception) -> ProviderError:
+        """What an exception means. Of the address only the host is named: a path or a query may hold a secret."""
+        place = self.target.host_port + (f" through the proxy {self.target.proxy[0]}" if self.target.proxy else "")
+        kind: type[ProviderError]
+        if self.scope.cancelled:
+            kind, retryable, reason = ProviderConnectionError, False, "the call was cancelled"
+        elif isinstance(error, _HttpFault):
+            words, kind, retryable, reason = error.words, BadResponseError, error.retryable, f"{place} answered {error}"
+            lines = (*self.fields.values(), *self.target.proxy_fields.values())
+            secrets = [line.rpartition(" ")[2] for line in lines if _SECRET_HEADER(line.partition(":")[0])]
+            for secret in filter(None, (self.target.path.partition("?")[2], *secrets)):
+                words = words.replace(secret, "***")
+            reason += f": {_shorten(words.strip(), 100)!r}" if words.strip() else ""
+        elif time.monotonic() >= self.deadline:
+            kind, retryable, reason = ProviderTimeoutError, True, f"no answer from {place} within {self.seconds:g} s"
+        else:
+            base = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _FAULTS)
+            text = getattr(error, "verify_message", "") or str(error) or base
+            kind, retryable, reason = _FAULTS[base]
+            reason = reason.format(place=place, text=text, limit=_CONNECT_SECONDS)
+        return kind(reason, provider=self.client.name, retryable=retryable)
+
+
+@functools.lru_cache(maxsize=8)
+def _tls_context(bundle: str | None, _folder: str | None) -> Any:
+    """What certificates are verified with: the system's authorities, or those of SSL_CERT_FILE and SSL_CERT_DIR."""
+    import ssl
+
+    if bundle and not os.path.isfile(bundle):
+        raise ProviderConnectionError(f"SSL_CERT_FILE names {bundle!r}, which is no file", retryable=False)
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 class _Target:
-    """Where a URL leads: scheme, host, port, the path to ask for, and the proxy on the way. ValueError if nowhere."""
+    """Where a URL leads: host, port, the path to ask for, and the proxy on the way. ValueError if nowhere."""
 
-    __slots__ = (
-        "headers",
-        "host",
-        "key",
-        "path",
-        "port",
-        "proxy",
-        "request_path",
-        "scheme",
-        "secure",
-        "tunnel_headers",
-    )
+    def __init__(self, url: str, proxy: str | None) -> None:
+        from urllib.parse import quote
 
-    def __init__(self, url: str) -> None:
-        from urllib.parse import quote, urlsplit
+        scheme, self.host, self.port, user, path = _url_parts("the address", url, http=80, https=443)
+        self.secure, host = scheme == "https", f"[{self.host}]" if ":" in self.host else self.host
+        self.host_port = f"{host}:{self.port}"
+        self.path = path if path.isascii() else quote(path, safe="/%:=&?~+!$,;'@()*[]")
+        self.own = {"host": f"Host: {host if self.port == (443 if self.secure else 80) else self.host_port}"}
+        self.own.update({"accept-encoding": "Accept-Encoding: identity", **_basic("Authorization", user)})
+        self.proxy, self.proxy_fields = None, {}  # type: tuple[str, int] | None, dict[str, str]
+        proxy = _proxy_for(scheme, self.host, self.port) if proxy is None else proxy
+        if proxy:
+            _, name, port, user, _ = _url_parts("the proxy", proxy if "://" in proxy else f"http://{proxy}", http=80)
+            self.proxy, self.proxy_fields = (name, port), _basic("Proxy-Authorization", user)
+            if not self.secure:
+                self.path = f"http://{self.host_port}{self.path}"
+                self.own.update(self.proxy_fields)
+        self.key = (self.secure, self.host, self.port, self.proxy)
 
-        if re.search(r"[\x00-\x20\x7f]", url):
-            raise ValueError("it holds white space or control characters")
+    def fields(self, method: str, headers: Mapping[str, str], body: bytes | None) -> dict[str, str]:
+        """The header lines of a request by their lower-case names. ValueError for what cannot be sent."""
+        fields = {**self.own, **{name.lower(): f"{name}: {value}" for name, value in headers.items()}}
+        fields.pop("transfer-encoding", None)
+        fields.pop("content-length", None)
+        if body is not None or method in ("POST", "PUT", "PATCH"):
+            fields["content-length"] = f"Content-Length: {len(body or b'')}"
+        for name, line in fields.items():
+            if not (_FIELD(line) and _METHOD(method)):
+                raise ValueError(f"the method or the header {_shorten(name, 40)!r} holds something that cannot be sent")
+        return fields
+
+
+def _url_parts(subject: str, url: str, **ports: int) -> tuple[str, str, int, str | None, str]:
+    """(scheme, host in ASCII, port, user:password, path and query) of a URL. No ValueError shows it: it may hold a password."""
+    from urllib.parse import unquote, urlsplit
+
+    try:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("it does not start with http:// or https:// and a host")
-        self.scheme, self.host, self.secure = parts.scheme, parts.hostname, parts.scheme == "https"
-        self.port = parts.port or (443 if self.secure else 80)
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self.path = self.request_path = path if path.isascii() else quote(path, safe="/%:=&?~+!$,;'@()*[]")
-        self.headers = _basic("Authorization", parts.username, parts.password)
-        self.proxy: tuple[str, int] | None = None
-        self.tunnel_headers: tuple[tuple[str, str], ...] = ()
-        self.key: tuple[Any, ...] = (self.scheme, self.host, self.port, None)
-
-    def go_through(self, proxy: str | None) -> None:
-        if not proxy:
-            return
-        from urllib.parse import urlsplit
-
-        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError(f"proxies are reached by http://, not {parts.scheme}://")
-        self.proxy = (parts.hostname, parts.port or 80)
-        credentials = _basic("Proxy-Authorization", parts.username, parts.password)
-        self.key = (self.scheme, self.host, self.port, self.proxy)
-        if self.secure:
-            self.tunnel_headers = credentials
-        else:
-            host = f"[{self.host}]" if ":" in self.host else self.host
-            self.request_path, self.headers = f"http://{host}:{self.port}{self.path}", (*self.headers, *credentials)
+        host, port = (parts.hostname or "").encode("ascii" if url.isascii() else "idna").decode(), parts.port
+    except ValueError:
+        raise ValueError(f"{subject} is no URL") from None
+    if parts.scheme not in ports or not host or re.search(r"[\x00-\x20\x7f]", url):
+        schemes = " or ".join(f"{scheme}://" for scheme in ports)
+        raise ValueError(f"{subject} must start with {schemes} and a host, and hold no white space or control characters")
+    user = None if parts.username is None else f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return parts.scheme, host, ports[parts.scheme] if port is None else port, user, path
 
 
-def _basic(header: str, user: str | None, password: str | None) -> tuple[tuple[str, str], ...]:
+def _basic(name: str, user: str | None) -> dict[str, str]:
     """The header of basic authentication; none without a user."""
-    if user is None:
-        return ()
     from base64 import b64encode
-    from urllib.parse import unquote
 
-    return ((header, "Basic " + b64encode(f"{unquote(user)}:{unquote(password or '')}".encode()).decode()),)
-
-
-def _open_socket(scope: _CancelScope, address: tuple[str, int], timeout: float, _source: Any = None) -> Any:
-    """socket.create_connection, with each socket attached to the scope before it connects."""
-    import socket
-
-    failure: OSError = OSError("the host has no address")
-    deadline = time.monotonic() + timeout
-    for family, kind, protocol, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            scope.attach(sock)
-            sock.settimeout(max(0.1, deadline - time.monotonic()))
-            sock.connect(place)
-            sock.settimeout(timeout)
-            return sock
-        except OSError as error:
-            failure = error
-            scope.attach(None)
-            sock.close()
-            if scope.cancelled:
-                break
-    raise failure
+    return {} if user is None else {name.lower(): f"{name}: Basic {b64encode(user.encode()).decode()}"}
 
 
 def _proxy_for(scheme: str, host: str, port: int) -> str | None:
     """The proxy that the environment names for an address, as curl and urllib read it."""
-    names: tuple[str, ...] = (f"{scheme}_proxy", f"{scheme}_proxy".upper(), "all_proxy", "ALL_PROXY")
-    if "REQUEST_METHOD" in os.environ:  # a CGI program: HTTP_PROXY may be a header of the request
-        names = tuple(name for name in names if name != "HTTP_PROXY")
+    names = [f"{scheme}_proxy", f"{scheme}_proxy".upper(), "all_proxy", "ALL_PROXY"]
+    if "REQUEST_METHOD" in os.environ:  # a CGI program, where HTTP_PROXY may be a header of the request
+        names = [name for name in names if name != "HTTP_PROXY"]
     proxy = next((os.environ[name] for name in names if os.environ.get(name)), None)
-    for entry in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",") if proxy else ():
-        name, _, entry_port = entry.strip().lower().rpartition(":")
-        if not name or not entry_port.isdigit() or name.endswith(":"):
-            name, entry_port = entry.strip().lower(), ""
-        name = name.strip("[]").lstrip("*.") if name != "*" else name
-        within = host == name or host.endswith("." + name) or name == "*" or ("/" in name and _in_network(host, name))
-        if name and within and entry_port in ("", str(port)):
+    exceptions = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    for entry in exceptions.lower().replace(",", " ").split() if proxy else ():
+        place = re.fullmatch(r"(\[.*\]|[^:]*):([0-9]+)", entry)
+        name = (place[1] if place else entry).strip("[]")
+        name = name if name == "*" else name.lstrip("*.")
+        within = name in ("*", host) or host.endswith(f".{name}") or ("/" in name and _in_network(host, name))
+        if name and within and (not place or int(place[2]) == port):
             return None
     return proxy
 
@@ -4392,12 +4643,10 @@ def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
         text = headers.get(name, "").strip()
         if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{0,12})?", text):
             return float(text) * unit
-        if text and unit == 1.0:
-            from email.utils import mktime_tz, parsedate_tz
+    from email.utils import mktime_tz, parsedate_tz
 
-            with contextlib.suppress(ValueError, TypeError, OverflowError):
-                moment = parsedate_tz(text)
-                return max(0.0, mktime_tz(moment) - time.time()) if moment else None
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # TypeError: it is no date
+        return max(0.0, mktime_tz(parsedate_tz(text)) - time.time())  # type: ignore[arg-type]
     return None
 
 
@@ -7164,7 +7413,7 @@ class _StepRun:
 
     async def threaded(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A blocking call in a worker thread; when cancelled, the socket under it is closed at once."""
-        scope = _CancelScope(None)
+        scope = _CancelScope()
         try:
             return await self.run.pool.submit(scope, function, arguments)
         except BaseException:
