@@ -1196,19 +1196,19 @@ if TYPE_CHECKING:
 _MAX_NESTING = 100
 _NAME = r"""[^\s!"#%-,./;->@\[-^`{-~]+"""
 _STEP = rf"(?:{_NAME}|\[[^\]\\]*(?:\\\]?[^\]\\]*)*\])"
-_PATH = rf"@?(?:(?:\.\.?/)+(?={_STEP})|\.\.?(?:/\.\.?)*)?(?:{_STEP}(?:[./]{_STEP}|\[\d+\])*)?"
+_PATH = rf"@?(?:(?:\.\.?/)*{_STEP}(?:[./]{_STEP}|\[\d+\])*|\.\.?(?:/\.\.?)*)"
 _QUOTED = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
 _TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))")
 _STEPS = re.compile(rf"\.\.?(?=/|\Z)|{_STEP}")
 _WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)[A-Za-z_][\w-]*(?:\.[\w-]+)*)"
-_SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?)\s*{_WORDS}(?: {_WORDS})?\s*(?(1)>>|\}}\}}(?!\}}))")
+_SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?) ?{_WORDS}(?: {_WORDS})? ?(?(1)>>|\}}\}}(?!\}}))")
 _OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
-_TAG = re.compile(r"(\{\{\{\{)|(\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
+_TAG = re.compile(r"(\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
 _TAG_ENDS = {
-    "{{": r"\s*(?:()\}\}(?!\})|(~)\}\})", "{{{": r"\s*\}(~?)\}\}", "{{{{": r"\s*()\}\}\}\}", "{{!": r"(~?)\}\}",
+    "{{": r"\s*(?:()\}\}(?!\})|(~)\}\})", "{{{": r"\s*\}(~?)\}\}", "{{!": r"(~?)\}\}",
     "{{!--": r"--(~?)\}\}", "<<": r"\s*(~?)>>", "<<<": r"\s*>(~?)>>", "<<!": "(~?)>>", "<<!--": "--(~?)>>", "(": r"\s*()\)",
 }  # fmt: skip
-_BLOCK_PARAMETERS, _RAW_TAG = rf"\s*\|\s*({_NAME}(?:\s+{_NAME})*)\s*\|", rf"\{{{{4}}(?:/({_NAME})\}}{{4}}|(?=[^/{{]))"
+_BLOCK_PARAMETERS, _RAW_BLOCK = rf"\s+\|\s*({_NAME}(?:\s+{_NAME})*)\s*\|", r"\{{4}raw\}{4}(.*?)\{{4}/raw\}{4}"
 _STANDALONE = frozenset(("#", "^", "/", "else", ">", "#>", "#*", "!"))
 _LITERAL_WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "undefined": None}
 
@@ -1236,15 +1236,16 @@ class _Tag:
 
 
 def _scan(source: str) -> list[str | _Tag]:
-    """The texts and tags of a template, in order."""
+    """The texts and tags of a template, in order. A raw block is its text between two tags that render as nothing."""
     items: list[str | _Tag] = []
     start = search = 0
     while opener := _OPENER.search(source, search):
         position, curly = opener.start(), opener[0] == "{{"
         escaped = position > start and source[position - 1] == "\\"
         literal = escaped and source[max(start, position - 2) : position] != "\\\\"
+        raw = re.compile(_RAW_BLOCK, re.S).match(source, position) if source.startswith("{{{{", position) else None
         try:
-            tag = None if literal and curly else _read_tag(source, position)
+            tag = None if raw or (literal and curly) else _read_tag(source, position)
         except _Malformed as error:
             if curly:
                 raise TemplateError(error.args[0], source, error.args[1]) from None
@@ -1252,29 +1253,22 @@ def _scan(source: str) -> list[str | _Tag]:
             continue
         if start < position - escaped:
             items.append(source[start : position - escaped])
-        if literal or tag is None:
-            start, search = position, position + 2
-        else:
-            items += _raw_block(source, tag) if tag.sign == "raw" else (tag,)
+        start, search = position, position + 2
+        if raw and not literal:
+            items += (_Tag("!", position), raw[1], _Tag("!", raw.end()))
+            start = search = raw.end()
+        elif tag and not literal:
+            items.append(tag)
             start = search = tag.end
     return [*items, source[start:]] if start < len(source) else items
 
 
-def _raw_block(source: str, tag: _Tag) -> list[str | _Tag]:
-    """The text of a raw block between the tags that open and close it, which render as nothing."""
-    level = 1
-    for match in re.compile(_RAW_TAG).finditer(source, tag.end):
-        level += -1 if match[1] else 1
-        if level == 0 and match[1] == tag.name == "raw" and not (tag.arguments or tag.named):
-            text, tag.sign, tag.end = source[tag.end : match.start()], "!", match.end()
-            return [tag, text, _Tag("!", match.start())]
-    raise TemplateError("a raw block is {{{{raw}}}} text {{{{/raw}}}}", source, tag.position)
-
-
 def _read_tag(source: str, position: int) -> _Tag:
     """The tag at `position`. A `<<` tag ends on its line and holds no other `<<`, so that to fail is cheap."""
+    if source.startswith("{{else}}", position):
+        return _Tag("else", position, position + 8)
     simple = _SIMPLE_TAG.match(source, position)
-    if simple and "\n" not in (simple[0] if simple[1] else ""):
+    if simple:
         _, sign, head, argument = simple.groups()
         tag = _Tag(sign, position, simple.end(), ("path", (0, head.split("."), False), head, simple.start(3)))
         if argument:
@@ -1282,10 +1276,10 @@ def _read_tag(source: str, position: int) -> _Tag:
         return tag
     match = _TAG.match(source, position)
     assert match
-    opener, sign, limit = match[1] or match[2], match[4] or "", len(source)
+    opener, sign, limit = match[1], match[3] or "", len(source)
     if opener == "<<" and (stop := re.compile(r"<<|\n").search(source, match.end())):
         limit = stop.start()
-    tag = _Tag("raw" if match[1] else "" if sign in ("{", "<", "&") else sign, position)
+    tag = _Tag("" if sign in ("{", "<", "&") else sign, position)
     if sign in ("{", "<") and sign != opener[0]:
         raise _Malformed(f"unexpected {sign!r}", position)
     if sign == "!":
@@ -1295,7 +1289,7 @@ def _read_tag(source: str, position: int) -> _Tag:
             raise _Malformed("comment is never closed", position)
     else:
         end = _read_arguments(source, match.end(), limit, opener + (sign if sign in ("{", "<") else ""), tag, 0)
-    tag.left, tag.right, tag.end = bool(match[3]), "~" in end[0][-3:], end.end()
+    tag.left, tag.right, tag.end = bool(match[2]), "~" in end[0][-3:], end.end()
     if tag.sign == "" and tag.name == "else" and tag.head and tag.head[0] == "path":
         tag.sign, tag.head, tag.arguments = "else", tag.arguments[0] if tag.arguments else None, tag.arguments[1:]
     elif tag.sign == "^" and not tag.head:
@@ -1445,7 +1439,7 @@ def _there(value: Any, *steps: str) -> str:
 
 def _truthy(value: Any) -> bool:
     """Handlebars truth: false, null, "", 0 and [] are false; every map is true."""
-    return bool(value) or isinstance(value, Mapping)
+    return bool(value) or (value is not None and (type(value) not in _PLAIN or type(value) is dict) and isinstance(value, Mapping))
 
 
 def _unpacked(value: Any) -> Any:
@@ -1457,15 +1451,11 @@ def _unpacked(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_unpacked)
-
-
 def _json_text(value: Any, indent: int | None = None) -> str:
     """JSON of a value, compact unless indented; TemplateError for what JSON cannot say (nan and infinity too)."""
+    options: Any = {"ensure_ascii": False, "allow_nan": False, "default": _unpacked}
     try:
-        if indent is None:
-            return _ENCODER.encode(value)
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=_unpacked)
+        return json.dumps(value, indent=indent, separators=(",", ":") if indent is None else None, **options)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise TemplateError(f"cannot write {_kind(value)} as text: {reason}") from None
@@ -1572,30 +1562,26 @@ _LENIENT = frozenset(("if", "unless", "default", "and", "or", "not"))  # a missi
 # ---- Closures: what tags compile to ----------------------------------------------------------------------------------
 
 
+_SPECIAL = frozenset(("root", "index", "key", "first", "last", "partial-block"))  # what of a frame can be read as @name
+
+
 def _root_frame(root: Any) -> _Frame:
-    """What a tag sees besides `this`. The tuples are linked lists: the last item is the tuple of the block around."""
+    """What a tag sees besides `this`. Loops add index, key, first and last; a block parameter x is "|x"."""
     return {
         "root": root,
-        "contexts": (root, None),  # this, the contexts around it
-        "loop": None,  # (index, key, first, last, the loop around it)
-        "parameters": {},  # block parameters by name
+        "this": root,
+        "outer": None,  # the frame that ../ reads
+        "around": None,  # the frame that @../ reads: that around the loop
         "partials": {},  # inline partials: name -> (program, the frame it is defined in)
-        "block": None,  # @partial-block: (program, the frame it is defined in)
+        "partial-block": None,  # (program, the frame it is defined in)
         "level": 0,  # of partials in partials
     }
 
 
 def _inside(frame: _Frame, value: Any, names: Sequence[str] = ()) -> _Frame:
     """The frame of a block whose `this` is the value; its block parameter too, if it has one."""
-    contexts = frame["contexts"]
-    inner = {**frame, "contexts": contexts if value is contexts[0] else (value, contexts)}
-    if names:
-        inner["parameters"] = {**frame["parameters"], names[0]: value}
-    return inner
-
-
-def _nothing(this: Any, frame: Any) -> str:
-    return ""
+    parameters = {"|" + name: value for name in names[:1]}
+    return {**frame, **parameters} if value is frame["this"] else {**frame, **parameters, "this": value, "outer": frame}
 
 
 def _this(this: Any, frame: Any) -> Any:
@@ -1612,16 +1598,18 @@ def _constant(value: Any) -> Callable[..., Any]:
     return evaluate
 
 
-def _climber(chain: str, levels: int, slot: int) -> _Read:
-    """Reads a slot of one of the frame's linked lists, some levels up."""
+_nothing = _constant("")
 
-    def read(this: Any, frame: _Frame) -> Any:
-        link = frame[chain]
+
+def _frame_reader(key: str, link: str = "", levels: int = 0) -> _Read:
+    """Reads from the frame, or from the one some links up."""
+
+    def read(this: Any, frame: Any) -> Any:
         for _ in range(levels):
-            link = link and link[-1]
-        return link[slot] if link and slot < len(link) - 1 else _MISSING
+            frame = frame and frame[link]
+        return frame.get(key, _MISSING) if frame else _MISSING
 
-    return read
+    return read if levels else lambda this, frame: frame.get(key, _MISSING)
 
 
 def _path_reader(
@@ -1637,8 +1625,12 @@ def _path_reader(
             return missing(this, frame) if missing else None
         return value if raw else _settled(value)
 
+    def read_start(this: Any, frame: Any) -> Any:
+        value = start(this, frame) if start else this
+        return value if type(value) in _PLAIN else read(this, frame)
+
     if start or not 1 <= len(steps) <= 3:
-        return read if start or steps or raw else _this
+        return read if steps or raw else read_start if start else _this
     first, second, third = (*steps, "", "")[:3]
 
     def read_one(this: Any, frame: Any) -> Any:
@@ -1664,6 +1656,7 @@ def _joined(parts: list[Any]) -> _Read:
     reads = [(index, part) for index, part in enumerate(parts) if not isinstance(part, str)]
     if not reads:
         return _constant("".join(parts))
+    single = parts[0]
 
     def render(this: Any, frame: Any) -> str:
         texts = parts[:]
@@ -1672,8 +1665,13 @@ def _joined(parts: list[Any]) -> _Read:
             texts[index] = value if type(value) is str else _to_text(value)
         return "".join(texts)
 
-    render.parts = parts  # type: ignore[attr-defined]
-    return render
+    def render_single(this: Any, frame: Any) -> str:
+        value = single(this, frame)
+        return value if type(value) is str else _to_text(value)
+
+    program = render_single if len(parts) == 1 else render
+    program.parts = parts  # type: ignore[attr-defined]
+    return program
 
 
 def _column(part: Any, items: Any) -> Iterable[str]:
@@ -1684,27 +1682,25 @@ def _column(part: Any, items: Any) -> Iterable[str]:
     return [value if type(value) is str else _to_text(value) for value in values]
 
 
-def _loop(body: _Read, inverse: _Read, names: Sequence[str], framed: bool) -> Callable[[Any, Any, Any], str]:
-    """Renders the body once for each item of a list or map; the inverse if there is none.
+def _loop(body: _Read, names: Sequence[str], framed: bool) -> Callable[[Any, Any], str]:
+    """Renders the body once for each item of a list or map, which is not empty.
 
     A body that does not look at its frame is rendered column by column: each part for all items, then interleaved.
     """
-    parts = getattr(body, "parts", None) or [getattr(body, "constant", body)]
+    parts, names = getattr(body, "parts", [getattr(body, "constant", "")]), ["|" + name for name in names[:2]]
 
-    def render(value: Any, this: Any, frame: _Frame) -> str:
-        listed = isinstance(value, (list, tuple))
-        keys: Any = range(len(value)) if listed else list(value) if isinstance(value, Mapping) else ()
-        if not keys:
-            return inverse(this, frame)  # type: ignore[no-any-return]
-        items = value if listed else [value[key] for key in keys]
+    def render(value: Any, frame: _Frame) -> str:
+        keys: Any = range(len(value)) if isinstance(value, (list, tuple)) else list(value)
+        items = value if type(keys) is range else [value[key] for key in keys]
         if not framed:
             return "".join([text for row in zip(*[_column(part, items) for part in parts]) for text in row])
-        inner, contexts, around, last, texts = {**frame}, frame["contexts"], frame["loop"], len(keys) - 1, []
-        parameters = inner["parameters"] = {**frame["parameters"]}
-        for index, key, item in zip(range(len(keys)), keys, items):
-            inner["contexts"], inner["loop"] = (item, contexts), (index, key, index == 0, index == last, around)
-            parameters.update(zip(names, (item, key)))
+        inner, last, texts = {**frame, "outer": frame, "around": frame, "first": True}, len(keys) - 1, []
+        for index, key, item in zip(range(last + 1), keys, items):
+            inner["this"], inner["index"], inner["key"], inner["last"] = item, index, key, index == last
+            if names:
+                inner.update(zip(names, (item, key)))
             texts.append(body(item, inner))
+            inner["first"] = False
         return "".join(texts)
 
     return render
@@ -1713,7 +1709,7 @@ def _loop(body: _Read, inverse: _Read, names: Sequence[str], framed: bool) -> Ca
 def _if_block(read: _Read, body: _Read, inverse: _Read, zero: _Read) -> _Read:
     def render(this: Any, frame: Any) -> Any:
         value = read(this, frame)
-        true = _truthy(value) or (value is not False and value == 0 and _truthy(zero(this, frame)))
+        true = value if type(value) is bool else _truthy(value) or (value == 0 and _truthy(zero(this, frame)))
         return body(this, frame) if true else inverse(this, frame)
 
     return render
@@ -1722,13 +1718,13 @@ def _if_block(read: _Read, body: _Read, inverse: _Read, zero: _Read) -> _Read:
 def _scope_block(
     kind: str, read: _Read, body: _Read, inverse: _Read, names: Sequence[str], framed: bool, refuse: Callable[[Any], None]
 ) -> _Read:
-    """each: the body for each item; with: once, the value as `this`; a section: either, as the value asks for."""
-    loop, (looped, skipped) = _loop(body, inverse, names, framed), _SCOPES[kind]
+    """each: the body for each item; with: once, the value as `this`; a section ("") does as the value asks for."""
+    loop, (looped, skipped) = _loop(body, names, framed), _SCOPES[kind]
 
     def render(this: Any, frame: Any) -> Any:
         value = read(this, frame)
         if isinstance(value, looped):
-            return loop(value, this, frame)
+            return loop(value, frame) if value else inverse(this, frame)
         settled = _settled(value)
         if skipped(settled):
             refuse(value)
@@ -1740,9 +1736,9 @@ def _scope_block(
 
 
 _SCOPES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool]]] = {  # what is looped over, what asks for the inverse
-    "each": ((list, tuple, Mapping), lambda value: True),
+    "each": ((list, tuple, dict, Mapping), lambda value: True),
     "with": ((), lambda value: not _truthy(value) and (value is False or value != 0)),
-    "": ((list, tuple), lambda value: value is None or value is False),  # a section
+    "": ((list, tuple), lambda value: value is None or value is False),
 }
 
 
@@ -1802,8 +1798,10 @@ class _TemplateCompiler:
                 end = item
             elif item.sign == "#*":
                 inlines.update(self.inline(item))
+            elif item.sign in _COMPILED:
+                parts.append(_COMPILED[item.sign](self, item))
             elif item.sign != "!":
-                parts.append(self.tag(item))
+                raise self.error(f"unexpected {item.sign!r}", item.position)
         if opener and not end.sign:
             raise self.error(f"block '{opener.sign}{opener.name}' is never closed", opener.position)
         if end.sign and not opener:
@@ -1812,13 +1810,15 @@ class _TemplateCompiler:
         self.names = outer_names
         self.nesting -= 1
         self.end, self.inlines, program = end, inlines, _joined(parts)
+        if not inlines:
+            return program
 
         def render(this: Any, frame: _Frame) -> Any:
             inner = {**frame}
             inner["partials"] = {**frame["partials"], **{name: (body, inner) for name, body in inlines.items()}}
             return program(this, inner)
 
-        return render if inlines else program
+        return render
 
     def close(self, opener: _Tag) -> None:
         """Checks that the tag that ended the last program closes the opener."""
@@ -1845,16 +1845,6 @@ class _TemplateCompiler:
         if not chained:
             self.close(tag)
         return (inverse, body) if tag.sign == "^" else (body, inverse)
-
-    def tag(self, tag: _Tag) -> _Read:
-        """The closure of a tag and, if it opens a block, of all up to its end."""
-        if tag.sign == "":
-            return self.value(tag)
-        if tag.sign in ("#", "^"):
-            return self.block(tag)
-        if tag.sign in (">", "#>"):
-            return self.partial(tag)
-        raise self.error(f"unexpected {tag.sign!r}", tag.position)
 
     def inline(self, tag: _Tag) -> dict[str, _Read]:
         """{{#*inline "name"}}: a partial for the block it stands in."""
@@ -1937,24 +1927,21 @@ class _TemplateCompiler:
             return self.call(content, lenient)
         depth, steps, fixed = content
         start: _Read | None = None
+        name = steps[0] if steps else ""
         if text[0] == "@":
-            name, steps = steps[0] if steps else "", steps[1:]
+            steps = steps[1:]
             if name == "root":
                 self.refer(steps, lenient, position, True)
-                start = lambda this, frame: frame["root"]  # noqa: E731
-            elif name == "partial-block":
-                start = lambda this, frame: frame["block"] is not None  # noqa: E731
-            else:
-                start = _climber("loop", depth, {"index": 0, "key": 1, "first": 2, "last": 3}.get(name, 9))
-        elif not fixed and (scopes := self.names.get(steps[0])) is not None:
-            name, steps = steps[0], steps[1:]
-            if scopes != len(self.scopes):  # otherwise the block parameter is `this`
-                start = lambda this, frame: frame["parameters"].get(name, _MISSING)  # noqa: E731
+            start = _frame_reader(name if name in _SPECIAL else "@", "around", 0 if name == "root" else depth)
+        elif not fixed and name in self.names:
+            if self.names[name] != len(self.scopes):  # otherwise the block parameter is `this`
+                start = _frame_reader("|" + name)
+            steps = steps[1:]
         else:
             around = self.scopes[len(self.scopes) - 1 - depth :] if depth < len(self.scopes) else [False]
             if around[0]:
                 self.refer(steps, lenient or None in around, position, False)
-            start = _climber("contexts", depth, 0) if depth else None
+            start = _frame_reader("this", "outer", depth) if depth else None
         self.framed = self.framed or start is not None
         missing = self.missing(text, steps, start, position) if self.strict and not lenient else None
         return _path_reader(steps, start, missing, raw)
@@ -1986,8 +1973,9 @@ class _TemplateCompiler:
             raise self.error("a partial takes one context", tag.position)
         own_block, partials = kind == "path" and name == "@partial-block", self.partials
         indent = tag.indent if tag.sign == ">" else ""
-        if self.strict and tag.sign == ">" and not (name_of or own_block or self.name or name in partials):
-            self.check_inline(name, tag)
+        known = name in partials or self.name or "#*inline" in self.source
+        if self.strict and tag.sign == ">" and not (name_of or own_block or known):
+            raise self.error(f"unknown partial {name!r}{_suggestion(name, partials)}", tag.position)
         context = self.expression(tag.arguments[0], raw=True) if tag.arguments else None
         named, same = self.named(tag), not tag.arguments or tag.arguments[0][2] in (".", "this")
         self.calls.append((name, same and self.scopes[-1] is True, set(named), tag.position))
@@ -2005,18 +1993,18 @@ class _TemplateCompiler:
             if named:
                 values = {key: read(this, frame) for key, read in named.items()}
                 value = ChainMap(values, value) if isinstance(value, Mapping) else values  # type: ignore[arg-type]
-            found = frame["block"] if own_block else frame["partials"].get(known)
+            found = frame["partial-block"] if own_block else frame["partials"].get(known)
             template = None if found or own_block else partials.template(known)
             if template:
                 found = template._program, frame
             elif not (found or block):
                 raise self.error(f"unknown partial {known!r}{_suggestion(known, partials)}", tag.position)
             program, origin = found or (block, frame)
-            inner = {**_inside(origin, value), "level": frame["level"] + 1, "loop": frame["loop"]}
+            inner = {**_inside(origin, value), "level": frame["level"] + 1}
             if template:
-                inner["contexts"] = (value, None)  # a partial does not see the contexts around it
+                inner.update(this=value, outer=None)  # a partial does not see the contexts around it
             if found and not own_block:
-                inner["block"] = (block, frame) if block else frame["block"]
+                inner["partial-block"] = (block, frame) if block else frame["partial-block"]
             if defined:
                 inner["partials"] = {**inner["partials"], **{key: (body, frame) for key, body in defined.items()}}
             text = program(value, inner)
@@ -2024,14 +2012,12 @@ class _TemplateCompiler:
 
         return render
 
-    def check_inline(self, name: str, tag: _Tag) -> None:
-        """A partial that is not in the table has to be an inline one."""
-        inlines = {item.arguments[0][2] for item in self.items if type(item) is _Tag and item.sign == "#*" and item.arguments}
-        if name not in inlines:
-            raise self.error(f"unknown partial {name!r}{_suggestion(name, self.partials)}", tag.position)
-
 
 _BLOCKS = frozenset(("if", "unless", "each", "with"))
+_COMPILED: dict[str, Callable[[_TemplateCompiler, _Tag], _Read]] = {
+    "": _TemplateCompiler.value, ">": _TemplateCompiler.partial, "#>": _TemplateCompiler.partial,
+    **dict.fromkeys("#^", _TemplateCompiler.block),
+}  # fmt: skip
 
 
 class Template:
