@@ -62,7 +62,9 @@ if TYPE_CHECKING:
     import asyncio
     import logging
     from collections.abc import AsyncIterator, Awaitable, Callable, Container, Generator, Iterable, Iterator, Sequence
-    from typing import Any
+    from typing import Any, Optional
+
+    _Tag, _Anchor = Optional[type], Optional[list[Any]]
 else:
     Any = object  # for `dict[str, Any]` as a base class
 
@@ -273,8 +275,7 @@ class ContextLengthError(ProviderError):
 # in linear time. The reader is a recursive descent over (text, position); regular expressions find where things end.
 # ---------------------------------------------------------------------------------------------------------------------
 _MAX_DEPTH = 100  # collections within collections
-_MAX_DIGITS = 4300  # of a number: int() is quadratic, and newer Pythons refuse more
-_TOO_LARGE = 10**_MAX_DIGITS
+_MAX_DIGITS = 3500  # characters of a whole number: int() is quadratic, and str() of newer Pythons refuses 4300 digits
 _MAX_KEY = 1024  # characters of a key up to its colon, by the specification
 _MAX_EXPANSION = 1_000_000  # nodes reached through aliases; a text counts one more for every 100 characters
 
@@ -288,46 +289,54 @@ _BYTE_ORDER_MARKS = (
 # The expressions repeat character sets and never groups, except over a bounded stretch: a repeated group costs memory
 # for each round. The text ends with a newline, so that `text[position + 1]` is there for every character of a line.
 _FIRST = r"""[^ \t\n\-?:,\[\]{}#&*!|>'"%@`]"""  # starts a plain scalar wherever it stands
-_WORD, _DOUBLE, _SINGLE = r"([A-Za-z_][\w.-]{0,1000})", r'"([^"\\\n]*)"', r"'([^'\n]*)'"
-_BLOCK_VALUE = rf"(?:(-?{_FIRST}(?:[^:#\n]*[^:#\n \t])?)|{_DOUBLE}|{_SINGLE})(?:[ \t]+#[^\n]*|[ \t]*)\n( *)(?=[^ \t\n#])"
-_FLOW_VALUE = rf"(?:(-?{_FIRST}(?:[^:#,\[\]{{}}\n]*[^:#,\[\]{{}}\n \t])?)|{_DOUBLE}|{_SINGLE}) *"
-# A whole line, or a whole item of a flow collection, in the forms that nearly all have.
-_BLOCK_ENTRY = re.compile(rf"{_WORD}:(?: +{_BLOCK_VALUE}|(?=[ \t\n]))").match
-_BLOCK_ITEM = re.compile(rf"- +{_BLOCK_VALUE}").match
-_FLOW_ENTRY = re.compile(rf"\s*(?:{_WORD}: +|{_DOUBLE} *: *)(?:{_FLOW_VALUE}([,}}])|(?=[\[{{]))".replace(r"\s", " ")).match
-_FLOW_ITEM = re.compile(rf" *{_FLOW_VALUE}([,\]])").match
+_WORD, _QUOTED = r"([A-Za-z_][\w.-]{0,1000})", r""""([^"\\\n]*)"|'([^'\n]*)'"""
+_VALUE = rf"(?:(-?{_FIRST}(?:[^:#\n]*[^:#\n \t])?)|{_QUOTED})(?:[ \t]+#[^\n]*|[ \t]*)\n( *)(?=[^ \t\n#])"
+# What nearly all lines are: `key: value` or the `key:` of what follows, and `- value`; in a flow collection `key: value`
+# or `value` before a comma or bracket, or before another collection.
+_SIMPLE_ENTRY = re.compile(rf"{_WORD}:(?: +{_VALUE}|(?=[ \t\n]))").match
+_SIMPLE_ITEM = re.compile(rf"- +{_VALUE}").match
+_SIMPLE_FLOW = re.compile(
+    rf"""(?:{_WORD}: +|"([^"\\\n]*)" *: *)?"""
+    rf"(?:(?:(-?{_FIRST}(?:[^:#,\[\]{{}}\n]*[^:#,\[\]{{}}\n \t])?)|{_QUOTED}) *(?=[,\]}}])|(?=[\[{{]))"
+).match
 _NEVER = re.compile("(?!)").match
 
 _BLOCK_PLAIN = re.compile(rf"{_FIRST}|[-?:](?=[^ \t\n])").match
 _BLOCK_STOP = re.compile(r"\n|:(?=[ \t\n])|(?<=[ \t])#").search
 _FLOW_PLAIN = re.compile(rf"{_FIRST}|[-?:](?=[^ \t\n,\[\]{{}}])").match
 _FLOW_STOP = re.compile(r"[\n,\[\]{}]|:(?=[ \t\n,\[\]{}])|(?<=[ \t])#").search
-_WORD_KEY = re.compile(rf"{_WORD}:(?=[ \t\n])").match
+_SIMPLE_KEY = re.compile(rf"{_WORD}:(?=[ \t\n])").match
 _KEY = re.compile(  # any implicit key of a block mapping; matched over _MAX_KEY characters at most
     rf"""(?P<properties>(?:[&!][^ \t\n]*[ \t]+)*)
-    (?:\*(?P<alias>[^ \t\n,\[\]{{}}]+)(?=[ \t\n])
-      |"[^"\\\n]*(?:\\.[^"\\\n]*)*" | '[^'\n]*(?:''[^'\n]*)*'
+    (?:\*[^ \t\n,\[\]{{}}]+(?=[ \t\n]) | "[^"\\\n]*(?:\\.[^"\\\n]*)*" | '[^'\n]*(?:''[^'\n]*)*'
       |(?P<plain>(?:(?:{_FIRST}|[-?:](?=[^ \t\n]))[^:\#\n]*(?:(?::(?=[^ \t\n])|(?<![ \t])\#)[^:\#\n]*)*)?))
     [ \t]*:(?=[ \t\n])""",
     re.VERBOSE,
 ).match
 _DASH, _QUESTION, _COLON = ("- ", "-\n", "-\t"), ("? ", "?\n", "?\t"), (": ", ":\n", ":\t")
-_SPACES, _WHITE, _BLANK = re.compile(" *").match, re.compile(r"[ \t]*").match, re.compile(r"[ \t\n]*").match
-_EMPTY_LINES = re.compile(r"[ \n]*").match
+
+
+def _run_of(characters: str) -> Callable[..., re.Match[str]]:
+    """Matches as many of the characters as there are."""
+    return re.compile(f"[{characters}]*").match  # type: ignore[return-value]
+
+
+_SPACES, _WHITE, _BLANK, _EMPTY_LINES = _run_of(" "), _run_of(" \t"), _run_of(" \t\n"), _run_of(" \n")
 _PROPERTY = re.compile(r"(?:&[^ \t\n,\[\]{}]+|!<[^ \t\n>]*>|![^ \t\n,\[\]{}]*)(?=[ \t\n,\]}])").match
 _ALIAS = re.compile(r"\*([^ \t\n,\[\]{}]+)").match
 _BLOCK_HEADER = re.compile(r"[|>](?:([1-9])?([-+])?|([-+])([1-9]))(?:[ \t]+(?:#[^\n]*)?)?\n").match
-_MARKER = re.compile(r"\n(?:---|\.\.\.)(?=[ \t\n])").search
-_DIRECTIVE = re.compile(
-    r"%(?:(YAML)[ \t]+1\.[0-9]+(?=[ \t\n])|TAG[ \t]+(!(?:[0-9A-Za-z-]*!)?)[ \t]+([^ \t\n]+)"
-    r"|(?!(?:YAML|TAG)[ \t\n])[^ \t\n][^\n]*)"
+_PROLOGUE = re.compile(
+    r"(%YAML)[ \t]+1\.[0-9]+(?=[ \t\n])|(%)(?!(?:YAML|TAG)[ \t\n])[^ \t\n][^\n]*|\.\.\.(?=[ \t\n])"
 ).match
-_ESCAPE = re.compile(
+_DOCUMENT_START, _DOCUMENT_END = re.compile(r"---(?=[ \t\n])").match, re.compile(r"\n(?:---|\.\.\.)(?=[ \t\n])").search
+_BREAKS = re.compile(r"(?<![ \t])[ \t]*\n[ \t\n]*")  # of a text on several lines, with the blanks around them
+_ESCAPED = (
     r"\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})"
-    r"|(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))|(.))",
-    re.DOTALL,
+    r"|(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))|([^\n]))"
 )
-_ESCAPES = dict(zip('0abtnvfre "/\\N_LP\t\n', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029\t\n'))
+_ESCAPE = re.compile(_ESCAPED)
+_ESCAPE_OR_BREAKS = re.compile(rf"\\\n[ \t\n]*|(?:\\[ \t]|(?<![ \t]))[ \t]*\n[ \t\n]*|{_ESCAPED}")
+_ESCAPES = dict(zip('0abtnvfre "/\\N_LP\t', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029\t'))
 
 _YAML_WORDS: dict[str, Any] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
@@ -339,10 +348,15 @@ _YAML_WORDS: dict[str, Any] = {
 }
 _NOT_TEXT = frozenset("0123456789+-.~tTfFnN")  # the first characters of all plain scalars that are not text
 _YAML_NUMBER = re.compile(
-    r"([-+]?[0-9]+)|0o([0-7]+)|0x([0-9a-fA-F]+)|([-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?)"
+    r"([-+]?[0-9]+)|(0o[0-7]+)|(0x[0-9a-fA-F]+)|[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 ).fullmatch
-_CORE = "tag:yaml.org,2002:"
-_TAGS = {"null": type(None), "bool": bool, "int": int, "float": float, "str": str, "seq": list, "map": dict}
+_CORE = {"null": type(None), "bool": bool, "int": int, "float": float, "str": str, "seq": list, "map": dict}
+_TAGS: dict[str, type] = {  # by how a document writes them; object stands for `!`: not resolved, whatever the kind
+    **{f"!!{name}": kind for name, kind in _CORE.items()}, "!": object,
+    **{f"!<tag:yaml.org,2002:{name}>": kind for name, kind in _CORE.items()},
+}  # fmt: skip
+_HALF = re.compile("[\ud800-\udfff]").search
+_COMPLEX_KEY = "a key that is a list or a mapping is not supported"
 _MERGE = object()  # stands for the key `<<` while its mapping is read
 
 
@@ -350,8 +364,9 @@ def load_yaml(text: str | bytes) -> Any:
     """The value of a YAML 1.2 document (core schema); None for an empty one. JSON text is YAML too.
 
     Bytes are UTF-8, or UTF-16 or UTF-32 with a byte order mark. Raises ParseError for everything that is not exactly
-    one such document, and for what is refused: tags outside the core schema, complex keys, duplicate keys, nesting
-    deeper than 100, numbers of more than 4300 digits, aliases that expand to more than a million nodes.
+    one such document, and for what is refused: tags outside the core schema, %TAG, complex keys, duplicate keys, tabs
+    before the content of a block line, nesting deeper than 100, whole numbers of more than 3500 digits, aliases that
+    expand to more than a million nodes.
     """
     text = _decoded(text)
     try:
@@ -366,22 +381,32 @@ def _load_json(text: str | bytes) -> Any:
     try:
         if "NaN" in text or "Infinity" in text:  # which the module takes for numbers
             json.loads(text.replace("NaN", "N_N").replace("Infinity", "I_finity"))
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_int=_whole_number, parse_float=_real_number)
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_int=_resolved)
+        if "\\ud" in text or "\\uD" in text or _too_deep(value):
+            load_yaml(text)  # refuses halves of surrogate pairs
     except json.JSONDecodeError as error:
         raise ParseError(f"not JSON: {error.msg}", text, error.pos) from None
     except (ValueError, RecursionError) as error:
         load_yaml(text)  # JSON is YAML, and the YAML reader knows the place
         raise ParseError(str(error), text) from None
-    for escape in _ESCAPE.finditer(text) if "\\ud" in text or "\\uD" in text else ():
-        if escape[4] and 0xD800 <= int(escape[4], 16) <= 0xDFFF:
-            raise ParseError("half of a surrogate pair", text, escape.start())
-    level, depth = [value], 0
-    while level and text.count("[") + text.count("{") > _MAX_DEPTH:
-        collections = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))]
-        level, depth = [child for collection in collections for child in collection], depth + 1
-        if depth > _MAX_DEPTH and collections:
-            load_yaml(text)
     return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(mapping := dict(pairs)) < len(pairs):
+        raise ValueError("duplicate key")
+    return mapping
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether collections nest deeper than a document may."""
+    level: list[Any] = [[value]]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [
+            child for node in level for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]  # fmt: skip
+    return bool(level)
 
 
 def _positions(text: str) -> dict[tuple[str | int, ...], tuple[int, int]]:
@@ -390,11 +415,9 @@ def _positions(text: str) -> dict[tuple[str | int, ...], tuple[int, int]]:
     For YAML and JSON text. Never raises: where the text cannot be read, it has the places up to there.
     """
     marks: dict[tuple[str | int, ...], int] = {}
-    try:
+    with contextlib.suppress(ParseError, RecursionError):
         text = _decoded(text)
         _YamlReader(text, marks).document()
-    except (ParseError, RecursionError):
-        pass
     starts = [0, *(newline.end() for newline in re.finditer("\n", text))]
     lines = {path: bisect_right(starts, position) for path, position in marks.items()}
     return {path: (line, marks[path] - starts[line - 1] + 1) for path, line in lines.items()}
@@ -425,118 +448,70 @@ def _resolved(raw: str) -> Any:
     """The value of a plain scalar by the core schema. Raises ValueError for a number that is too long."""
     if raw in _YAML_WORDS:
         return _YAML_WORDS[raw]
-    decimal, octal, hexadecimal, real = number.groups() if (number := _YAML_NUMBER(raw)) else (None,) * 4
-    if decimal:
-        return _whole_number(decimal)
-    if octal or hexadecimal:
-        value = int(octal, 8) if octal else int(hexadecimal, 16)
-        _short("9" * (_MAX_DIGITS + (value >= _TOO_LARGE)))
-        return value
-    return _real_number(real) if real else raw
-
-
-def _whole_number(raw: str) -> int:
-    return int(_short(raw))
-
-
-def _real_number(raw: str) -> float:
-    return float(_short(raw))
-
-
-def _short(number: str) -> str:
-    if len(number) > _MAX_DIGITS and len(number.lstrip("+-")) > _MAX_DIGITS:
-        raise ValueError(f"a number of more than {_MAX_DIGITS} digits")
-    return number
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(mapping := dict(pairs)) < len(pairs):
-        raise ValueError("duplicate key")
-    return mapping
-
-
-class _Anchor:
-    """An anchored value, and what an alias to it costs: the nodes it stands for, and how deep they nest."""
-
-    complete, value, size, height = False, None, 1, 0
+    number = _YAML_NUMBER(raw)
+    if not number:
+        return raw
+    if not number.lastindex:
+        return float(raw)
+    if len(raw) > _MAX_DIGITS:
+        raise ValueError(f"a whole number of more than {_MAX_DIGITS} digits")
+    return int(raw, (10, 8, 16)[number.lastindex - 1])
 
 
 class _YamlReader:
     """Reads one document. Methods take a position and return the value there and the position behind it.
 
     Block methods return the position of the next content, which is the first of its line; `indent` is then the number
-    of spaces before it (-1 at the end of the text), and `tabbed` tells whether tabs follow those.
+    of spaces before it, -1 at the end of the text. A tag is given as the type that it demands, an anchor as a list to
+    which the value is added when it is complete.
     """
 
     def __init__(self, text: str, marks: dict[tuple[str | int, ...], int] | None = None) -> None:
         self.source, self.padded = text, not text.endswith("\n")
         self.text = text + "\n" if self.padded else text
-        self.indent, self.tabbed, self.expansion = 0, False, 0
-        self.handles = {"!": "!", "!!": _CORE}
-        self.anchors: dict[str, _Anchor] = {}
-        self.shared: dict[int, _Anchor] = {}  # anchored collections by id()
+        self.indent, self.expansion = 0, 0
+        self.anchors: dict[str, list[Any]] = {}
         self.marks = marks
         self.path: tuple[str | int, ...] = ()  # of the last key or item, if marks are kept
         self.parents: list[tuple[str | int, ...]] = []  # the path of each open collection
-        self.odd = [] if text.isascii() and "\x7f" not in text else [match.start() for match in _ODD.finditer(text)]
-        self.quoted_odd: set[int] = set()
-        # The expressions for simple entries know nothing of marks and odd characters.
+        self.odd = set() if text.isascii() and "\x7f" not in text else {match.start() for match in _ODD.finditer(text)}
+        # The expressions for simple lines know nothing of marks and odd characters.
         simple = marks is None and not self.odd
-        self.block_entry, self.block_item = (_BLOCK_ENTRY, _BLOCK_ITEM) if simple else (_NEVER, _NEVER)
-        self.flow_entry, self.flow_item = (_FLOW_ENTRY, _FLOW_ITEM) if simple else (_NEVER, _NEVER)
+        self.simple_entry, self.simple_item, self.simple_flow = (
+            (_SIMPLE_ENTRY, _SIMPLE_ITEM, _SIMPLE_FLOW) if simple else (_NEVER, _NEVER, _NEVER)
+        )
 
     def error(self, reason: str, position: int) -> ParseError:
         return ParseError(reason, self.source, min(position, len(self.source)))
 
     def document(self) -> Any:
         """The value of the only document in the text."""
-        start, column = self.prologue()
-        self.cut(start)
-        value, position = self.block_node(start, -1, column)
+        text = self.text
+        directives: list[str] = []
+        position = self.next_line(0, -1)
+        while self.indent == 0 and (line := _PROLOGUE(text, position)):
+            directive = line[1] or line[2]
+            if line[1] in directives or (directives and not directive):
+                break
+            directives += [directive] if directive else []
+            position = self.rest_of_line(line.end())
+        start = _DOCUMENT_START(text, position) if self.indent == 0 else None
+        if not start and (directives or text.startswith("%", position)):
+            raise self.error("only %YAML 1.x may stand here, once, with a '---' line below it", position)
+        begin, column = (start.end(), -1) if start else (position - max(self.indent, 0), 0)
+        if end := _DOCUMENT_END(text, begin):
+            position, self.indent = end.start() + 1, 0
+            while self.indent == 0 and text.startswith("...", position):
+                position = self.rest_of_line(position + 3)
+            if self.indent >= 0:
+                raise self.error("several documents in one text are not supported", position)
+            self.text, self.padded = text[: end.start() + 1], False
+        value, position = self.block_node(begin, -1, column)
         if self.indent >= 0:
             raise self.error("the document ends before this", position)
-        for position in self.odd:
-            if position not in self.quoted_odd:
-                raise self.error(f"the character U+{ord(self.source[position]):04X} needs quotes", position)
+        if self.odd:
+            raise self.error(f"the character U+{ord(text[min(self.odd)]):04X} needs quotes", min(self.odd))
         return value
-
-    def prologue(self) -> tuple[int, int]:
-        """Reads the directives. Returns where the document starts, and the column there: -1 behind `---`."""
-        text, directives = self.text, set()
-        position = self.next_line(0)
-        while self.indent == 0 and not self.tabbed:
-            end = position + 3
-            if text[position] == "%":
-                directive = _DIRECTIVE(text, position)
-                name = directive[1] or directive[2] or position if directive else "%"
-                if not directive or name in directives:
-                    raise self.error("a directive that is not valid here", position)
-                if directive[2]:
-                    self.handles[directive[2]] = directive[3]
-                directives.add(name)
-                end = directive.end()
-            elif text[end : end + 1] not in (" ", "\t", "\n") or text[position:end] not in ("---", "..."):
-                break
-            elif text[position] == "-":
-                return end, -1
-            elif directives:
-                break
-            position = self.rest_of_line(end)
-        if directives:
-            raise self.error("directives need a '---' line below them", position)
-        return text.rfind("\n", 0, position) + 1, 0
-
-    def cut(self, start: int) -> None:
-        """Ends the text before the marker that ends the document; refuses a second document."""
-        text = self.text
-        marker = _MARKER(text, max(start - 1, 0)) if "\n---" in text or "\n..." in text else None
-        if marker:
-            position, self.indent, self.tabbed = marker.start() + 1, 0, False
-            while self.indent >= 0:
-                if self.indent or not text.startswith("...", position) or text[position + 3] not in " \t\n":
-                    raise self.error("several documents in one text are not supported", position)
-                position = self.rest_of_line(position + 3)
-            self.text, self.padded = text[: marker.start() + 1], False
 
     # Lines and white space
 
@@ -550,23 +525,27 @@ class _YamlReader:
             raise self.error("unexpected text", end)
         return self.next_line(end)
 
-    def next_line(self, position: int) -> int:
-        """The position of the next content behind white space and comments; sets `indent` and `tabbed`."""
+    def next_line(self, position: int, parent: int = _MAX_KEY) -> int:
+        """The position of the next content behind white space and comments; sets `indent`.
+
+        Tabs may stand before it where it is no block collection, behind more spaces than `parent`.
+        """
         text = self.text
         position = _BLANK(text, position).end()
         while text.startswith("#", position):
             position = _BLANK(text, text.find("\n", position)).end()
-        if position == len(text):
-            self.indent, self.tabbed = -1, False
-            return position
         start = text.rfind("\n", 0, position) + 1
+        self.indent = position - start if position < len(text) else -1
         tab = text.find("\t", start, position)
-        self.indent, self.tabbed = (position if tab < 0 else tab) - start, tab >= 0
+        if 0 <= tab <= start + parent and self.indent >= 0:
+            raise self.error("a tab cannot indent this line", position)
         return position
 
     def space(self, position: int, indent: int) -> int:
         """The position of the next content in a flow collection, whose lines are indented by `indent` or more."""
         text, start = self.text, position
+        if text[position] not in " \t\n#":
+            return position
         position = _BLANK(text, position).end()
         while text.startswith("#", position) and text[position - 1] in " \t\n":
             position = _BLANK(text, text.find("\n", position)).end()
@@ -582,13 +561,17 @@ class _YamlReader:
 
     # Collections
 
-    def enter(self, kind: str, tag: str, position: int) -> None:
-        """Counts a collection that starts; `leave` is `parents.pop()`."""
+    def enter(self, kind: type, tag: _Tag, position: int) -> None:
+        """Counts a collection that starts; `parents.pop()` ends it."""
         self.parents.append(self.path)
         if len(self.parents) > _MAX_DEPTH:
             raise self.error(f"nesting deeper than {_MAX_DEPTH}", position)
-        if tag not in ("", "!", kind):
-            raise self.error(f"this is no value for the tag !!{tag}", position)
+        self.check_tag(kind, tag, position)
+
+    def check_tag(self, kind: type, tag: _Tag, position: int) -> None:
+        if tag not in (None, object, kind):
+            name = next(name for name in _CORE if _CORE[name] is tag)
+            raise self.error(f"this is no value for the tag !!{name}", position)
 
     def mark(self, key: Any, position: int) -> None:
         """Notes where a key or an item of the innermost collection is, if that was asked for."""
@@ -597,7 +580,7 @@ class _YamlReader:
             self.marks[self.path] = position
 
     def block_node(
-        self, position: int, parent: int, column: int, hanging: bool = False, tag: str = "", anchor: _Anchor | None = None
+        self, position: int, parent: int, column: int, hanging: bool = False, tag: _Tag = None, anchor: _Anchor = None
     ) -> tuple[Any, int]:
         """The node behind an indicator or behind properties, in a collection that is indented by `parent`.
 
@@ -607,12 +590,12 @@ class _YamlReader:
         text, start = self.text, position
         position = _WHITE(text, position).end()
         if text[position : position + 1] in "\n#":
-            position = self.next_line(position)
-            column = -1 if self.tabbed else self.indent
-            if self.indent <= parent and not (hanging and column == parent and text.startswith(_DASH, position)):
+            position = self.next_line(position, parent)
+            if self.indent <= parent and not (hanging and self.indent == parent and text.startswith(_DASH, position)):
                 return self.scalar("", True, tag, anchor, start), position
-        elif column >= 0:
-            column = -1 if text.find("\t", start, position) >= 0 else column + position - start
+            start, column = position - self.indent, 0
+        if column >= 0:
+            column = -1 if "\t" in text[start:position] else column + position - start
         first = text[position]
         indicator = first in "-?:" and text[position + 1] in " \t\n"
         value: Any
@@ -620,9 +603,7 @@ class _YamlReader:
             raise self.error(f"'{first}' cannot start a list or mapping here", position)
         if indicator and first == "-":
             value, position = self.block_sequence(position, column, tag)
-        elif indicator or (
-            column >= 0 and (_WORD_KEY(text, position) or _KEY(text, position, position + _MAX_KEY + 2))
-        ):
+        elif indicator or (column >= 0 and (_SIMPLE_KEY(text, position) or self.key(position))):
             value, position = self.block_mapping(position, column, tag)
         elif first in "&!":
             tag, anchor, position = self.properties(position, tag, anchor)
@@ -633,98 +614,100 @@ class _YamlReader:
         else:
             value, end, _ = self.flow_node(position, parent + 1, False, tag, anchor)
             if isinstance(value, (dict, list)) and text.startswith(":", _WHITE(text, end).end()):
-                raise self.error("a key that is a list or a mapping is not supported", position)
+                raise self.error(_COMPLEX_KEY, position)
             return value, self.rest_of_line(end)
         return self.anchored(value, anchor), position
 
-    def block_sequence(self, position: int, indent: int, tag: str) -> tuple[list[Any], int]:
+    def key(self, position: int) -> re.Match[str] | None:
+        """The key of a block mapping with its colon."""
+        return _KEY(self.text, position, position + _MAX_KEY + 2)
+
+    def block_sequence(self, position: int, indent: int, tag: _Tag) -> tuple[list[Any], int]:
         """A block list whose dashes are at column `indent`."""
         text = self.text
         result: list[Any] = []
-        self.enter("seq", tag, position)
-        while True:
-            item = self.block_item(text, position)
+        self.enter(list, tag, position)
+        self.indent = indent
+        while self.indent == indent and text.startswith(_DASH, position):
+            item = self.simple_item(text, position)
             if item and len(item[4]) <= indent:
                 result.append(self.simple(item, 1))
-                position, self.indent, self.tabbed = item.end(), len(item[4]), False
+                position, self.indent = item.end(), len(item[4])
             else:
                 self.mark(len(result), position)
                 value, position = self.block_node(position + 1, indent, indent + 1)
                 result.append(value)
-            if self.indent != indent or self.tabbed or not text.startswith(_DASH, position):
-                break
-        self.check_indentation(position, indent)
-        self.parents.pop()
+        self.leave(position, indent)
         return result, position
 
-    def block_mapping(self, position: int, indent: int, tag: str) -> tuple[dict[Any, Any], int]:
+    def block_mapping(self, position: int, indent: int, tag: _Tag) -> tuple[dict[Any, Any], int]:
         """A block mapping whose keys are at column `indent`."""
-        text, block_entry = self.text, self.block_entry
+        text, simple_entry = self.text, self.simple_entry
         result: dict[Any, Any] = {}
-        self.enter("map", tag, position)
-        while True:
-            entry = block_entry(text, position)
+        self.enter(dict, tag, position)
+        self.indent = indent
+        while self.indent == indent:
+            entry = simple_entry(text, position)
             if not entry:
-                position = self.block_entry_of_any_kind(position, indent, result)
+                position = self.block_entry(position, indent, result)
+                continue
+            key, plain, _, _, spaces = entry.groups()
+            if key in _YAML_WORDS:
+                key = _YAML_WORDS[key]
+            if key in result:
+                raise self.duplicate(key, position)
+            if spaces is None or len(spaces) > indent:
+                result[key], position = self.block_node(entry.end(1) + 1, indent, -1, True)
             else:
-                key, plain, double, single, spaces = entry.groups()
-                if key in _YAML_WORDS:
-                    key = _YAML_WORDS[key]
-                if key in result:
-                    raise self.duplicate(key, position)
-                if spaces is None or len(spaces) > indent:
-                    result[key], position = self.block_node(entry.end(1) + 1, indent, -1, True)
-                else:
-                    result[key] = plain if plain and plain[0] not in _NOT_TEXT else self.simple(entry, 2)
-                    position = entry.end()
-                    if len(spaces) == indent:
-                        continue
-                    self.indent, self.tabbed = len(spaces), False
-            if self.indent != indent or self.tabbed:
-                break
-        self.check_indentation(position, indent)
-        self.parents.pop()
-        return (self.merged(result) if _MERGE in result else result), position
+                result[key] = plain if plain and plain[0] not in _NOT_TEXT else self.simple(entry, 2)
+                position, self.indent = entry.end(), len(spaces)
+        self.leave(position, indent)
+        return self.merged(result), position
 
-    def block_entry_of_any_kind(self, position: int, indent: int, result: dict[Any, Any]) -> int:
-        """Reads one entry of a block mapping into `result`."""
-        text, start = self.text, position
+    def simple(self, match: re.Match[str], group: int) -> Any:
+        """The value of the scalar in three groups: plain, in double quotes, in single quotes."""
+        plain = match[group]
+        if plain is None:
+            return match[group + 2] if match[group + 1] is None else match[group + 1]
+        return self.scalar(plain, True, None, None, match.start(group))
+
+    def block_entry(self, position: int, indent: int, result: dict[Any, Any]) -> int:
+        """Reads one entry of a block mapping, of any kind, into `result`."""
+        text, start, value = self.text, position, None
         explicit = text.startswith(_QUESTION, position)
         if explicit:
             content = _WHITE(text, position + 1).end()
             key, position = self.block_node(position + 1, indent, indent + 1, True)
         else:
-            match = _KEY(text, position, position + _MAX_KEY + 2)
+            match = self.key(position)
             if not match:
                 raise self.error("expected 'key: value' here", position)
-            position, content = match.end(), match.end("properties")
-            tag, anchor, end = self.properties(start, "", None)
-            if end != content:
-                raise self.error("unexpected text behind an anchor or a tag", end)
+            tag, anchor, content = self.properties(start, None, None)
+            if content != match.end("properties"):
+                raise self.error("unexpected text behind an anchor or a tag", content)
             if match["plain"] is None:
                 key = self.flow_node(content, 0, False, tag, anchor)[0]
             else:
                 key = self.scalar(match["plain"].rstrip(" \t"), True, tag, anchor, content)
         key = self.checked_key(key, result, start, content)
-        self.mark(key, start)
-        value = None
+        self.mark("<<" if key is _MERGE else key, start)
         if not explicit:
-            value, position = self.block_node(position, indent, -1, True)
-        elif self.indent == indent and not self.tabbed and text.startswith(_COLON, position):
+            value, position = self.block_node(match.end(), indent, -1, True)
+        elif self.indent == indent and text.startswith(_COLON, position):
             value, position = self.block_node(position + 1, indent, indent + 1, True)
-        result[key] = value if key is not _MERGE else self.sources(value, start)
+        result[key] = value if key is not _MERGE else (value, start)
         return position
 
-    def check_indentation(self, position: int, indent: int) -> None:
-        """Refuses a line, behind a block collection at `indent`, that belongs to no collection."""
-        if self.indent > indent or (self.indent == indent and self.tabbed):
-            reason = "a tab cannot indent this line" if self.tabbed else "more indentation than the lines above have"
-            raise self.error(reason, position)
+    def leave(self, position: int, indent: int) -> None:
+        """Ends a block collection at `indent`; refuses a line behind it that belongs to no collection."""
+        self.parents.pop()
+        if self.indent > indent:
+            raise self.error("more indentation than the lines above have", position)
 
     def flow_node(
-        self, position: int, indent: int, flow: bool = True, tag: str = "", anchor: _Anchor | None = None
+        self, position: int, indent: int, flow: bool = True, tag: _Tag = None, anchor: _Anchor = None
     ) -> tuple[Any, int, int]:
-        """A plain or quoted scalar, an alias or a flow collection, whose further lines are indented by `indent` or more.
+        """A scalar on one or more lines, an alias or a flow collection; further lines are indented by `indent` or more.
 
         In a flow collection (`flow`) it may have properties. Returns where the content behind them starts as well.
         """
@@ -733,114 +716,100 @@ class _YamlReader:
             tag, anchor, position = self.properties(position, tag, anchor)
             position = self.space(position, indent)
         first, start = text[position], position
-        value: Any
         if first == "*":
-            value, position = self.alias(position, tag, anchor)
-        elif first in "[{":
-            value, position = (self.flow_sequence if first == "[" else self.flow_mapping)(position, indent, tag)
-            self.anchored(value, anchor)
+            if tag or anchor is not None:
+                raise self.error("an alias with an anchor or a tag", position)
+            return (*self.alias(position), start)
+        if first in "[{":
+            collection, position = self.flow_collection(position, indent, tag)
+            return self.anchored(collection, anchor), position, start
+        if first in "\"'":
+            value, position = self.quoted(position, indent)
+        elif (_FLOW_PLAIN if flow else _BLOCK_PLAIN)(text, position):
+            value, position = self.plain(position, indent, _FLOW_STOP if flow else _BLOCK_STOP)
+        elif flow and first in ",]}:" and (tag or anchor is not None):
+            value = ""
         else:
-            if first in "\"'":
-                value, position = self.quoted(position, indent)
-            elif (_FLOW_PLAIN if flow else _BLOCK_PLAIN)(text, position):
-                value, position = self.plain(position, indent, _FLOW_STOP if flow else _BLOCK_STOP)
-            elif flow and first in ",]}:" and (tag or anchor):
-                value = ""
-            else:
-                raise self.error(f"'{first}' cannot start a value: put text into quotes", position)
-            value = self.scalar(value, first not in "\"'", tag, anchor, start)
-        return value, position, start
+            raise self.error(f"'{first}' cannot start a value: put text into quotes", position)
+        return self.scalar(value, first not in "\"'", tag, anchor, start), position, start
 
-    def flow_sequence(self, position: int, indent: int, tag: str) -> tuple[list[Any], int]:
-        text, flow_item = self.text, self.flow_item
-        result: list[Any] = []
-        self.enter("seq", tag, position)
-        while text[position] != "]":
-            item = flow_item(text, position + 1)
-            if item:
-                result.append(self.simple(item, 1))
-                position = item.end() - 1
-                continue
-            start = self.space(position + 1, indent)
-            if text[start] == "]":
-                position = start
+    def flow_collection(self, position: int, indent: int, tag: _Tag) -> tuple[dict[Any, Any] | list[Any], int]:
+        """A list in brackets or a mapping in braces."""
+        text, pairs = self.text, self.text[position] == "{"
+        close, items, mapping = "}" if pairs else "]", [], {}
+        self.enter(dict if pairs else list, tag, position)
+        while text[position] != close:
+            start = position = self.space(position + 1, indent)
+            if text[position] == close:
                 break
-            self.mark(len(result), start)
-            node = self.flow_key(start, indent)
-            colon = position = self.space(node[1], indent)
-            value, explicit = node[0], text.startswith(_QUESTION, start)
-            if text[colon] == ":" or explicit:
-                if not explicit and (colon - start > _MAX_KEY or text.find("\n", start, colon) >= 0):
-                    raise self.error(f"a key in a list stands on one line with its ':', within {_MAX_KEY} characters", colon)
-                self.enter("map", "", start)
-                pair: dict[Any, Any] = {}
-                position = self.flow_pair(start, node, indent, pair)
-                value = self.merged(pair) if _MERGE in pair else pair
-                self.parents.pop()
-            result.append(value)
-            if text[position] not in ",]":
-                raise self.error("expected ',' or ']'", position)
-        self.parents.pop()
-        return result, position + 1
-
-    def flow_mapping(self, position: int, indent: int, tag: str) -> tuple[dict[Any, Any], int]:
-        text, flow_entry = self.text, self.flow_entry
-        result: dict[Any, Any] = {}
-        self.enter("map", tag, position)
-        while text[position] != "}":
-            entry = flow_entry(text, position + 1)
-            if entry:
-                word, key, plain, double, single, end = entry.groups()
-                if key is None:
-                    key = _YAML_WORDS[word] if word in _YAML_WORDS else word
-                if key in result:
-                    raise self.duplicate(key, _SPACES(text, position + 1).end())
-                position = entry.end() - 1
-                if end:
-                    result[key] = plain if plain and plain[0] not in _NOT_TEXT else self.simple(entry, 3)
-                    continue
-                result[key], position, _ = self.flow_node(position + 1, indent)
-                position = self.space(position, indent)
+            entry = self.simple_flow(text, start)
+            if entry and pairs is (entry[1] is not None or entry[2] is not None):
+                key = _YAML_WORDS[entry[1]] if entry[1] in _YAML_WORDS else entry[2] if entry[1] is None else entry[1]
+                if key in mapping:
+                    raise self.duplicate(key, start)
+                position = entry.end()
+                if text[position] in "[{":
+                    value, position, _ = self.flow_node(position, indent)
+                    position = self.space(position, indent)
+                else:
+                    value = self.simple(entry, 3)
+                if pairs:
+                    mapping[key] = value
+                else:
+                    items.append(value)
             else:
-                position = self.space(position + 1, indent)
-                if text[position] == "}":
-                    break
-                position = self.flow_pair(position, self.flow_key(position, indent), indent, result)
-            if text[position] not in ",}":
-                raise self.error("expected ',' or '}'", position)
+                position = self.flow_entry(start, indent, mapping, None if pairs else items)
+            if text[position] not in ("," + close):
+                reason = f"expected ',' or '{close}'" if text[position] != ":" else _COMPLEX_KEY
+                raise self.error(reason, position)
         self.parents.pop()
-        return (self.merged(result) if _MERGE in result else result), position + 1
+        return self.merged(mapping) if pairs else items, position + 1
 
-    def flow_key(self, position: int, indent: int) -> tuple[Any, int, int]:
-        """What `flow_node` returns, for a node that may be a key: behind `? `, or nothing before a colon."""
-        text, explicit = self.text, self.text.startswith(_QUESTION, position)
-        if explicit:
-            position = self.space(position + 1, indent)
+    def flow_entry(self, start: int, indent: int, mapping: dict[Any, Any], items: list[Any] | None) -> int:
+        """Reads one entry of any kind into the mapping, or into the items, where it may be a mapping of one entry."""
+        text = self.text
+        if items is not None:
+            self.mark(len(items), start)
+        explicit = text.startswith(_QUESTION, start)
+        position = self.space(start + 1, indent) if explicit else start
         if (explicit and text[position] in ",]}") or (text[position] == ":" and not _FLOW_PLAIN(text, position)):
-            return None, position, position
-        return self.flow_node(position, indent)
+            node, content = None, position
+        else:
+            node, position, content = self.flow_node(position, indent)
+            position = self.space(position, indent)
+        if items is None:
+            return self.flow_pair(position, indent, node, start, content, mapping)
+        if not explicit and text[position] != ":":
+            items.append(node)
+            return position
+        if not explicit and (position - start > _MAX_KEY or "\n" in text[start:position]):
+            raise self.error(f"a key in a list stands on one line with its ':', within {_MAX_KEY} characters", position)
+        self.enter(dict, None, start)
+        position = self.flow_pair(position, indent, node, start, content, mapping := {})
+        self.parents.pop()
+        items.append(self.merged(mapping))
+        return position
 
-    def flow_pair(self, start: int, node: tuple[Any, int, int], indent: int, result: dict[Any, Any]) -> int:
-        """Reads the value for the key that starts at `start` into `result`; None where there is no colon."""
+    def flow_pair(self, position: int, indent: int, node: Any, start: int, content: int, result: dict[Any, Any]) -> int:
+        """Reads the value for a key, whose text has been read, into `result`; None where there is no colon."""
         text, value = self.text, None
-        key = self.checked_key(node[0], result, start, node[2])
-        self.mark(key, start)
-        position = self.space(node[1], indent)
+        key = self.checked_key(node, result, start, content)
+        self.mark("<<" if key is _MERGE else key, start)
         if text[position] == ":":
             colon, position = position, self.space(position + 1, indent)
             if text[position] not in ",]}":
-                if position == colon + 1 and text[node[2]] not in "\"'":
+                if position == colon + 1 and text[content] not in "\"'":
                     raise self.error("expected white space behind ':'", position)
                 value, position, _ = self.flow_node(position, indent)
                 position = self.space(position, indent)
-        result[key] = value if key is not _MERGE else self.sources(value, start)
+        result[key] = value if key is not _MERGE else (value, start)
         return position
 
     def checked_key(self, key: Any, result: dict[Any, Any], start: int, content: int) -> Any:
         """The key, or _MERGE for a plain `<<`; refuses collections and duplicates."""
         text = self.text
         if isinstance(key, (dict, list)):
-            raise self.error("a key that is a list or a mapping is not supported", start)
+            raise self.error(_COMPLEX_KEY, start)
         if key == "<<" and text[content] not in "\"'":
             if not text.startswith("<<", content) or (content > start and text[start] != "?"):
                 raise self.error("a merge key (<<) has no anchor, tag or alias", start)
@@ -852,63 +821,47 @@ class _YamlReader:
     def duplicate(self, key: Any, position: int) -> ParseError:
         return self.error(f"duplicate key {'<<' if key is _MERGE else key!r}"[:200], position)
 
-    def sources(self, value: Any, position: int) -> list[dict[Any, Any]]:
-        """The mappings that a merge key names."""
-        mappings = value if isinstance(value, list) else [value]
-        if all(isinstance(mapping, dict) for mapping in mappings):
-            return mappings
-        raise self.error("a merge key (<<) needs a mapping or a list of mappings", position)
-
     def merged(self, result: dict[Any, Any]) -> dict[Any, Any]:
-        """The mapping with its merge key carried out: its own entries win, then those of earlier sources."""
-        sources = [*reversed(result.pop(_MERGE)), result]
-        joined = {key: value for source in sources for key, value in source.items()}
+        """The mapping with its merge key, if any, carried out: its own entries win, then those of earlier sources."""
+        if _MERGE not in result:
+            return result
+        value, position = result.pop(_MERGE)
+        sources = [result, *value] if isinstance(value, list) else [result, value]
+        if not all(isinstance(source, dict) for source in sources):
+            raise self.error("a merge key (<<) needs a mapping or a list of mappings", position)
+        joined = {key: value for source in reversed(sources) for key, value in source.items()}
         if len({(type(key), key) for source in sources for key in source}) > len(joined):
-            raise self.error("merged keys that differ in YAML, but not in Python, such as 1 and true", 0)
+            raise self.error("merged keys that differ in YAML, but not in Python, such as 1 and true", position)
         return joined
 
     # Scalars
 
-    def simple(self, match: re.Match[str], group: int) -> Any:
-        """The value of the scalar in three groups: plain, in double quotes, in single quotes."""
-        plain = match[group]
-        if plain is None:
-            return match[group + 2] if match[group + 1] is None else match[group + 1]
-        return self.plain_value(plain, match.start(group)) if plain[0] in _NOT_TEXT else plain
-
-    def plain_value(self, raw: str, position: int) -> Any:
-        try:
-            return _resolved(raw)
-        except ValueError as error:
-            raise self.error(str(error), position) from None
-
-    def scalar(self, raw: str, plain: bool, tag: str, anchor: _Anchor | None, position: int) -> Any:
+    def scalar(self, raw: str, plain: bool, tag: _Tag, anchor: _Anchor, position: int) -> Any:
         """The value of a scalar, by its properties."""
         value: Any = raw
-        if tag not in ("", "str", "!") or (plain and not tag and (not raw or raw[0] in _NOT_TEXT)):
-            value = self.plain_value(raw, position)
-            if tag == "float" and type(value) is int and raw[:2] not in ("0o", "0x"):
+        if tag not in (None, str, object) or (plain and not tag and (not raw or raw[0] in _NOT_TEXT)):
+            try:
+                value = _resolved(raw)
+            except ValueError as error:
+                raise self.error(str(error), position) from None
+            if tag is float and type(value) is int and raw[:2] not in ("0o", "0x"):
                 value = float(raw)
-            if tag and type(value) is not _TAGS[tag]:
-                raise self.error(f"this is no value for the tag !!{tag}", position)
+            self.check_tag(type(value), tag, position)
         return self.anchored(value, anchor)
 
     def plain(self, position: int, indent: int, find_stop: Callable[[str, int], Any]) -> tuple[str, int]:
         text = self.text
         end = find_stop(text, position).start()
-        pieces = [text[position:end].rstrip(" \t")]
         while text[end] == "\n":
             start = _BLANK(text, end).end()
             line = text.rfind("\n", end, start) + 1
             if start == len(text) or text[start] == "#" or _SPACES(text, line).end() - line < indent:
                 break
             stop = find_stop(text, start).start()
-            if stop == start or (text.find("\t", end, line) >= 0 and _short_line(text[end:line].split("\n"), indent)):
+            if stop == start or _short_line(text[end:line], indent):
                 break
-            breaks = text.count("\n", end, start)
-            pieces += "\n" * (breaks - 1) or " ", text[start:stop].rstrip(" \t")
             end = stop
-        return "".join(pieces), end
+        return _BREAKS.sub(_folded, text[position:end].rstrip(" \t\n")), end
 
     def quoted(self, position: int, indent: int) -> tuple[str, int]:
         text, quote, start = self.text, self.text[position], position + 1
@@ -920,30 +873,24 @@ class _YamlReader:
             raise self.error(f"the quote {quote} is not closed", position)
         raw = text[start:end]
         if self.odd:
-            self.quoted_odd.update(match.start() for match in _ODD.finditer(text, start, end))
-        if "\n" in raw:
-            lines = raw.split("\n")
-            if _short_line([*lines[1:-1], lines[-1] + quote], indent):
-                raise self.error("a line of this quoted text needs more indentation than its parent", position)
-            raw = _folded_quoted(lines, quote == '"')
+            self.odd.difference_update(match.start() for match in _ODD.finditer(text, start, end))
+        if "\n" in raw and _short_line(raw[raw.find("\n") :] + quote, indent):
+            raise self.error("a line of this quoted text needs more indentation than its parent", position)
         if quote == "'":
-            return raw.replace("''", "'"), end + 1
+            return (_BREAKS.sub(_folded, raw) if "\n" in raw else raw).replace("''", "'"), end + 1
         try:
+            if "\n" in raw:
+                return _ESCAPE_OR_BREAKS.sub(_unescaped, raw), end + 1
             return _ESCAPE.sub(_unescaped, raw) if "\\" in raw else raw, end + 1
-        except ValueError:
-            for escape in _ESCAPE.finditer(text, start, end):
-                try:
-                    _unescaped(escape)
-                except ValueError as error:
-                    raise self.error(str(error), escape.start()) from None
-            raise
+        except UnicodeEncodeError as error:
+            raise self.error(error.reason, start + error.start) from None
 
     def block_scalar(self, position: int, parent: int) -> tuple[str, int]:
         """A literal (|) or folded (>) scalar in a collection that is indented by `parent`."""
         text, header = self.text, _BLOCK_HEADER(self.text, position)
         digit = (header[1] or header[4]) if header else None
         if not header or (digit and parent < 0):
-            raise self.error(f"expected nothing but a line end and indented lines of text behind '{text[position]}'", position)
+            raise self.error(f"expected a line end and indented lines of text behind '{text[position]}'", position)
         chomping, start = header[2] or header[3], header.end()
         first = _EMPTY_LINES(text, start).end()
         line = text.rfind("\n", 0, first) + 1  # the first with content
@@ -957,127 +904,97 @@ class _YamlReader:
             end, indent = (line, first) if first < len(text) else (first, first)
         if text.startswith("\t", _SPACES(text, end).end()):
             raise self.error("a tab cannot indent this line", end)
-        lines = [line[indent:] for line in text[start:end].split("\n")]
-        if self.padded and end == len(text) > start:
-            if text[text.rfind("\n", 0, end - 1) + 1 : end].strip(" \n"):
-                lines.pop()
-            elif chomping == "+" or (lines[-2] and not chomping):
+        content = "\n".join([line[indent:] for line in text[start:end].split("\n")])
+        if self.padded and start < end == len(text):
+            content, last = content[:-1], content[content.rfind("\n", 0, -1) + 1 : -1]
+            if not last.strip(" ") and (chomping == "+" or (last and not chomping)):
                 raise self.error("the last line of this text is blank, but not ended", end)
-        content = "\n".join(lines)
         body = content.rstrip("\n")
         kept = len(content) if chomping == "+" else len(body) + (1 if body and not chomping else 0)
-        return (_folded_block(body.split("\n")) if text[position] == ">" else body) + content[len(body):kept], self.next_line(end)
+        return (_folded_block(body) if text[position] == ">" else body) + content[len(body) : kept], self.next_line(end)
 
     # Properties and aliases
 
-    def properties(self, position: int, tag: str, anchor: _Anchor | None) -> tuple[str, _Anchor | None, int]:
+    def properties(self, position: int, tag: _Tag, anchor: _Anchor) -> tuple[_Tag, _Anchor, int]:
         """The tag and the anchor on this line, added to those given; the position is that of the next content."""
         text = self.text
         while text[position] in "&!":
             match = _PROPERTY(text, position)
-            if not match or (tag if text[position] == "!" else anchor):
-                raise self.error("a second anchor or tag for one value" if match else "not an anchor or a tag", position)
-            if text[position] == "!":
-                tag = self.core_tag(match[0], position)
+            if not match or (tag if text[position] == "!" else anchor is not None):
+                reason = "a second anchor or tag for one value" if match else "not an anchor or a tag"
+                raise self.error(reason, position)
+            if match[0][0] == "&":
+                anchor = self.anchors[match[0][1:]] = []
+            elif match[0] in _TAGS:
+                tag = _TAGS[match[0]]
             else:
-                anchor = self.anchors[match[0][1:]] = _Anchor()
+                raise self.error(f"the tag {match[0][:80]} is not supported", position)
             position = _WHITE(text, match.end()).end()
         return tag, anchor, position
 
-    def core_tag(self, written: str, position: int) -> str:
-        """The name of a core tag, without its prefix, or `!`."""
-        handle = written[: written.find("!", 1) + 1] or "!"
-        name = written[2:-1] if written.startswith("!<") else self.handles.get(handle, "") + written[len(handle) :]
-        if written != "!" and (not name.startswith(_CORE) or name[len(_CORE) :] not in _TAGS):
-            raise self.error(f"the tag {written[:80]} is not supported", position)
-        return name[len(_CORE) :] or written
-
-    def alias(self, position: int, tag: str, anchor: _Anchor | None) -> tuple[Any, int]:
+    def alias(self, position: int) -> tuple[Any, int]:
         match = _ALIAS(self.text, position)
-        known = self.anchors.get(match[1]) if match else None
-        if not match or not known or tag or anchor:
-            raise self.error("an alias with an anchor or a tag" if known else "an alias without an anchor before it", position)
-        self.expansion += known.size
-        if not known.complete or self.expansion > _MAX_EXPANSION or len(self.parents) + known.height > _MAX_DEPTH:
-            raise self.error("an alias that contains itself, or nests too deeply, or expands to too many nodes", position)
-        return known.value, match.end()
+        anchor = self.anchors.get(match[1]) if match else None
+        if not match or not anchor:
+            raise self.error("an alias without a complete value with that anchor before it", position)
+        self.expand(anchor[0], len(self.parents), position)
+        return anchor[0], match.end()
 
-    def anchored(self, value: Any, anchor: _Anchor | None) -> Any:
-        if anchor:
-            anchor.size, anchor.height = self.measured(value)
-            anchor.value, anchor.complete = value, True
-            self.shared[id(value)] = anchor
+    def expand(self, value: Any, depth: int, position: int) -> None:
+        """Counts the nodes that an alias stands for; refuses too many of them, and too deep ones."""
+        collection = isinstance(value, (dict, list))
+        self.expansion += 1 + (len(value) // 100 if isinstance(value, str) else 0)
+        if self.expansion > _MAX_EXPANSION or depth + collection > _MAX_DEPTH:
+            raise self.error("an alias that nests too deeply, or expands to too many nodes", position)
+        if collection:
+            for child in [*value, *value.values()] if isinstance(value, dict) else value:
+                self.expand(child, depth + 1, position)
+
+    def anchored(self, value: Any, anchor: _Anchor) -> Any:
+        if anchor is not None:
+            anchor.append(value)
         return value
 
-    def measured(self, value: Any) -> tuple[int, int]:
-        """The number of nodes that a value expands to, and how deep it nests."""
-        if not isinstance(value, (dict, list)):
-            return 1 + len(value) // 100 if isinstance(value, str) else 1, 0
-        if id(value) in self.shared:
-            return self.shared[id(value)].size, self.shared[id(value)].height
-        children = [self.measured(child) for child in ([*value, *value.values()] if isinstance(value, dict) else value)]
-        return 1 + sum(size for size, _ in children), 1 + max((height for _, height in children), default=0)
 
-
-def _short_line(lines: list[str], indent: int) -> bool:
-    """Whether one of the lines, blank or not, has something other than spaces before column `indent`."""
-    return indent > 0 and any(len(line) > (spaces := _SPACES(line).end()) < indent for line in lines)
+def _short_line(text: str, indent: int) -> bool:
+    """Whether a line below the first, blank or not, has something other than spaces before column `indent`."""
+    return indent > 0 and any(len(line) > _SPACES(line).end() < indent for line in text.split("\n")[1:])
 
 
 def _ends_in_escape(raw: str) -> bool:
     return (len(raw) - len(raw.rstrip("\\"))) % 2 == 1
 
 
+def _folded(breaks: re.Match[str]) -> str:
+    """What line breaks in a text on several lines stand for: one is a space, more are one less."""
+    return "\n" * (breaks[0].count("\n") - 1) or " "
+
+
 def _unescaped(escape: re.Match[str]) -> str:
-    """The character for an escape in double quotes."""
-    high, low, *codes, character = escape.groups()
-    if high:
-        return chr(0x10000 + ((int(high, 16) - 0xD800) << 10) + int(low, 16) - 0xDC00)
-    if character:
-        if character not in _ESCAPES:
-            raise ValueError(f"\\{character} is not an escape that YAML has; a backslash itself is \\\\")
+    """The text for an escape in double quotes, or for line breaks, one of which may be escaped."""
+    high, low, code_2, code_4, code_8, character = escape.groups()
+    if character in _ESCAPES:
         return _ESCAPES[character]
-    code = int(codes[0] or codes[1] or codes[2], 16)
-    if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
-        raise ValueError(f"{escape.group()} is not a character")
-    return chr(code)
+    written = escape[0]
+    if "\n" in written:
+        kept = written[1:2].strip("\n") if written[0] == "\\" else ""
+        return kept + ("\n" * (written.count("\n") - 1) or ("" if written.startswith("\\\n") else " "))
+    code = int(code_2 or code_4 or code_8 or "D800", 16)
+    if high:
+        code = 0x10000 + ((int(high, 16) - 0xD800) << 10) + int(low, 16) - 0xDC00
+    if code <= 0x10FFFF and not 0xD800 <= code <= 0xDFFF:
+        return chr(code)
+    reason = "is not a character" if character is None else "is not an escape that YAML has; a backslash itself is \\\\"
+    raise UnicodeEncodeError("yaml", written, escape.start(), escape.end(), f"{written} {reason}")
 
 
-def _folded_quoted(lines: list[str], double: bool) -> str:
-    """The text of a quoted scalar on several lines: one line break is a space, more are one less."""
-    pieces, breaks, joint = [], 0, " "
-    for number, line in enumerate(lines):
-        if number:
-            line, breaks = line.lstrip(" \t"), breaks + 1
-        stripped, escaped = line.rstrip(" \t"), False
-        if number == len(lines) - 1:
-            stripped = line
-        elif double and _ends_in_escape(stripped):
-            escaped = stripped == line  # otherwise the backslash escapes a blank
-            stripped = stripped[:-1] if escaped else line[: len(stripped) + 1]
-        if stripped or escaped or number in (0, len(lines) - 1):
-            pieces.append(("\n" * (breaks - 1) or joint) + stripped if number else stripped)
-            breaks, joint = 0, "" if escaped else " "
-    return "".join(pieces)
-
-
-def _folded_block(lines: list[str]) -> str:
-    """The text of a folded scalar: as in quotes, but breaks next to blank-led lines stay."""
-    pieces, breaks, spaced, first = [], 0, False, True
-    for line in lines:
-        if not line:
-            breaks += 1
-            continue
-        was_spaced, spaced = spaced, line[0] in " \t"
-        if first:
-            pieces.append("\n" * breaks)
-        elif spaced or was_spaced:
-            pieces.append("\n" * (breaks + 1))
-        else:
-            pieces.append("\n" * breaks or " ")
-        pieces.append(line)
-        breaks, first = 0, False
-    return "".join(pieces)
+def _folded_block(body: str) -> str:
+    """The text of a folded scalar: as in quotes, but line breaks next to a line that starts with a blank stay."""
+    parts = re.split("(\n+)", body)  # lines and the breaks between them
+    for number in range(1, len(parts), 2):
+        if all(line and line[0] not in " \t" for line in (parts[number - 1], parts[number + 1])):
+            parts[number] = parts[number][1:] or " "
+    return "".join(parts)
 
 
 @functools.lru_cache(maxsize=64)
@@ -1086,11 +1003,10 @@ def _block_end(indent: int) -> Callable[[str, int], Any]:
     return re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search
 
 
-# What a plain scalar may be so that every YAML 1.1 and 1.2 loader reads it as the same text.
-_PLAIN_TEXT = re.compile("[A-Za-z0-9_/(<$\xa1-\u1fff][^\x00-\x1f\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]*").fullmatch
-_PLAIN_TRAPS = re.compile(r"(?i)[0-9][0-9_.:exoa-f+\-tz ]*|y|n|yes|no|on|off|true|false|null|<<").fullmatch
+_PLAIN_TEXT = re.compile(  # what every YAML 1.1 and 1.2 loader reads as the same text
+    r"(?!(?i:y|n|yes|no|on|off|true|false|null)$)[A-Za-z_/]([\w ,./()=+-]*[\w./()])?", re.ASCII
+).fullmatch
 _LITERAL = re.compile("[^\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]*").fullmatch
-_SURROGATE = re.compile("[\ud800-\udfff]").search
 _UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
 
 
@@ -1107,12 +1023,14 @@ def _dump_yaml(value: Any) -> str:
 
 def _yaml_node(value: Any, column: int, depth: int) -> str:
     """The node for a place at that column; its lines below the first are indented to it."""
-    if isinstance(value, (dict, list, tuple)) and depth >= _MAX_DEPTH:
-        raise OrchestratorError(f"cannot write YAML that nests deeper than {_MAX_DEPTH}")
     line = "\n" + " " * column
-    if isinstance(value, dict) and value:
-        return line.join(_yaml_entry(key, child, column, depth) for key, child in value.items())
-    if isinstance(value, (list, tuple)) and value:
+    if isinstance(value, (dict, list, tuple)):
+        if depth >= _MAX_DEPTH:
+            raise OrchestratorError(f"cannot write YAML that nests deeper than {_MAX_DEPTH}")
+        if not value:
+            return "{}" if isinstance(value, dict) else "[]"
+        if isinstance(value, dict):
+            return line.join(_yaml_entry(key, child, column, depth) for key, child in value.items())
         return line.join("- " + _yaml_node(child, column + 2, depth + 1) for child in value)
     if isinstance(value, str) and "\n" in value and value.strip(" \t\n") and _LITERAL(value):
         indicator = "2" if value.lstrip("\n")[0] in " \t" else ""
@@ -1129,46 +1047,39 @@ def _yaml_entry(key: Any, value: Any, column: int, depth: int) -> str:
     written = _yaml_scalar(key)
     if len(written) > _MAX_KEY:
         written = f"? {written}\n{' ' * column}"
-    nested = isinstance(value, (dict, list, tuple)) and value
-    gap = "\n" + " " * (column + 2) if nested else " "
+    gap = "\n" + " " * (column + 2) if isinstance(value, (dict, list, tuple)) and value else " "
     return f"{written}:{gap}{_yaml_node(value, column + 2, depth + 1)}"
 
 
 def _yaml_scalar(value: Any) -> str:
-    """A scalar or an empty collection on one line."""
+    """A scalar on one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        if _PLAIN_TEXT(value) and not _PLAIN_TRAPS(value) and not (
-            ": " in value or " #" in value or value.endswith((" ", ":"))
-        ):
+        if _PLAIN_TEXT(value):
             return value
-        if _SURROGATE(value):
-            raise OrchestratorError("cannot write half of a surrogate pair as YAML")
-        return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", json.dumps(value, ensure_ascii=False))
-    if isinstance(value, int) and abs(value) < 10**_MAX_DIGITS:
+        written = json.dumps(value, ensure_ascii=False)
+        if not _HALF(written):
+            return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", written)
+        raise OrchestratorError("cannot write half of a surrogate pair as YAML")
+    if isinstance(value, int) and abs(value) < 10 ** (_MAX_DIGITS - 1):
         return int.__repr__(value)
     if isinstance(value, float):
-        written = float.__repr__(value)
-        if written[-1] in "fn":
-            return written.replace("inf", ".inf").replace("nan", ".nan")
+        written = float.__repr__(value).replace("inf", ".inf").replace("nan", ".nan")
         return written if "." in written else written.replace("e", ".0e")
-    if isinstance(value, (dict, list, tuple)) and not value:
-        return "{}" if isinstance(value, dict) else "[]"
     raise OrchestratorError(f"cannot write a {type(value).__name__} as YAML")
 
 
 def _to_json(value: Any, indent: int | None = None, sort_keys: bool = False) -> str:
     """A value as JSON text; numbers that JSON lacks (nan, inf) are null, as in JavaScript."""
-    separators = (",", ":") if indent is None else (",", ": ")
+    separators = (",", ":" if indent is None else ": ")
+    encoder = json.JSONEncoder(
+        ensure_ascii=False, allow_nan=False, indent=indent, sort_keys=sort_keys, separators=separators
+    )
     try:
-        return json.dumps(
-            value, ensure_ascii=False, allow_nan=False, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return encoder.encode(value)
     except ValueError:
-        return json.dumps(
-            _finite(value), ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return encoder.encode(_finite(value))
 
 
 def _finite(value: Any) -> Any:
