@@ -6267,6 +6267,8 @@ def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[s
     messages = values.get("messages")
     if messages is None:
         messages = [{"role": "user", "content": values["prompt"]}]
+    texts = [content if isinstance(content := m["content"], (str, list)) else _to_text(content) for m in messages]
+    messages = [{**message, "content": text} for message, text in zip(messages, texts)]
     names = ("model", "system", *_SAMPLING_KEYS, "params")
     given = {name: values[name] for name in names if values.get(name) is not None}
     request = CompletionRequest(messages=messages, stream=call.streams(values), **given)
@@ -7290,8 +7292,10 @@ class _StepRun:
         """The step's keys with their templates rendered, checked as the compiler checked the constant ones."""
         values = dict(self.node.constants)
         for key, render in self.node.values:
-            value = values[key] = render(self.context)
-            check = row.keys.get(key)
+            value, check = render(self.context), row.keys.get(key)
+            if check is _text or (check is _texts and value is not None and not isinstance(value, list)):
+                value = _to_text(value)  # where text is wanted, one {{expression}} alone gives text too
+            values[key] = value
             if check is not None and value is not None and (fault := check(value)):
                 raise ExecutionError(f"{key} {fault}", self.id)
         values.update(self.candidate)
