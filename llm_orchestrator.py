@@ -45,15 +45,14 @@ __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022
     "AnthropicProvider", "AuthenticationError", "AzureOpenAIProvider", "BadResponseError", "BudgetExceededError",
-    "Cassette", "CohereProvider",
-    "CompletionRequest", "CompletionResponse", "Condition", "ConditionError", "ContextLengthError", "DagError",
-    "EchoProvider", "EmbeddingRequest", "EmbeddingResponse", "ExecutionError", "GeminiProvider", "LocalVectorStore",
-    "MistralProvider", "OllamaProvider", "OpenAICompatibleProvider", "OpenAIProvider", "OrchestratorError",
-    "PROVIDERS", "ParseError", "Problem", "Provider", "ProviderConnectionError", "ProviderError",
-    "ProviderTimeoutError", "QuotaExceededError", "RateLimitError", "ResponseCache", "RetryPolicy", "RunResult",
-    "RunTimeoutError",
-    "SQLiteStore", "Step", "StepResult", "Store", "Template", "TemplateError", "VECTOR_STORES", "ValidationError",
-    "VoyageProvider", "Workflow", "WorkflowDAG", "WorkflowExecutor", "load_yaml",
+    "Cassette", "ChromaStore", "CohereProvider", "CompletionRequest", "CompletionResponse", "Condition",
+    "ConditionError", "ContextLengthError", "DagError", "EchoProvider", "EmbeddingRequest", "EmbeddingResponse",
+    "ExecutionError", "GeminiProvider", "load_yaml", "LocalVectorStore", "MistralProvider", "OllamaProvider",
+    "OpenAICompatibleProvider", "OpenAIProvider", "OrchestratorError", "ParseError", "PineconeStore", "Problem",
+    "Provider", "ProviderConnectionError", "ProviderError", "PROVIDERS", "ProviderTimeoutError", "QdrantStore",
+    "QuotaExceededError", "RateLimitError", "ResponseCache", "RetryPolicy", "RunResult", "RunTimeoutError",
+    "SQLiteStore", "Step", "StepResult", "Store", "Template", "TemplateError", "ValidationError", "VECTOR_STORES",
+    "VectorStore", "VoyageProvider", "WeaviateStore", "Workflow", "WorkflowDAG", "WorkflowExecutor",
 ]
 
 TYPE_CHECKING = False  # the name is enough for type checkers, and `typing` is slow to import
@@ -64,7 +63,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Container, Generator, Iterable, Iterator, Sequence
     from typing import Any, Optional
 
-    _Tag, _Anchor = Optional[type], Optional[list[Any]]
+    _NodeTag, _Anchor = Optional[type], Optional[list[Any]]
 else:
     Any = object  # for `dict[str, Any]` as a base class
 
@@ -561,14 +560,14 @@ class _YamlReader:
 
     # Collections
 
-    def enter(self, kind: type, tag: _Tag, position: int) -> None:
+    def enter(self, kind: type, tag: _NodeTag, position: int) -> None:
         """Counts a collection that starts; `parents.pop()` ends it."""
         self.parents.append(self.path)
         if len(self.parents) > _MAX_DEPTH:
             raise self.error(f"nesting deeper than {_MAX_DEPTH}", position)
         self.check_tag(kind, tag, position)
 
-    def check_tag(self, kind: type, tag: _Tag, position: int) -> None:
+    def check_tag(self, kind: type, tag: _NodeTag, position: int) -> None:
         if tag not in (None, object, kind):
             name = next(name for name in _CORE if _CORE[name] is tag)
             raise self.error(f"this is no value for the tag !!{name}", position)
@@ -580,7 +579,7 @@ class _YamlReader:
             self.marks[self.path] = position
 
     def block_node(
-        self, position: int, parent: int, column: int, hanging: bool = False, tag: _Tag = None, anchor: _Anchor = None
+        self, position: int, parent: int, column: int, hanging: bool = False, tag: _NodeTag = None, anchor: _Anchor = None
     ) -> tuple[Any, int]:
         """The node behind an indicator or behind properties, in a collection that is indented by `parent`.
 
@@ -622,7 +621,7 @@ class _YamlReader:
         """The key of a block mapping with its colon."""
         return _KEY(self.text, position, position + _MAX_KEY + 2)
 
-    def block_sequence(self, position: int, indent: int, tag: _Tag) -> tuple[list[Any], int]:
+    def block_sequence(self, position: int, indent: int, tag: _NodeTag) -> tuple[list[Any], int]:
         """A block list whose dashes are at column `indent`."""
         text = self.text
         result: list[Any] = []
@@ -640,7 +639,7 @@ class _YamlReader:
         self.leave(position, indent)
         return result, position
 
-    def block_mapping(self, position: int, indent: int, tag: _Tag) -> tuple[dict[Any, Any], int]:
+    def block_mapping(self, position: int, indent: int, tag: _NodeTag) -> tuple[dict[Any, Any], int]:
         """A block mapping whose keys are at column `indent`."""
         text, simple_entry = self.text, self.simple_entry
         result: dict[Any, Any] = {}
@@ -705,7 +704,7 @@ class _YamlReader:
             raise self.error("more indentation than the lines above have", position)
 
     def flow_node(
-        self, position: int, indent: int, flow: bool = True, tag: _Tag = None, anchor: _Anchor = None
+        self, position: int, indent: int, flow: bool = True, tag: _NodeTag = None, anchor: _Anchor = None
     ) -> tuple[Any, int, int]:
         """A scalar on one or more lines, an alias or a flow collection; further lines are indented by `indent` or more.
 
@@ -733,7 +732,7 @@ class _YamlReader:
             raise self.error(f"'{first}' cannot start a value: put text into quotes", position)
         return self.scalar(value, first not in "\"'", tag, anchor, start), position, start
 
-    def flow_collection(self, position: int, indent: int, tag: _Tag) -> tuple[dict[Any, Any] | list[Any], int]:
+    def flow_collection(self, position: int, indent: int, tag: _NodeTag) -> tuple[dict[Any, Any] | list[Any], int]:
         """A list in brackets or a mapping in braces."""
         text, pairs = self.text, self.text[position] == "{"
         close, items, mapping = "}" if pairs else "]", [], {}
@@ -836,7 +835,7 @@ class _YamlReader:
 
     # Scalars
 
-    def scalar(self, raw: str, plain: bool, tag: _Tag, anchor: _Anchor, position: int) -> Any:
+    def scalar(self, raw: str, plain: bool, tag: _NodeTag, anchor: _Anchor, position: int) -> Any:
         """The value of a scalar, by its properties."""
         value: Any = raw
         if tag not in (None, str, object) or (plain and not tag and (not raw or raw[0] in _NOT_TEXT)):
@@ -915,7 +914,7 @@ class _YamlReader:
 
     # Properties and aliases
 
-    def properties(self, position: int, tag: _Tag, anchor: _Anchor) -> tuple[_Tag, _Anchor, int]:
+    def properties(self, position: int, tag: _NodeTag, anchor: _Anchor) -> tuple[_NodeTag, _Anchor, int]:
         """The tag and the anchor on this line, added to those given; the position is that of the next content."""
         text = self.text
         while text[position] in "&!":
@@ -3339,8 +3338,18 @@ class _Compiler:
         self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
 
     def _vector_search(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        self.custom(node, "database", VECTOR_STORES, "vector_store")
+        query, documents = document.get("query"), document.get("documents")
         if isinstance(document.get("embed"), Mapping):
             self.check_keys(document["embed"], _EMBED_KEYS, (*node.path, "embed"), ("provider", "model"))
+        elif documents is not None or (isinstance(query, str) and not re.fullmatch(r"\s*(\{\{.*\}\}|<<.*>>)\s*", query, re.S)):
+            needed = "documents need" if documents is not None else "query is text and needs"
+            self.misshape(node.path, f"{needed} embed: {{provider, model}} to become vectors")
+        if isinstance(document.get("filter"), Mapping) and not _holds_tag(document["filter"]):
+            try:
+                _predicate(document["filter"])
+            except ValidationError as error:
+                self.misshape((*node.path, "filter"), f"filter: {error.problems[0].message}")
 
     def _vector_upsert(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self._vector_search(node, document, graph)
@@ -5852,13 +5861,675 @@ for _service, _address, _prefix in (
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 11. Vector stores
-# Records and queries come in, the nearest records go out; one protocol, one filter language for all.
+# Records {id, vector, metadata} come in, the nearest go out, best first; one protocol and one filter language for all.
+# A filter is {field: value}, {field: {operator: value}}, {"$and": [..]}, {"$or": [..]} or {"$not": {..}}; several are an
+# and. A list in the metadata fits where one of its items does. A missing field fits only $ne, $nin and $not.
 # ---------------------------------------------------------------------------------------------------------------------
 
+if TYPE_CHECKING:
+    _Place = tuple[str, str]  # index and namespace
+    _Record = tuple[str, list[float], dict[str, Any]]  # id, vector, metadata
+    _Predicate = Callable[[Mapping[str, Any]], bool]
+    _Maker = Callable[..., Any]
 
-class LocalVectorStore:
-    """L"""
-VECTOR_STORES = {"local": LocalVectorStore, "pinecone": LocalVectorStore}
+_FILTER_TESTS: dict[str, Callable[[Any, Any], bool]] = {
+    "$in": lambda item, value: item == value, "$gt": lambda item, value: item > value,
+    "$gte": lambda item, value: item >= value, "$lt": lambda item, value: item < value,
+    "$lte": lambda item, value: item <= value,
+}  # fmt: skip
+_FILTER_ALIASES = {"$eq": "$in", "$ne": "$in", "$nin": "$in"}
+_PLAIN_TYPES = {str: "text", bool: "boolean", int: "number", float: "number"}
+_METRICS = {  # as Qdrant, Chroma and Weaviate call them
+    "cosine": ("Cosine", "cosine", "cosine"), "dot": ("Dot", "ip", "dot"), "euclidean": ("Euclid", "l2", "l2-squared"),
+}  # fmt: skip
+_SCORES: dict[str, Callable[[float], float]] = {  # from a vendor's distance; the larger, the nearer
+    "cosine": lambda distance: 1 - distance, "ip": lambda distance: 1 - distance, "dot": lambda distance: -distance,
+    "l2": lambda squared: 1 / (1 + math.sqrt(squared)), "l2-squared": lambda squared: 1 / (1 + math.sqrt(squared)),
+}  # fmt: skip
+
+
+def _filtered(source: Any, joined: _Maker, test: _Maker, negated: bool = False, deep: int = 0) -> Any:
+    """A filter in another language, made by two functions: `joined` of "and" or "or" and the parts; `test` of a field, a key
+    of _FILTER_TESTS, values of which one must fit, and whether none may. ValidationError for what is no filter."""
+    if not isinstance(source, Mapping) or deep > 50:
+        raise ValidationError(f"a filter must be a map of field: value, at most 50 deep, not {_shown(source)}")
+    parts = []
+    for key, wanted in source.items():
+        if key in ("$and", "$or") and isinstance(wanted, list) and wanted:
+            inner = [_filtered(part, joined, test, negated, deep + 1) for part in wanted]
+            parts.append(joined("and" if (key == "$and") != negated else "or", inner))  # De Morgan
+        elif key == "$not":
+            parts.append(_filtered(wanted, joined, test, not negated, deep + 1))
+        elif not isinstance(key, str) or key.startswith("$"):
+            near = _suggestion(key, ("$and", "$or", "$not")) + ", with a list of filters"
+            raise ValidationError(f"unknown filter operator {key!r}{near}; other operators belong to a field")
+        else:
+            for operator, value in (wanted if isinstance(wanted, Mapping) else {"$eq": wanted}).items():
+                name = _FILTER_ALIASES.get(operator, operator)
+                if name not in _FILTER_TESTS:
+                    near = _suggestion(operator, (*_FILTER_TESTS, *_FILTER_ALIASES))
+                    raise ValidationError(f"{key}: unknown filter operator {operator!r}{near}")
+                values, kinds = value if operator in ("$in", "$nin") else [value], (str, bool) if name == "$in" else (str,)
+                if not isinstance(values, list) or not all(_is_number(each) or isinstance(each, kinds) for each in values):
+                    expected = f"{'a list of ' * (values is value)}text or a number{' or a boolean' * (bool in kinds)}"
+                    raise ValidationError(f"{key}: {operator} must be {expected}, not {_shown(value)}")
+                parts.append(test(key, name, values, negated != (operator in ("$ne", "$nin"))))
+    return parts[0] if len(parts) == 1 else joined("or" if negated else "and", parts)
+
+
+def _predicate(source: Any) -> _Predicate:
+    """A filter as a function of a record's metadata. Text never equals a number nor true 1, but 1 is 1.0."""
+
+    def joined(joint: str, parts: list[_Predicate]) -> _Predicate:
+        combine = all if joint == "and" else any
+        return lambda metadata: combine(part(metadata) for part in parts)
+
+    def test(field: str, operator: str, values: list[Any], negated: bool) -> _Predicate:
+        fits, wanted = _FILTER_TESTS[operator], [(_PLAIN_TYPES.get(type(value)), value) for value in values]
+
+        def decide(metadata: Mapping[str, Any]) -> bool:
+            found = metadata.get(field)
+            items = [(_PLAIN_TYPES.get(type(item)), item) for item in (found if isinstance(found, list) else [found])]
+            return negated != any(kind == other and fits(item, value) for kind, item in items for other, value in wanted)
+
+        return decide
+
+    predicate: _Predicate = _filtered(source or {}, joined, test)
+    return predicate
+
+
+def _mongo_filter(source: Any) -> Any:
+    """A filter as Pinecone and Chroma take it. Chroma wants the values of a list to be of one type."""
+
+    def test(field: str, operator: str, values: list[Any], negated: bool) -> Any:
+        if operator != "$in":
+            return {field: {operator: values[0]}} if not negated else _not_negatable(field, operator)
+        if len(set(map(type, values))) > 1:
+            return {"$and" if negated else "$or": [test(field, operator, [value], negated) for value in values]}
+        one = len(values) == 1
+        return {field: {("$ne" if one else "$nin") if negated else "$eq" if one else "$in": values[0] if one else values}}
+
+    return _filtered(source, lambda joint, parts: {f"${joint}": parts}, test)
+
+
+def _not_negatable(field: str, operator: str) -> Any:
+    raise ValidationError(f"{field}: this database cannot negate {operator}; write the opposite comparison")
+
+
+def _checked_vector(vector: Any) -> list[float]:
+    kinds = set(map(type, vector)) if isinstance(vector, (list, tuple)) else {None}
+    if bool in kinds or not all(isinstance(kind, type) and issubclass(kind, (int, float)) for kind in kinds):
+        raise ValidationError(f"a vector must be a list of numbers, not {_shown(vector)}")
+    if not 0 < len(vector) <= 65_536 or not all(-1e100 < number < 1e100 for number in vector):
+        raise ValidationError("a vector must hold 1 to 65536 numbers, finite and below 1e100")
+    return list(map(float, vector))
+
+
+def _checked_id(identifier: Any) -> str:
+    text = str(identifier) if _is_integer(identifier) else identifier
+    if not isinstance(text, str) or not text or re.search("[\ud800-\udfff]", text):
+        raise ValidationError(f"an id must be text, not {_shown(identifier)}")
+    return text
+
+
+def _checked_records(records: Any) -> list[_Record]:
+    """The records, of those with the same id the last. ValidationError says which one is wrong."""
+    checked: dict[str, _Record] = {}
+    for position, record in enumerate(records if isinstance(records, (list, tuple)) else [records]):
+        try:
+            if not isinstance(record, Mapping) or not {"id", "vector"} <= set(record) <= {"id", "vector", "metadata"}:
+                raise ValidationError(f"it must be {{id, vector, metadata}}, not {_shown(record)}")
+            entry = _checked_id(record["id"]), _checked_vector(record["vector"]), dict(record.get("metadata") or {})
+            json.dumps(entry[2], allow_nan=False)
+            checked[entry[0]] = entry
+            if len(entry[1]) != len(next(iter(checked.values()))[1]):
+                raise ValidationError(f"it has {len(entry[1])} dimensions, unlike those before")
+        except (ValidationError, TypeError, ValueError, RecursionError) as error:
+            what = error if isinstance(error, ValidationError) else f"its metadata is no map with a JSON form: {error}"
+            raise ValidationError(f"record {position}: {what}") from None
+    return list(checked.values())
+
+
+class VectorStore:
+    """What the steps vector_search and vector_upsert need of a vector database; safe for many threads. A store of your
+    own has `upsert` and `search`, which may be asynchronous. Errors are of the OrchestratorError family."""
+
+    name = "vectors"
+    max_batch, max_numbers = 250, 90_000  # in one call: records, and numbers in their vectors (2 MB of JSON)
+    _write: Any  # (place, records)
+    _nearest: Any  # (place, vector, top_k, filter, whether vectors are wanted) -> (id, score, metadata, vector) of each
+    _remove: Any  # (place, ids or None, filter or None) -> how many
+
+    def upsert(self, index: str, records: Sequence[Mapping[str, Any]], namespace: str | None = None) -> int:
+        """Adds records {id, vector, metadata}, or replaces those with the same id; returns how many ids that were."""
+        checked = _checked_records(records)
+        size = max(1, min(self.max_batch, self.max_numbers // len(checked[0][1]))) if checked else 1
+        for start in range(0, len(checked), size):
+            with self._answers():
+                self._write((index, namespace or ""), checked[start : start + size])
+        return len(checked)
+
+    def search(
+        self, index: str, vector: Sequence[float], top_k: int = 5, *, filter: Mapping[str, Any] | None = None,
+        namespace: str | None = None, include_metadata: bool = True, include_vectors: bool = False,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """The `top_k` nearest records that pass the filter, best first: {id, score, metadata, vector}."""
+        if not _is_integer(top_k) or top_k < 1:
+            raise ValidationError(f"top_k must be a whole number of at least 1, not {_shown(top_k)}")
+        place, query, results = (index, namespace or ""), _checked_vector(vector), []
+        with self._answers():
+            for key, score, metadata, values in self._nearest(place, query, top_k, filter, include_vectors):
+                record = {"id": str(key), "score": score + 0.0, "metadata": metadata or {}, "vector": values}
+                hidden = {"metadata": not include_metadata, "vector": not include_vectors}
+                results.append({name: value for name, value in record.items() if not hidden.get(name)})
+        return results
+
+    def delete(
+        self, index: str, ids: Sequence[str] | None = None, *, filter: Mapping[str, Any] | None = None,
+        namespace: str | None = None,
+    ) -> int | None:  # fmt: skip
+        """Deletes the records with these ids, or those that pass the filter; without both, the whole namespace. Returns
+        how many, or None where the vendor does not say."""
+        if ids is not None and (filter is not None or not isinstance(ids, (list, tuple))):
+            raise ValidationError("delete takes a list of ids, or a filter, not both")
+        with self._answers():
+            place, checked = (index, namespace or ""), None if ids is None else list(map(_checked_id, ids))
+            count: int | None = 0 if checked == [] else self._remove(place, checked, filter or None)
+            return count
+
+    @contextlib.contextmanager
+    def _answers(self) -> Iterator[None]:
+        """Turns what comes of reading an answer that is none into BadResponseError."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            reason = f"answered something else than expected: {type(error).__name__} {error}"
+            raise BadResponseError(reason, provider=self.name) from error
+
+    def close(self) -> None:
+        """Releases what the store holds open."""
+
+
+class LocalVectorStore(VectorStore):
+    """Vectors in SQLite, in memory or in a file that many processes may use; the search is exact. The score is the
+    cosine, the dot product, or 1 / (1 + the euclidean distance); equally near records are in the order of their ids."""
+
+    name = "local"
+    max_batch = max_numbers = sys.maxsize  # all in one transaction
+    _SCHEMA = """BEGIN IMMEDIATE;
+        CREATE TABLE IF NOT EXISTS vectors (name TEXT, namespace TEXT, id TEXT, vector BLOB, codes BLOB, step REAL,
+            length REAL, metadata TEXT, PRIMARY KEY (name, namespace, id));
+        PRAGMA user_version = 1; COMMIT;"""
+
+    def __init__(self, path: str | os.PathLike[str] = ":memory:", metric: str = "cosine") -> None:
+        if metric not in _METRICS:
+            raise ValidationError(f"unknown metric {metric!r}; there are {', '.join(_METRICS)}")
+        self.path, self.metric, self._lock, self._data_version = os.fspath(path), metric, threading.Lock(), 0
+        self._connection: Any = None
+        self._matrices: dict[_Place, _Matrix] = {}  # until somebody writes
+
+    @classmethod
+    def from_env(cls) -> LocalVectorStore:
+        """The store in the file that LLM_ORCHESTRATOR_VECTORS names, otherwise one in memory."""
+        return cls(_variable("LLM_ORCHESTRATOR_VECTORS") or ":memory:")
+
+    @contextlib.contextmanager
+    def _transaction(self, writing: bool = True) -> Iterator[Any]:
+        """The connection, for one thread at a time; what was written is kept if nothing fails."""
+        try:
+            import sqlite3
+        except ImportError:
+            raise ExecutionError("the local vector store needs the module sqlite3, which this Python lacks") from None
+        with self._lock:
+            try:
+                if self._connection is None:
+                    if self.path != ":memory:" and not os.path.exists(self.path):
+                        os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
+                    self._connection = sqlite3.connect(self.path, 30, isolation_level=None, check_same_thread=False)
+                with self._connection as connection:
+                    version = connection.execute("PRAGMA user_version").fetchone()[0]
+                    if version == 0:
+                        connection.executescript(self._SCHEMA)
+                    elif version != 1:
+                        raise ExecutionError(f"the vector store {self.path} has the schema version {version}, not 1")
+                    if writing:
+                        connection.execute("BEGIN IMMEDIATE")
+                    yield connection
+            except (sqlite3.Error, OSError, UnicodeError) as error:
+                raise ExecutionError(f"the vector store {self.path}: {error}") from None
+
+    def _write(self, place: _Place, records: list[_Record]) -> None:
+        import struct
+
+        dimensions, rows = len(records[0][1]), []
+        for key, vector, metadata in records:
+            peak = max(map(abs, vector))
+            scale = 127 / peak if peak > 1e-100 else 0.0
+            codes = bytes([int(number * scale + 128.5) for number in vector])
+            blob, text = struct.pack(f"<{dimensions}d", *vector), json.dumps(metadata)
+            rows.append((*place, key, blob, codes, peak / 127, math.hypot(*vector), text))
+        with self._transaction() as connection:
+            known = connection.execute("SELECT length(codes) FROM vectors WHERE name = ?", place[:1]).fetchone()
+            if known and known[0] != dimensions:
+                raise ExecutionError(f"the index {place[0]!r} holds vectors of {known[0]} dimensions, not {dimensions}")
+            connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            self._matrices.pop(place, None)
+
+    def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
+        with self._transaction(writing=False) as connection:
+            version = connection.execute("PRAGMA data_version").fetchone()[0]
+            if version != self._data_version or len(self._matrices) > 100:  # another process wrote
+                self._data_version = version
+                self._matrices.clear()
+            matrix = self._matrices.get(place)
+            if matrix is None:
+                rows = connection.execute("SELECT * FROM vectors WHERE name = ? AND namespace = ?", place).fetchall()
+                matrix = self._matrices[place] = _Matrix(rows, self.metric)
+        if matrix.ids and matrix.dimensions != len(query):
+            known = f"{matrix.dimensions} dimensions, but the query has {len(query)}"
+            raise ExecutionError(f"the index {place[0]!r} holds vectors of {known}")
+        return matrix.nearest(query, top_k, _predicate(filter) if filter else None)
+
+    def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int:
+        holds = _predicate(filter)
+        with self._transaction() as connection:
+            if ids is None:
+                rows = connection.execute("SELECT id, metadata FROM vectors WHERE name = ? AND namespace = ?", place)
+                ids = [key for key, text in rows.fetchall() if holds(json.loads(text))]
+            self._matrices.pop(place, None)
+            one = "DELETE FROM vectors WHERE name = ? AND namespace = ? AND id = ?"
+            return sum(connection.execute(one, (*place, key)).rowcount for key in ids)
+
+    def close(self) -> None:
+        """Closes the file, which the next use opens again; what was in memory only is gone."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = None
+            self._matrices.clear()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+class _Matrix:
+    """The records of one namespace in memory. A search compares the query with all vectors roughly, and then exactly
+    with those that may be among the nearest. For the rough part each vector is rounded to whole numbers (codes) from -127 to
+    127 times its `step`, and each dimension is one large integer with 32 bits for each vector: these integers times the
+    query's numbers, rounded too, add up to the dot products with all vectors, in C. How far they can be off is known, so
+    that none is missed."""
+
+    def __init__(self, rows: list[tuple[Any, ...]], metric: str) -> None:
+        every: Any = zip(*rows) if rows else ((),) * 8
+        _, _, self.ids, self.vectors, self.codes, self.steps, self.lengths, self.texts = every
+        self.metric, self.dimensions = metric, len(self.codes[0]) if rows else 0
+
+    @functools.cached_property
+    def metadata(self) -> list[Any]:
+        return list(map(json.loads, self.texts))
+
+    @functools.cached_property
+    def columns(self) -> list[int]:
+        """Each dimension as the sum of code * 2 ** (32 * row)."""
+        count, codes = len(self.ids), b"".join(self.codes)
+        zeros, lanes, columns = int.from_bytes(b"\x80\0\0\0" * count, "little"), bytearray(4 * count), []
+        for dimension in range(self.dimensions):
+            lanes[::4] = codes[dimension :: self.dimensions]
+            columns.append(int.from_bytes(lanes, "little") - zeros)
+        return columns
+
+    def nearest(self, query: list[float], top_k: int, holds: _Predicate | None) -> Iterator[Any]:
+        import heapq
+        import operator
+        import struct
+
+        unpack, length = struct.Struct(f"<{self.dimensions}d").unpack, math.hypot(*query)
+        if self.metric == "cosine":
+            query = [number / length if length > 1e-100 else 0.0 for number in query]
+
+        def nearness(row: int) -> float:
+            if self.metric == "euclidean":
+                return -math.dist(unpack(self.vectors[row]), query)
+            product = math.fsum(map(operator.mul, unpack(self.vectors[row]), query))
+            if self.metric == "dot":
+                return product
+            return max(-1.0, min(1.0, product / self.lengths[row])) if self.lengths[row] > 1e-100 else 0.0
+
+        rows: Sequence[int] = range(len(self.ids))
+        if holds:
+            rows = [row for row in rows if holds(self.metadata[row])]
+        if len(rows) > max(200, top_k):
+            rows = self.likely(query, top_k, rows)
+        for order, key, row in heapq.nsmallest(top_k, [(-nearness(row), self.ids[row], row) for row in rows]):
+            score = 1 / (1 + order) if self.metric == "euclidean" else -order
+            yield key, score, json.loads(self.texts[row]), list(unpack(self.vectors[row]))
+
+    def likely(self, query: list[float], top_k: int, rows: Sequence[int]) -> Sequence[int]:
+        """The rows that may be among the `top_k` nearest. Nearness is x.q / |x|, x.q or 2 x.q - |x| ** 2 here."""
+        import heapq
+        import operator
+        import struct
+
+        count, peak = len(self.ids), max(map(abs, query))
+        if peak < 1e-80:
+            return rows
+        scale = (2**31 - 1) // (127 * self.dimensions) / peak  # no sum leaves its 32 bits
+        middle = int.from_bytes(b"\0\0\0\x80" * count, "little")  # keeps the sums positive
+        total = sum(map(operator.mul, self.columns, [round(number * scale) for number in query]), middle)
+        products = struct.unpack(f"<{count}I", total.to_bytes(4 * count, "little"))
+        steps, longest, squares = self.steps, max(self.lengths), [0.0] * count
+        if self.metric == "cosine":
+            steps, longest = [step / max(length, 1e-100) for step, length in zip(steps, self.lengths)], 1.0
+        elif self.metric == "euclidean":
+            steps, longest, squares = [2 * step for step in steps], 2 * longest, [length**2 for length in self.lengths]
+        nearness = [(products[row] - 2**31) * steps[row] / scale - squares[row] for row in rows]
+        half, length = math.sqrt(self.dimensions) / 2, math.hypot(*query)
+        rounding = half * max(steps)  # the length of what rounding takes from x; half / scale from the query
+        error = 1.001 * (rounding * length + (longest + rounding) * half / scale) + 1e-9 * (longest + length) ** 2
+        least = heapq.nlargest(top_k, nearness)[-1] - 2 * error
+        return [row for row, value in zip(rows, nearness) if value >= least]
+
+
+class _RemoteVectorStore(Provider, VectorStore):
+    """Base of the vendors' clients: the settings of a provider, and the `metric` of the collections that it creates. Where
+    the vendor has no namespaces, one is a collection of its own, INDEX__NAMESPACE."""
+
+    max_batch = VectorStore.max_batch
+    OPTIONS: Mapping[str, str | None] = {"metric": None}
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.metric: str = self.options.get("metric") or "cosine"
+        if self.metric not in _METRICS:
+            raise ValidationError(f"unknown metric {self.metric!r}; there are {', '.join(_METRICS)}")
+
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        return ""  # all but Pinecone run without a key, too
+
+    def address(self, base_url: str) -> str:
+        """An address without a scheme is https, but http with a port or for this machine."""
+        if base_url and "://" not in base_url:
+            base_url = f"http{'' if ':' in base_url else 's'}://{base_url}" if base_url != "localhost" else self.BASE_URL
+        return base_url.rstrip("/")
+
+    def call(self, method: str, path: str, names: Iterable[str], payload: Any = None, expected: int | None = None) -> Any:
+        """The answer at a path with quoted names in it; None if the status is an error that was expected."""
+        from urllib.parse import quote
+
+        try:
+            return self._rest.call(method, path.format(*(quote(name, safe="") for name in names)), payload)
+        except ProviderError as error:
+            if expected is None or error.status != expected:
+                raise
+            return None
+
+
+def _collection(place: _Place) -> list[str]:
+    return ["__".join(filter(None, place))]
+
+
+def _as_uuid(identifier: str) -> str:
+    """The id itself if it is a UUID, otherwise one made of it (version 5)."""
+    import uuid
+
+    with contextlib.suppress(ValueError):
+        if str(uuid.UUID(identifier)) == identifier:
+            return identifier
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, identifier))
+
+
+def _without_nulls(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata for databases that have no null; to a filter it is a missing field anyway."""
+    return {key: value for key, value in metadata.items() if value is not None}
+
+
+class QdrantStore(_RemoteVectorStore):
+    """Qdrant (https://api.qdrant.tech). Ids that are neither whole numbers nor UUIDs become UUIDs, and the payload keeps
+    them as `_id`. The score is Qdrant's."""
+
+    TYPE, BASE_URL, KEY_HEADER = "qdrant", "http://localhost:6333", ("api-key", "")
+    KEY_VARIABLES, URL_VARIABLES = ("QDRANT_API_KEY",), ("QDRANT_URL",)
+
+    def point_id(self, identifier: str) -> Any:
+        return int(identifier) if re.fullmatch("0|[1-9][0-9]{0,18}", identifier) else _as_uuid(identifier)
+
+    def filter(self, source: Any) -> dict[str, Any]:
+        def test(field: str, operator: str, values: list[Any], negated: bool) -> dict[str, Any]:
+            key, tests = field if re.fullmatch(r"[\w-]+", field) else f'"{field}"', []
+            for value in values:
+                if operator != "$in" or isinstance(value, float):  # to match, integers must be integers
+                    bounds = ("gte", "lte") if operator == "$in" else (operator[1:],)
+                    tests.append({"key": key, "range": dict.fromkeys(bounds, value)})
+                else:
+                    tests.append({"key": key, "match": {"value": value}})
+            return {"must_not": tests} if negated else tests[0] if len(tests) == 1 else {"should": tests}
+
+        joints = {"and": "must", "or": "should"}
+        return {"must": [_filtered(source, lambda joint, parts: {joints[joint]: parts}, test)] if source else []}
+
+    def _write(self, place: _Place, records: list[_Record]) -> None:
+        points: list[dict[str, Any]] = []
+        for key, vector, metadata in records:
+            points.append({"id": self.point_id(key), "vector": vector, "payload": metadata})
+            if str(points[-1]["id"]) != key:
+                points[-1]["payload"] = {**metadata, "_id": key}
+        path, name, body = "/collections/{}/points?wait=true", _collection(place), {"points": points}
+        if self.call("PUT", path, name, body, expected=404) is None:
+            shape = {"size": len(records[0][1]), "distance": _METRICS[self.metric][0]}
+            self.call("PUT", "/collections/{}", name, {"vectors": shape}, expected=409)  # somebody else was faster
+            self.call("PUT", path, name, body)
+
+    def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
+        body = {"query": query, "limit": top_k, "with_payload": True, "with_vector": vectors}
+        body.update({"filter": self.filter(filter)} if filter else {})
+        answer = self.call("POST", "/collections/{}/points/query", _collection(place), body)
+        for point in answer["result"]["points"]:
+            metadata = dict(point.get("payload") or {})
+            yield metadata.pop("_id", point["id"]), point["score"], metadata, point.get("vector")
+
+    def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> None:
+        chosen = {"filter": self.filter(filter)} if ids is None else {"points": list(map(self.point_id, ids))}
+        self.call("POST", "/collections/{}/points/delete?wait=true", _collection(place), chosen)
+
+
+class PineconeStore(_RemoteVectorStore):
+    """Pinecone (https://docs.pinecone.io/reference/api). `base_url` is the host of the index; without it, Pinecone is
+    asked for the host by the index's name. Indexes are not created here. The score is Pinecone's."""
+
+    TYPE, KEY_HEADER = "pinecone", ("Api-Key", "")
+    KEY_VARIABLES, URL_VARIABLES = ("PINECONE_API_KEY",), ("PINECONE_INDEX_HOST",)
+    OPTIONS: Mapping[str, str | None] = {"controller_host": "PINECONE_CONTROLLER_HOST"}
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.indexes: dict[str, PineconeStore] = {}  # where no host was given
+
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        return "" if settings.get("api_key") else cls.KEY_VARIABLES[0]
+
+    def extra_headers(self) -> dict[str, str]:
+        return {"X-Pinecone-Api-Version": "2026-07"}
+
+    def at(self, host: str) -> PineconeStore:
+        """A client with the same settings for another host."""
+        settings = {"headers": self._rest.headers, "timeout_seconds": self.timeout_seconds}
+        return PineconeStore(base_url=host, name=self.name, **settings)
+
+    def ask(self, place: _Place, path: str, body: dict[str, Any]) -> Any:
+        """The answer of the host that serves the index."""
+        if not self.base_url and place[0] not in self.indexes:
+            controller = self.at(self.options["controller_host"] or "https://api.pinecone.io")
+            self.indexes[place[0]] = self.at(controller.call("GET", "/indexes/{}", place[:1])["host"])
+        client = self if self.base_url else self.indexes[place[0]]
+        return client.call("POST", path, (), {**body, "namespace": place[1]})
+
+    def _write(self, place: _Place, records: list[_Record]) -> None:
+        vectors = [{"id": key, "values": values, "metadata": _without_nulls(found)} for key, values, found in records]
+        self.ask(place, "/vectors/upsert", {"vectors": vectors})
+
+    def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
+        body = {"vector": query, "topK": top_k, "includeMetadata": True, "includeValues": vectors}
+        body.update({"filter": _mongo_filter(filter)} if filter else {})
+        for match in self.ask(place, "/query", body)["matches"]:
+            yield match["id"], match["score"], match.get("metadata"), match.get("values")
+
+    def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> None:
+        wanted: dict[str, Any] = {"filter": _mongo_filter(filter)} if filter else {"deleteAll": True}
+        chosen = wanted if ids is None else {"ids": ids}
+        self.ask(place, "/vectors/delete", chosen)
+
+
+class ChromaStore(_RemoteVectorStore):
+    """Chroma's API v2 (https://docs.trychroma.com). The metadata's `text` becomes the document too. The score is
+    1 - distance for cosine and ip, 1 / (1 + root of the distance) for l2. Filters do not look into lists there."""
+
+    TYPE, BASE_URL, KEY_HEADER = "chroma", "http://localhost:8000", ("x-chroma-token", "")
+    KEY_VARIABLES, URL_VARIABLES = ("CHROMA_API_KEY",), ("CHROMA_URL", "CHROMA_HOST")
+    OPTIONS: Mapping[str, str | None] = {"metric": None, "tenant": "CHROMA_TENANT", "database": "CHROMA_DATABASE"}
+    PATH = "/api/v2/tenants/{}/databases/{}/collections"
+
+    def ask(self, place: _Place, verb: str, body: dict[str, Any], create: bool = False) -> tuple[Any, str]:
+        """(answer, metric) of a collection, which goes by a UUID."""
+        names = [self.options["tenant"] or "default_tenant", self.options["database"] or "default_database"]
+        if create:
+            settings = {"hnsw": {"space": _METRICS[self.metric][1]}}
+            wanted = {"name": _collection(place)[0], "get_or_create": True, "configuration": settings}
+            found = self.call("POST", self.PATH, names, wanted)
+        else:
+            found = self.call("GET", self.PATH + "/{}", names + _collection(place))
+        settings = found.get("configuration_json") or {}
+        answer = self.call("POST", f"{self.PATH}/{{}}/{verb}", [*names, found["id"]], body)
+        return answer, (settings.get("hnsw") or settings.get("spann") or {}).get("space", "l2")
+
+    def _write(self, place: _Place, records: list[_Record]) -> None:
+        texts = [metadata["text"] if isinstance(metadata.get("text"), str) else None for _, _, metadata in records]
+        ids, vectors, metadatas = [list(column) for column in zip(*records)]
+        body = {"ids": ids, "embeddings": vectors, "metadatas": list(map(_without_nulls, metadatas)), "documents": texts}
+        self.ask(place, "upsert", body, create=True)
+
+    def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
+        include = ["distances", "metadatas", "documents", *["embeddings"] * vectors]
+        body: dict[str, Any] = {"query_embeddings": [query], "n_results": top_k, "include": include}
+        body.update({"where": _mongo_filter(filter)} if filter else {})
+        answer, metric = self.ask(place, "query", body)
+        nothing = [[None] * len(answer["ids"][0])]
+        columns = [(answer.get(name) or nothing)[0] for name in ("ids", *include[:3], "embeddings")]
+        for key, distance, metadata, document, values in zip(*columns):
+            text = {} if document is None else {"text": document}
+            yield key, _SCORES[metric](distance), {**text, **(metadata or {})}, values
+
+    def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int | None:
+        where = _mongo_filter(filter) if filter else {"_": {"$ne": ""}}  # the last is true of everything
+        answer, _ = self.ask(place, "delete", {"where": where} if ids is None else {"ids": ids})
+        return answer.get("deleted") if isinstance(answer, Mapping) else None
+
+
+class WeaviateStore(_RemoteVectorStore):
+    """Weaviate's REST and GraphQL API (https://docs.weaviate.io). Its ids are UUIDs; the property `record` keeps the real
+    id and metadata as JSON. The score is 1 - distance for cosine, -distance for dot, 1 / (1 + its root) for l2-squared."""
+
+    TYPE, BASE_URL = "weaviate", "http://localhost:8080"
+    KEY_VARIABLES, URL_VARIABLES = ("WEAVIATE_API_KEY",), ("WEAVIATE_URL",)
+    OPERATORS: Mapping[str, str] = {
+        "$in": "Equal", "$gt": "GreaterThan", "$gte": "GreaterThanEqual", "$lt": "LessThan", "$lte": "LessThanEqual",
+    }  # fmt: skip
+
+    def opened(self, place: _Place, create: bool = False) -> tuple[str, str, dict[str, str]]:
+        """(name, metric, types of the properties) of a collection."""
+        name = _collection(place)[0]
+        if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name):
+            raise ValidationError(f"the names of Weaviate's collections are letters, digits and _, not {name!r}")
+        name = name[0].upper() + name[1:]
+        found = self.call("GET", "/v1/schema/{}", [name], expected=404)
+        if found is None:
+            found = {"class": name, "vectorizer": "none", "vectorIndexConfig": {"distance": _METRICS[self.metric][2]}}
+            if create:
+                self.call("POST", "/v1/schema", (), found)
+        types = {entry["name"]: entry["dataType"][0] for entry in found.get("properties") or ()}
+        return name, (found.get("vectorIndexConfig") or {}).get("distance", "cosine"), types
+
+    def _write(self, place: _Place, records: list[_Record]) -> None:
+        name, _, types = self.opened(place, create=True)
+        objects = []
+        for key, vector, metadata in records:
+            properties = {"record": json.dumps({"id": key, "metadata": metadata})}
+            for field, value in metadata.items():
+                kinds = {_PLAIN_TYPES.get(type(item), "") for item in (value if isinstance(value, list) else [value])}
+                if len(kinds) == 1 and kinds != {""} and re.fullmatch("(?!(id|record)$)[A-Za-z_][A-Za-z0-9_]{,200}", field):
+                    properties[field] = value  # what filters can test
+            objects.append({"class": name, "id": _as_uuid(key), "vector": vector, "properties": properties})
+            for field, value in properties.items():
+                if field not in types:
+                    many = isinstance(value, list)
+                    types[field] = _PLAIN_TYPES[type(value[0] if many else value)] + "[]" * many
+                    words = {"tokenization": "field"} if "text" in types[field] else {}  # so that equal is equal
+                    settings = {"name": field, "dataType": [types[field]], **words}
+                    self.call("POST", "/v1/schema/{}/properties", [name], settings)
+        for entry in self.call("POST", "/v1/batch/objects", (), {"objects": objects}):
+            self.refuse(((entry.get("result") or {}).get("errors") or {}).get("error"))
+
+    def refuse(self, errors: Any) -> None:
+        """Raises the first of the errors in an answer whose status is 200."""
+        if errors:
+            raise self._rest.error(None, {}, {"error": errors[0]}, "")
+
+    def filter(self, source: Any, types: Mapping[str, str]) -> Any:
+        def joined(joint: str, parts: list[Any]) -> dict[str, Any]:
+            return {"operator": joint.capitalize(), "operands": parts}
+
+        def test(field: str, operator: str, values: list[Any], negated: bool) -> dict[str, Any]:
+            if negated and operator != "$in":
+                _not_negatable(field, operator)
+            word, tests = "NotEqual" if negated else self.OPERATORS[operator], []
+            for value in values:
+                kind = types.get(field, _PLAIN_TYPES.get(type(value), "text")).replace("[]", "").capitalize()
+                tests.append({"path": [field], "operator": word, f"value{kind}": value})
+            return tests[0] if len(tests) == 1 else joined("and" if negated else "or", tests)
+
+        return _filtered(source, joined, test)
+
+    def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
+        name, metric, types = self.opened(place)
+        plain = ("text", "int", "number", "boolean", "date", "uuid")
+        fields = [field for field, kind in types.items() if kind.replace("[]", "") in plain]
+        where = f" where:{_graphql(self.filter(filter, types))}" if filter else ""
+        asked = f"{' '.join(fields)} _additional{{id distance{' vector' * vectors}}}"
+        near = f"nearVector:{{vector:{json.dumps(query)}}} limit:{top_k}{where}"
+        answer = self.call("POST", "/v1/graphql", (), {"query": f"{{Get{{{name}({near}){{{asked}}}}}}}"})
+        self.refuse(answer.get("errors"))
+        for found in answer["data"]["Get"][name]:
+            extra, record = found.pop("_additional"), found.get("record")
+            ours = json.loads(record) if record else {"id": extra["id"], "metadata": _without_nulls(found)}
+            yield ours["id"], _SCORES[metric](extra["distance"]), ours["metadata"], extra.get("vector")
+
+    def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int:
+        name, _, types = self.opened(place)
+        where = self.filter(filter, types) if filter else {"path": ["id"], "operator": "Like", "valueText": "*"}
+        if ids is not None:
+            where = {"path": ["id"], "operator": "ContainsAny", "valueTextArray": list(map(_as_uuid, ids))}
+        count, answer = 0, {"successful": 1, "matches": 2}
+        while 0 < answer["successful"] < answer["matches"]:  # one call deletes 10,000 at most
+            answer = self.call("DELETE", "/v1/batch/objects", (), {"match": {"class": name, "where": where}})["results"]
+            count += answer["successful"]
+        return count
+
+
+def _graphql(value: Any, key: str = "") -> str:
+    """A value as a literal of GraphQL, whose map keys and operators have no quotes."""
+    if isinstance(value, Mapping):
+        return f"{{{' '.join(f'{name}:{_graphql(item, name)}' for name, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{' '.join(map(_graphql, value))}]"
+    return str(value) if key == "operator" else json.dumps(value, ensure_ascii=False)
+
+
+VECTOR_STORES: dict[str, Any] = {
+    "local": LocalVectorStore, "qdrant": QdrantStore, "pinecone": PineconeStore, "weaviate": WeaviateStore,
+    "chroma": ChromaStore,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6473,25 +7144,32 @@ async def _vector_search_step(call: _StepRun, values: dict[str, Any]) -> tuple[A
     if isinstance(query, str):
         if not values.get("embed"):
             raise ExecutionError("query is text; give embed: {provider, model} to make a vector of it")
-        query = (await call.embed(values["embed"], [query]))[0][0]
+        query = (await call.embed({"input_type": "query", **values["embed"]}, [query]))[0][0]
     options = {name: values.get(name) for name in ("filter", "namespace")}
     options["include_metadata"] = values.get("include_metadata") is not False
     options["include_vectors"] = values.get("include_vectors") is True
     store = call.run.vector_store(values["database"])
-    results = await call.blocking(functools.partial(store.search, values["index"], query, top_k, **options))
+    results = await call.custom(store.search, functools.partial(store.search, values["index"], query, top_k, **options))
+    if not isinstance(results, list):
+        raise ExecutionError(f"the vector store {values['database']!r} answered {_type_name(results)}, not a list of results")
     metadata = {"count": len(results), "top_k": top_k, "database": values["database"], "index": values["index"]}
     return results, metadata
 
 
 async def _vector_upsert_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
-    records = values.get("vectors")
-    if records is None:
-        documents = [_document_record(document) for document in values["documents"]]
-        texts = [str(document["metadata"]["text"]) for document in documents]
-        vectors = (await call.embed(values["embed"], texts))[0]
-        records = [{**document, "vector": vector} for document, vector in zip(documents, vectors)]
+    records, documents = values.get("vectors"), values.get("documents")
+    if (records is None) == (documents is None):
+        raise ExecutionError("documents and vectors are null; give one of the two")
+    if documents is not None:
+        if not values.get("embed"):
+            raise ExecutionError("documents need embed: {provider, model} to make vectors of them")
+        entries = [_document_record(document) for document in ([documents] if isinstance(documents, str) else documents)]
+        texts = [entry["metadata"]["text"] for entry in entries]
+        vectors = (await call.embed({"input_type": "document", **values["embed"]}, texts))[0]
+        records = [{**entry, "vector": vector} for entry, vector in zip(entries, vectors)]
     store = call.run.vector_store(values["database"])
-    return (await call.blocking(store.upsert, values["index"], records, values.get("namespace")),)
+    upsert = functools.partial(store.upsert, values["index"], records, values.get("namespace"))
+    return (await call.custom(store.upsert, upsert),)
 
 
 def _document_record(document: Any) -> dict[str, Any]:
@@ -6499,10 +7177,18 @@ def _document_record(document: Any) -> dict[str, Any]:
     entry = {"text": document} if isinstance(document, str) else document
     if not isinstance(entry, Mapping) or not isinstance(entry.get("text"), str):
         raise ExecutionError(f"documents must be texts, or maps with a text, not {_shown(document)}")
-    import hashlib
+    for key in entry:
+        if key not in ("id", "text", "metadata"):
+            raise ExecutionError(f"a document has id, text and metadata; {key!r} belongs under metadata")
+    metadata, identifier = entry.get("metadata") or {}, entry.get("id")
+    if not isinstance(metadata, Mapping):
+        raise ExecutionError(f"the metadata of a document must be a map, not {_shown(metadata)}")
+    if identifier is None:  # what is the same is stored once
+        import hashlib
 
-    digest = hashlib.blake2b(entry["text"].encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    return {"id": str(entry.get("id", digest)), "metadata": {**(entry.get("metadata") or {}), "text": entry["text"]}}
+        content = entry["text"] + (_to_json(metadata, sort_keys=True) if metadata else "")
+        identifier = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return {"id": identifier, "metadata": {**metadata, "text": entry["text"]}}
 
 
 async def _parallel_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
@@ -8065,7 +8751,7 @@ class WorkflowExecutor:
         name = "local" if self.offline else name
         with self._lock:
             if ("vectors", name) not in self._built:
-                self._built["vectors", name] = VECTOR_STORES[name].from_env()
+                self._built["vectors", name] = LocalVectorStore() if self.offline else VECTOR_STORES[name].from_env()
             return self._built["vectors", name]
 
     def keepers(self, cached: bool) -> list[Any]:
