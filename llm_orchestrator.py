@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022
     "AnthropicProvider", "AuthenticationError", "AzureOpenAIProvider", "BadResponseError", "BudgetExceededError",
-    "Cassette", "ChromaStore", "CohereProvider", "CompletionRequest", "CompletionResponse", "Condition",
+    "Cassette", "ChromaStore", "CircuitOpenError", "CohereProvider", "CompletionRequest", "CompletionResponse", "Condition",
     "ConditionError", "ContextLengthError", "DagError", "EchoProvider", "EmbeddingRequest", "EmbeddingResponse",
     "ExecutionError", "GeminiProvider", "load_yaml", "LocalVectorStore", "MistralProvider", "OllamaProvider",
     "OpenAICompatibleProvider", "OpenAIProvider", "OrchestratorError", "ParseError", "PineconeStore", "Problem",
@@ -8078,7 +8078,7 @@ class _StepRun:
                 return answer
         with run.budget.reserved(request.model, _estimated_tokens(request)):
             try:
-                answer = await self.working(functools.partial(self.call, name, provider, call, request))
+                answer = await self.gated(name, provider, functools.partial(self.call, name, provider, call, request), request)
             except ProviderError as error:
                 answer = error
             if run.journal is not None:
@@ -8089,6 +8089,22 @@ class _StepRun:
                 raise answer
             self.count(request, answer)
         return answer
+
+    async def gated(self, name: str, provider: Any, call: Callable[[], Any], request: Any) -> Any:
+        """A call in a slot, past the provider's gate: the wait there holds no slot."""
+        gate, tokens = self.run.executor.gate(name, provider, self.siblings.workflow), sum(_estimated_tokens(request))
+        state = gate.breaker and gate.breaker.state
+        await gate.enter(name, tokens, self.node.retry.max_delay_seconds)
+        try:
+            answer = await self.working(call)
+            gate.leave(tokens, answer)
+            return answer
+        except BaseException as error:
+            gate.leave(tokens, error, self.expired)
+            raise
+        finally:
+            if gate.breaker is not None and gate.breaker.state != state:
+                self.run.emit("circuit", self.id, provider=name, state=gate.breaker.state)
 
     async def call(self, name: str, provider: Any, call: Any, request: Any) -> Any:
         """The call itself: in place if it never waits, awaited, or in a worker thread."""
@@ -8101,12 +8117,11 @@ class _StepRun:
 
     def count(self, request: Any, answer: Any) -> None:
         """Adds what an answer says that it used, and what that cost."""
-        names = ("input_tokens", "tokens", "output_tokens", "total_tokens")
-        counts: list[Any] = [getattr(answer, name, None) for name in names]
-        inputs, texts, outputs, total = (max(count, 0) if _is_integer(count) else 0 for count in counts)
-        used = {"input_tokens": inputs or texts, "output_tokens": outputs}
-        used["total_tokens"] = total or sum(used.values())
-        cost = self.run.budget.cost(request.model, used["input_tokens"], used["output_tokens"])
+        inputs, outputs = _used_tokens(answer)
+        total = getattr(answer, "total_tokens", None)
+        used = {"input_tokens": inputs, "output_tokens": outputs}
+        used["total_tokens"] = total if _is_integer(total) and total > 0 else inputs + outputs
+        cost = self.run.budget.cost(request.model, inputs, outputs)
         self.add_usage(used if cost is None else {**used, "cost": cost})
 
     def add_usage(self, amounts: Mapping[str, Any]) -> None:
@@ -8218,6 +8233,56 @@ class _Clock:
         self.step.expired = True
         if self.step.task is not None:
             self.step.task.cancel()
+
+
+class CircuitOpenError(ProviderError):
+    """A provider failed so often that its circuit breaker lets nobody call it for a while; no call was made."""
+
+
+class _Gate:
+    """What stands before a provider's calls, for all executors that share it: rate limits, pauses, a circuit breaker."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.limit = _RateLimit.from_dict(settings.get("rate_limit") or {})
+        breaker = settings.get("circuit_breaker")
+        self.breaker = None if breaker is None else _CircuitBreaker.from_dict(breaker)
+        self.is_open = not (settings.get("rate_limit") or breaker is not None)  # nothing but a pause holds calls up
+
+    async def enter(self, name: str, tokens: int, patience_seconds: float) -> None:
+        """Waits for a call's turn. Raises CircuitOpenError, and RateLimitError for a pause beyond patience."""
+        pause = self.limit.blocked_seconds()
+        if pause > patience_seconds:
+            raise RateLimitError("asked all its callers to wait", provider=name, status=429, retry_after=pause)
+        if self.breaker is not None and not self.breaker.allow():
+            wait = self.breaker.retry_after_seconds
+            reason = f"its circuit is open: it failed too often; the next try is in {wait:.1f} s"
+            raise CircuitOpenError(reason, provider=name, retry_after=wait)
+        try:
+            if pause or not self.is_open:
+                await self.limit.start(tokens)
+        except BaseException:
+            if self.breaker is not None:
+                self.breaker.record(None)
+            raise
+
+    def leave(self, tokens: int, outcome: Any, expired: bool = False) -> None:
+        """Tells how the call ended: its answer, or its error."""
+        if not self.is_open:
+            self.limit.leave()
+            self.limit.settle(tokens, tokens if isinstance(outcome, BaseException) else sum(_used_tokens(outcome)))
+        if isinstance(outcome, RateLimitError) and outcome.retry_after:
+            self.limit.pause(outcome.retry_after)
+        if self.breaker is not None:
+            failed = not isinstance(outcome, ProviderError) or (outcome.retryable and not isinstance(outcome, RateLimitError))
+            unknown = isinstance(outcome, BaseException) and not isinstance(outcome, Exception) and not expired
+            self.breaker.record(None if unknown else not (isinstance(outcome, BaseException) and failed))
+
+
+def _used_tokens(answer: Any) -> tuple[int, int]:
+    """(input, output) tokens that an answer says it used."""
+    counts = (getattr(answer, name, None) for name in ("input_tokens", "tokens", "output_tokens"))
+    inputs, texts, outputs = (max(count, 0) if _is_integer(count) else 0 for count in counts)
+    return inputs or texts, outputs
 
 
 class BudgetExceededError(ExecutionError):
@@ -8529,6 +8594,7 @@ class WorkflowExecutor:
         self.launch: dict[str, Any] = {}  # what a store should know of how the run was started
         self.result: RunResult | None = None  # of the latest run, also when that was cancelled
         self._built: dict[tuple[Any, str], Any] = {}  # providers made here, by the workflow that sets them up and name
+        self._gates: dict[int, _Gate] = {}  # by id() of providers, which this executor keeps alive
         self._client: _HttpClient | None = None
         self._lock = threading.Lock()
         self._runs: list[_Run] = []
@@ -8754,6 +8820,16 @@ class WorkflowExecutor:
                 self._built["vectors", name] = LocalVectorStore() if self.offline else VECTOR_STORES[name].from_env()
             return self._built["vectors", name]
 
+    def gate(self, name: str, provider: Any, workflow: Workflow) -> _Gate:
+        """The gate of a provider: one for all that use the object, as far as it can carry it."""
+        known: _Gate | None = getattr(provider, "_gate", None) or self._gates.get(id(provider))
+        if known is None:
+            settings = getattr(provider, "limits", None) or (workflow.providers or {}).get(name) or {}
+            known = self._gates[id(provider)] = _Gate(settings)
+            with contextlib.suppress(AttributeError, TypeError):
+                known = vars(provider).setdefault("_gate", known)
+        return known
+
     def keepers(self, cached: bool) -> list[Any]:
         """What may know the answer to a call already, and keeps it."""
         return [keeper for keeper in (self.cassette, self.cache if cached else None) if keeper is not None]
@@ -8782,8 +8858,7 @@ def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapp
     if kind not in PROVIDERS:
         near = _suggestion(kind, [*PROVIDERS, *known]) or f"; there are {', '.join([*known, *PROVIDERS])}"
         raise ValidationError(f"unknown provider {kind!r}{near}")
-    for special in ("rate_limit", "circuit_breaker"):
-        settings.pop(special, None)
+    limits = {name: settings.pop(name, None) for name in ("rate_limit", "circuit_breaker")}
     settings.update(settings.pop("options", None) or {})
     variable = settings.pop("api_key_env", None)
     if variable is not None:
@@ -8792,7 +8867,9 @@ def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapp
             raise AuthenticationError(f"the environment variable {variable} is not set", provider=name)
     if "timeout_seconds" in settings:
         settings["timeout_seconds"] = _seconds(settings["timeout_seconds"], "s")
-    return PROVIDERS[kind].from_env(**({"name": name} if configured else {}), **settings)
+    provider = PROVIDERS[kind].from_env(**({"name": name} if configured else {}), **settings)
+    provider.limits = limits
+    return provider
 
 
 # ---------------------------------------------------------------------------------------------------------------------
