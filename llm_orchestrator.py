@@ -7800,7 +7800,9 @@ class _GraphRun:
             first = failures[0]
             more = f" (and {len(failures) - 1} more of {len(self.results)})" if len(failures) > 1 else ""
             reason = first.error["message"] if first.error else "failed"
-            raise ExecutionError(f"{first.step_id}: {reason}{more}", first.step_id) from first.exception
+            transient = first.exception is not None and _is_transient(first.exception)
+            error = ExecutionError(f"{first.step_id}: {reason}{more}", first.step_id, retryable=transient)
+            raise error from first.exception
 
 
 class _ItemRuns(_GraphRun):
@@ -7940,7 +7942,9 @@ class _StepRun:
             await asyncio.sleep(delay)
 
     def retry_delay(self, error: Exception, policy: RetryPolicy, failures: int) -> float | None:
-        """Seconds until the next attempt, or None if there is none."""
+        """Seconds until the next attempt, or None if there is none. A container is retried for what its child raised."""
+        while type(error) is ExecutionError and isinstance(error.__cause__, Exception):
+            error = error.__cause__
         known = isinstance(error, OrchestratorError) or hasattr(error, "retryable")
         if not (_is_transient(error) or (self.node.retry_given and not known)) or failures >= policy.max_attempts:
             return None
@@ -7956,6 +7960,9 @@ class _StepRun:
 
         node = self.node
         self.result.attempts += 1
+        if self.result.attempts > 1 and _STEP_TYPES[node.type].container:
+            for step_id in [known for known in self.run.results if known.startswith(f"{self.id}.")]:
+                del self.run.results[step_id]  # this attempt may not come as far as the last one
         self.remaining = timeout = node.timeout or (_CALL_SECONDS if node.type in _PROVIDER_TYPES else None)
         values = self.render(_STEP_TYPES[node.type])
         try:
