@@ -4562,13 +4562,18 @@ def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
 # that answer up. The wire facts are those of the vendors' API references and official SDKs, named at each class.
 # ---------------------------------------------------------------------------------------------------------------------
 
+_TUNING = ("temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "frequency_penalty", "presence_penalty")
+_SHAPE_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError)  # of reading what has another shape
+
 
 class CompletionRequest:
     """What a step asks of a language model.
 
-    `messages` are maps of role (user, assistant, system, tool) and content. `params` go to the vendor as they are.
-    `schema` is a JSON Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema).
-    `on_text` is called with each piece of text of a streamed answer as it arrives, in the thread that makes the call.
+    `messages` are maps of role and content: {role: user | system, content}, {role: assistant, content, tool_calls},
+    {role: tool, id, name, content, is_error?}; the tool calls are those of a CompletionResponse, passed back as they are.
+    A content is a text, or a list of the vendor's own parts. `params` go to the vendor as they are. `schema` is a JSON
+    Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called with
+    each piece of text of a streamed answer as it arrives, in the thread that makes the call.
     """
 
     def __init__(
@@ -4578,17 +4583,11 @@ class CompletionRequest:
         stream: bool = False, params: Mapping[str, Any] | None = None, schema: Any = None,
         tools: list[dict[str, Any]] | None = None, on_text: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.messages, self.system = model, messages, system
+        self.model, self.messages, self.system, self.stop, self.seed = model, messages, system, stop, seed
         self.temperature, self.max_tokens, self.top_p, self.top_k = temperature, max_tokens, top_p, top_k
-        self.stop, self.seed = stop, seed
         self.frequency_penalty, self.presence_penalty = frequency_penalty, presence_penalty
-        self.stream, self.params, self.schema, self.tools, self.on_text = (
-            stream,
-            dict(params or {}),
-            schema,
-            tools,
-            on_text,
-        )
+        self.stream, self.params, self.schema, self.tools = stream, dict(params or {}), schema, tools
+        self.on_text = on_text
 
     @property
     def prompt(self) -> str:
@@ -4604,7 +4603,8 @@ class CompletionResponse:
     """What a language model answered.
 
     Token counts are None where the vendor does not say. `finish_reason` is the vendor's word (such as stop, length,
-    tool_use). `tool_calls` are maps of id, name and arguments. `metadata` is JSON: finish_reason, request_id and more.
+    tool_use). `tool_calls` are maps of id, name and arguments; further keys are the vendor's, for the next request.
+    `metadata` is JSON: finish_reason, request_id, truncated (true for an answer cut off by a limit) and more.
     """
 
     def __init__(
@@ -4621,9 +4621,8 @@ class CompletionResponse:
         self.metadata: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
 
     def __repr__(self) -> str:
-        return (
-            f"CompletionResponse({_shorten(self.text, 60)!r}, model={self.model!r}, total_tokens={self.total_tokens})"
-        )
+        shown = _shorten(self.text, 60)
+        return f"CompletionResponse({shown!r}, model={self.model!r}, total_tokens={self.total_tokens})"
 
 
 class EmbeddingRequest:
@@ -4645,80 +4644,66 @@ class EmbeddingResponse:
 
 
 def _joined_text(content: Any) -> str:
-    """The text of a content: itself, or the texts among its parts; TypeError if it is neither."""
+    """The text of a content: itself, or the texts among its parts; TypeError or AttributeError if it is neither."""
     if isinstance(content, str):
         return content
     return "".join(part if isinstance(part, str) else _joined_text(part.get("text", "")) for part in content or ())
 
 
-def _count(value: Any) -> int | None:
-    """A token count: None if there is none, TypeError or ValueError if it is no number."""
-    return None if value is None or isinstance(value, bool) else int(value + 0)
+def _dig(document: Any, place: str) -> Any:
+    """The value at a place such as "choices.0.message"; None where there is none."""
+    for key in place.split("."):
+        try:
+            document = document[int(key) if isinstance(document, list) else key]
+        except _SHAPE_ERRORS:
+            return None
+    return document
+
+
+def _total(document: Any, places: Iterable[str]) -> int | None:
+    """The sum of the token counts at these places; None if there is none."""
+    found = [value for place in places if type(value := _dig(document, place)) in (int, float) and value >= 0]
+    return int(sum(found)) if found else None
 
 
 # ---- From a bad answer to an error -----------------------------------------------------------------------------------
 
 _STATUS_ERRORS: dict[int, type[ProviderError]] = {
     401: AuthenticationError, 402: QuotaExceededError, 403: AuthenticationError, 408: ProviderTimeoutError,
-    429: RateLimitError, 504: ProviderTimeoutError,
+    413: ContextLengthError, 429: RateLimitError, 498: AuthenticationError, 504: ProviderTimeoutError,
 }  # fmt: skip
+_WORD_ERRORS: tuple[tuple[type[ProviderError], frozenset[int | None], Any], ...] = (  # what code and message decide
+    (QuotaExceededError, frozenset((400, 402, 403, 429)), re.compile(
+        r"insufficient[_ ](quota|balance|credits?|funds)|credit[_ ]balance|billing_(error|hard_limit)|out of credits"
+        r"|spend(ing)?[ _-](limit|cap)|reached your specified .{0,20}usage limits"
+    )),
+    (ContextLengthError, frozenset((400, 413, 422, 500, None)), re.compile(
+        r"context[_ ](length|window|size|limit)|string_above_max_length|(prompt|input) is too long|prompt too long"
+        r"|too many (input )?tokens|token count .{0,40}exceeds|too large for model|maximum model length|reduce the length"
+        r"|max allowed tokens per|must have less than \d+ tokens|`inputs` tokens \+ `max_new_tokens`"
+    )),
+    (AuthenticationError, frozenset((400,)), re.compile(r"api[_ ]key[_ ](not[_ ]valid|invalid)|invalid[_ ]api[_ ](key|token)")),
+)  # fmt: skip
 _TYPE_STATUSES = {  # of errors inside an answer that began as a 200
-    "overloaded_error": 529, "rate_limit_error": 429, "rate_limit_exceeded": 429, "api_error": 500, "server_error": 500,
-    "internal_server_error": 500, "timeout_error": 504, "authentication_error": 401, "permission_error": 403,
-    "billing_error": 402, "invalid_request_error": 400, "insufficient_quota": 429,
+    "overloaded_error": 529, "rate_limit_error": 429, "rate_limit_exceeded": 429, "slow_down": 429, "api_error": 500,
+    "server_error": 500, "internal_server_error": 500, "server_is_overloaded": 503, "timeout_error": 504,
+    "authentication_error": 401, "invalid_api_key": 401, "permission_error": 403, "billing_error": 402,
+    "insufficient_quota": 429, "credit_balance_exhausted": 429, "invalid_request_error": 400, "not_found_error": 404,
+    "context_length_exceeded": 400, "request_too_large": 413,
 }  # fmt: skip
-_NO_QUOTA = re.compile(
-    r"insufficient_quota|credit_balance|billing_(error|hard_limit)|credit balance|spend(ing)?[ _-](limit|cap)"
-)
-_TOO_LONG = re.compile(
-    r"context_length|maximum context|context window|prompt is too long|too many (input )?tokens|"
-    r"token count .{0,40}exceeds|exceeds? .{0,60}(context|token limit)|input is too long|reduce the length"
-)
+_SECRET_HEADER = re.compile("auth|key|token|secret|cookie|password|credential|signature", re.I)
+_USER_AGENT = f"llm_orchestrator/{__version__}"
 
 
 def _error_parts(document: Any) -> tuple[str, str, Any]:
-    """(message, code or type, the error map) of the error bodies that vendors send."""
-    if isinstance(document, list) and document:
-        document = document[0]
+    """(message, code and type, the error map) of the error bodies that vendors send."""
+    document = document[0] if isinstance(document, list) and document else document
     if not isinstance(document, Mapping):
         return "", "", {}
-    fault = document.get("error")
-    if fault is None or isinstance(fault, (str, int, bool)):
-        words = next(
-            (document[key] for key in ("message", "detail", "error") if isinstance(document.get(key), str)), None
-        )
-        return words or _to_json(document), str(document.get("code") or document.get("type") or ""), document
-    fault = fault if isinstance(fault, Mapping) else {"message": _to_json(fault)}
-    code = " ".join(str(fault[key]) for key in ("code", "type", "status") if fault.get(key) is not None)
-    return str(fault.get("message") or _to_json(fault)), code, fault
-
-
-def _answer_error(name: str, status: int | None, headers: Mapping[str, str], document: Any, text: str) -> ProviderError:
-    """The error for an answer with an error in it: its class, whether to retry, and how long the server asks to wait."""
-    message, code, fault = _error_parts(document)
-    if status is None or status < 400:
-        number = fault.get("code")
-        known = [_TYPE_STATUSES[word] for word in code.split() if word in _TYPE_STATUSES]
-        status = number if isinstance(number, int) and 400 <= number < 600 else known[0] if known else None
-    message = message or text.strip() or "no reason was given"
-    kind = _STATUS_ERRORS.get(status or 0, ProviderError)
-    lowered = f"{code} {message[:2000]}".lower()
-    if status in (400, 402, 403, 429) and _NO_QUOTA.search(lowered):
-        kind = QuotaExceededError
-    elif status in (400, 413, 422) and _TOO_LONG.search(lowered):
-        kind = ContextLengthError
-    retryable = status in _RETRIED_STATUSES and kind is not QuotaExceededError
-    if headers.get("x-should-retry") in ("true", "false") and kind is not QuotaExceededError:
-        retryable = headers["x-should-retry"] == "true"
-    wait = _retry_after_seconds(headers)
-    for detail in fault.get("details") or () if isinstance(fault.get("details"), list) else ():
-        delay = detail.get("retryDelay") if isinstance(detail, Mapping) else None  # google.rpc.RetryInfo
-        wait = _seconds(delay, "s") if wait is None and isinstance(delay, str) else wait
-    request_id = headers.get("x-request-id") or headers.get("request-id")
-    reason = (
-        f"answered {status}: {_shorten(message, 500)}" if status else f"answered an error: {_shorten(message, 500)}"
-    )
-    return kind(reason, provider=name, status=status, retryable=retryable, retry_after=wait, request_id=request_id)
+    fault = document["error"] if isinstance(document.get("error"), Mapping) else document
+    words = next((fault[key] for key in ("message", "detail", "error") if fault.get(key)), fault)
+    code = " ".join(str(fault[key]) for key in ("code", "type", "status") if isinstance(fault.get(key), (str, int)))
+    return words if isinstance(words, str) else _to_json(words), code, fault
 
 
 class _RestClient:
@@ -4729,18 +4714,26 @@ class _RestClient:
         proxy: str | None = None,
     ) -> None:  # fmt: skip
         self.name, self.base_url = name, base_url.rstrip("/")
-        self.headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": _USER_AGENT}
-        self.headers.update({str(key): str(value) for key, value in (headers or {}).items()})
-        secret = re.compile("auth|key|token|secret|cookie", re.I)
-        found = [value.partition("Bearer ")[2] or value for key, value in self.headers.items() if secret.search(key)]
-        self.secrets = [value for value in found if len(value) > 3]
+        usual = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": _USER_AGENT}
+        given = [(str(header), str(value).strip()) for header, value in (*usual.items(), *(headers or {}).items())]
+        for header, value in given:
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header) or not re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value):
+                kind: type[OrchestratorError] = AuthenticationError if _SECRET_HEADER.search(header) else ValidationError
+                raise kind(f"{name}: the header {header!r} holds characters that no header can carry")
+        self.headers = dict({header.lower(): (header, value) for header, value in given}.values())  # the last one counts
+        hidden = {part for header, value in given if _SECRET_HEADER.search(header) for part in (value, value.split(" ")[-1])}
+        self.secrets = sorted((value for value in hidden if len(value) > 3), key=len, reverse=True)
         self.http = _HttpClient(name, proxy=proxy, timeout_seconds=timeout_seconds)
 
     def send(
         self, method: str, path: str, payload: Any = None, on_bytes: Callable[[bytes], Any] | None = None
     ) -> _Response:
         """The response to a JSON payload; an error of the ProviderError family for every status from 400 on."""
-        body = None if payload is None else _request_json(payload, self.name)
+        try:
+            text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            body = None if payload is None else text.encode()
+        except (TypeError, ValueError, RecursionError) as error:  # a lone surrogate is a ValueError too
+            raise ValidationError(f"{self.name}: the request has no JSON form: {error}") from None
         response = self.http.request(method, self.base_url + path, self.headers, body, on_bytes)
         if response.status >= 400:
             document = None
@@ -4750,86 +4743,122 @@ class _RestClient:
         return response
 
     def error(self, status: int | None, headers: Mapping[str, str], document: Any, text: str) -> ProviderError:
-        error = _answer_error(self.name, status, headers, document, text)
-        for secret in self.secrets:
-            error.args = (str(error).replace(secret, "***"),)
-        return error
+        """The error that an answer is: its class, whether to retry, and how long the server asks to wait.
+
+        `status` is the HTTP status; below 400 the error itself says what it is, as those do that come in a stream.
+        """
+        message, code, fault = _error_parts(document)
+        message = self.excerpt(message or text.strip() or "no reason was given", 500)
+        if status is None or status < 400:
+            number = fault.get("code")
+            known = [_TYPE_STATUSES[word] for word in code.split() if word in _TYPE_STATUSES]
+            status = number if isinstance(number, int) and 400 <= number < 600 else known[0] if known else None
+        words = f"{code} {message}".lower()
+        kind = next((kind for kind, statuses, said in _WORD_ERRORS if status in statuses and said.search(words)), None)
+        kind = kind or _STATUS_ERRORS.get(status or 0, ProviderError)
+        advice = headers.get("x-should-retry")
+        retryable = status in _RETRIED_STATUSES if advice not in ("true", "false") else advice == "true"
+        wait = _retry_after_seconds(headers)
+        for detail in fault["details"] if wait is None and isinstance(fault.get("details"), list) else ():
+            delay = _dig(detail, "retryDelay")  # google.rpc.RetryInfo
+            wait = _seconds(delay, "s") if isinstance(delay, str) else wait
+        request_id = headers.get("x-request-id") or headers.get("request-id") or _dig(document, "request_id")
+        return kind(
+            f"answered {status or 'an error'}: {message}", provider=self.name, status=status, retry_after=wait,
+            retryable=retryable and kind not in (QuotaExceededError, ContextLengthError), request_id=request_id,
+        )  # fmt: skip
+
+    def check(self, headers: Mapping[str, str], document: Any) -> None:
+        """Raises the error that a document is whose only news is an error, though the status was good."""
+        whole = document[0] if isinstance(document, list) and document else document
+        if isinstance(whole, Mapping) and (whole.get("error") or whole.get("type") == "error"):
+            raise self.error(None, headers, whole, "")
 
     def parse(self, response: _Response) -> Any:
-        """The JSON of a response; an error for nonsense, and for a map whose only news is an error."""
+        """The JSON of a response; an error for nonsense, and for a document that is an error."""
         try:
             document = _load_json(response.body)
         except ParseError as error:
-            reason = f"answered something that is not JSON ({error.reason}): {_shorten(response.text.strip(), 200)!r}"
-            raise BadResponseError(self.hide(reason), provider=self.name, status=response.status) from None
-        if isinstance(document, Mapping) and document.get("error"):
-            raise self.error(response.status, response.headers, document, response.text)
+            reason = f"answered something that is not JSON ({error.reason}): {self.excerpt(response.text)}"
+            raise BadResponseError(reason, provider=self.name, status=response.status) from None
+        self.check(response.headers, document)
         return document
 
     def call(self, method: str, path: str, payload: Any = None) -> Any:
         """The JSON that the server answers to a JSON payload."""
         return self.parse(self.send(method, path, payload))
 
+    @contextlib.contextmanager
+    def reading(self, what: str, answer: Any) -> Iterator[None]:
+        """Reading an answer inside this raises BadResponseError with its beginning where it has another shape."""
+        try:
+            yield
+        except _SHAPE_ERRORS:
+            shown = self.excerpt(answer if isinstance(answer, str) else _to_json(answer))
+            raise BadResponseError(f"answered something else than {what}: {shown}", provider=self.name) from None
+
     def hide(self, text: str) -> str:
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return text
+
+    def excerpt(self, text: str, limit: int = 200) -> str:
+        """How a text of the server begins, without secrets and without what a terminal would obey."""
+        shown = self.hide(text)[:limit]
+        return shown if shown.isprintable() else "".join(mark if mark.isprintable() else " " for mark in shown)
 
     def close(self) -> None:
         """Closes the connections that are not in use."""
         self.http.close()
 
 
-_USER_AGENT = f"llm_orchestrator/{__version__}"
-
-
-def _request_json(payload: Any, name: str) -> bytes:
-    try:
-        return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except (TypeError, ValueError, RecursionError) as error:  # a lone surrogate is a ValueError too
-        raise BadResponseError(f"the request has no JSON form: {error}", provider=name) from None
+_LINE_END = re.compile(b"\r\n|\n|\r")
 
 
 class _Events:
     """The events of a stream from its bytes: server-sent events (WHATWG HTML, 9.2), or lines of JSON."""
 
     def __init__(self, plain_lines: bool) -> None:
-        self.plain_lines, self.rest, self.data = plain_lines, b"", []  # type: tuple[bool, bytes, list[str]]
-        self.seen = False  # whether anything was an event
+        self.plain_lines, self.after_return = plain_lines, False
+        self.rest: list[bytes] = []  # of a line that has not ended yet
+        self.data: list[str] = []  # of an event that has not ended yet
+        self.other: list[str] = []  # lines that belong to no event
 
     def feed(self, piece: bytes) -> Iterator[str]:
         """The data of each event that the piece completes. Raises UnicodeDecodeError."""
-        lines = (self.rest + piece).splitlines(keepends=True) if b"\r" in piece or b"\r" in self.rest else None
-        if lines is None:
-            *complete, self.rest = (self.rest + piece).split(b"\n")
-        else:  # a piece may end between a carriage return and its newline; other separators are no line ends here
-            text = (self.rest + piece).replace(b"\r\n", b"\n")
-            held = text.endswith(b"\r")
-            *complete, self.rest = (text[:-1] if held else text).replace(b"\r", b"\n").split(b"\n")
-            self.rest += b"\r" if held else b""
-        for line in complete:
-            yield from self.line(line.decode("utf-8"))
+        piece = piece[1:] if self.after_return and piece.startswith(b"\n") else piece
+        self.after_return = piece.endswith(b"\r")
+        first, *others = _LINE_END.split(piece)
+        self.rest.append(first)
+        for following in others:
+            yield from self.end_line()
+            self.rest.append(following)
 
-    def line(self, line: str) -> Iterator[str]:
-        if self.plain_lines:
-            self.seen = self.seen or bool(line.strip())
-            if line.strip():
-                yield line
-        elif not line:
-            if self.data:
-                yield "\n".join(self.data)
-            self.data = []
-        elif line.startswith("data:"):
-            self.seen = True
+    def end_line(self) -> Iterator[str]:
+        line = b"".join(self.rest).decode("utf-8").lstrip("\ufeff")
+        self.rest.clear()
+        if not line and self.data:
+            yield "\n".join(self.data)
+            self.data.clear()
+        elif self.plain_lines and line.startswith("{") and line.rstrip().endswith("}"):
+            yield line
+        elif line.startswith("data:") and not self.plain_lines:
             self.data.append(line[6:] if line.startswith("data: ") else line[5:])
+        elif not line.startswith((":", "event:", "id:", "retry:")):
+            self.other.append(line)
 
     def end(self) -> Iterator[str]:
         """What is left when the stream ends."""
-        yield from self.line(self.rest.decode("utf-8"))
-        yield from () if self.plain_lines else self.line("")
+        yield from self.end_line()
+        yield from self.end_line()
 
 
 # ---- Vendors ---------------------------------------------------------------------------------------------------------
+
+_TRUNCATED = frozenset(("length", "max_tokens", "model_length", "max_output_tokens", "model_context_window_exceeded"))
+_NORMAL_ENDS = _TRUNCATED | frozenset((
+    "none", "", "stop", "end_turn", "stop_sequence", "complete", "eos", "eos_token", "tool_calls", "tool_use", "pause_turn", "load",
+))  # fmt: skip  # an answer without text that ended otherwise was stopped
 
 
 class Provider:
@@ -4837,16 +4866,27 @@ class Provider:
 
     `api_key`, `base_url`, extra `headers`, `timeout_seconds` of each call, `proxy` (a URL, "" for none) and the options
     that the class lists in `OPTIONS`. `from_env` fills what is not given from the official SDK's variables.
+    `native_schema` says whether `schema` is sent to the vendor; where it is not, the prompt has to ask for it.
     """
 
     TYPE = ""
     BASE_URL = ""
+    PREFIX = ""  # where the vendor's calls lie below the base URL, which may end with it or with another version
+    CHAT_PATH = EMBED_PATH = ""
     KEY_VARIABLES: tuple[str, ...] = ()
     URL_VARIABLES: tuple[str, ...] = ()
-    OPTIONS: Mapping[str, str | None] = {}  # name -> the variable that sets it, or None
-    FIELDS: Mapping[str, str] = {}  # of a request -> the vendor's place for it ("options.seed": inside a map)
+    NEEDS_KEY = True
     KEY_HEADER = ("Authorization", "Bearer ")
+    OPTIONS: Mapping[str, str | None] = {}  # name -> the variable that sets it, or None
+    TOKEN_OPTION = ""  # the option that holds a bearer token in place of a key
+    FIELDS: Mapping[str, str] = {}  # of a request -> the vendor's place for it ("options.seed": inside a map)
+    PLACES: Mapping[str, str] = {"model": "model", "request_id": "id"}  # of a response -> where it is in the document
+    COUNTS: Mapping[str, tuple[str, ...]] = {}  # token counts of a response -> the places whose sum they are
+    EMBED_FIELDS: Mapping[str, str] = {"model": "model", "input": "input", "dimensions": "dimensions"}
+    INPUT_TYPES: Mapping[str, str] = {}  # the vendor's words for query and document
+    VECTORS, EMBED_TOKENS = "data", ("usage.prompt_tokens",)
     PLAIN_LINES = False  # streams are lines of JSON, not server-sent events
+    OBJECT_SCHEMAS = True  # a schema has to be that of a map, so that others are wrapped
     native_schema = True
     max_batch = 2048  # texts in one embedding call
 
@@ -4854,37 +4894,29 @@ class Provider:
         self, *, api_key: str | None = None, base_url: str | None = None, headers: Mapping[str, str] | None = None,
         timeout_seconds: float | None = None, proxy: str | None = None, name: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        unknown = [option for option in options if option not in self.OPTIONS]
-        if unknown:
-            known = _suggestion(
-                unknown[0], [*self.OPTIONS, "api_key", "base_url", "headers", "timeout_seconds", "proxy"]
-            )
-            raise ValidationError(f"{self.TYPE}: unknown option {unknown[0]!r}{known}")
+        for option in options:
+            if option not in self.OPTIONS:
+                known = (*self.OPTIONS, "api_key", "base_url", "headers", "timeout_seconds", "proxy")
+                raise ValidationError(f"{self.TYPE}: unknown option {option!r}{_suggestion(option, known)}")
         self.name, self.timeout_seconds = name or self.TYPE, timeout_seconds
         self.options = {option: options.get(option) for option in self.OPTIONS}
-        self.base_url = self.address(base_url or self.BASE_URL)
-        key = (api_key or "").strip()
-        if not key.isascii() or not key.isprintable():
-            raise AuthenticationError("the key holds characters that no header can carry", provider=self.name)
-        own = self.key_headers(key) if key else {}
-        self._rest = _RestClient(
-            self.name,
-            self.base_url,
-            {**own, **self.extra_headers(), **(headers or {})},
-            timeout_seconds=timeout_seconds,
-            proxy=proxy,
-        )
+        key, token = (str(secret or "").strip() for secret in (api_key, options.get(self.TOKEN_OPTION)))
+        own = {"Authorization": f"Bearer {token}"} if token and not key else {}
+        own = {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key} if key else own
+        self.base_url, prefix = self.address((base_url or self.default_url(key)).rstrip("/"))
+        all_headers = {**own, **self.extra_headers(), **(headers or {})}
+        self._rest = _RestClient(self.name, self.base_url + prefix, all_headers, timeout_seconds=timeout_seconds, proxy=proxy)
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Any:
         """A client set up by the environment. AuthenticationError names the variable of a key that is missing."""
-        settings = dict(overrides)
+        settings = {name: value for name, value in overrides.items() if value is not None}
         settings.setdefault("base_url", _variable(*cls.URL_VARIABLES))
-        for option, variable in cls.OPTIONS.items():
-            if variable and settings.get(option) is None:
-                settings[option] = _variable(variable)
-        if not settings.get("api_key"):
+        if not settings.get("api_key") and not settings.get(cls.TOKEN_OPTION):
             settings["api_key"] = _variable(*cls.KEY_VARIABLES)
+        for option, variable in cls.OPTIONS.items():
+            if variable and (option != cls.TOKEN_OPTION or not settings.get("api_key")):
+                settings.setdefault(option, _variable(variable))
         missing = cls.missing_settings(settings)
         if missing:
             raise AuthenticationError(f"set {missing} in the environment", provider=settings.get("name") or cls.TYPE)
@@ -4893,110 +4925,126 @@ class Provider:
     @classmethod
     def missing_settings(cls, settings: Mapping[str, Any]) -> str:
         """Which variable has to be set, if one has to."""
-        return " or ".join(cls.KEY_VARIABLES) if cls.KEY_VARIABLES and not settings.get("api_key") else ""
+        given = settings.get("api_key") or settings.get(cls.TOKEN_OPTION) or not cls.NEEDS_KEY
+        return "" if given else " or ".join(cls.KEY_VARIABLES)
 
-    def address(self, base_url: str) -> str:
-        return base_url.rstrip("/")
+    def default_url(self, key: str) -> str:
+        return self.BASE_URL
 
-    def key_headers(self, key: str) -> dict[str, str]:
-        return {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key}
+    def address(self, base_url: str) -> tuple[str, str]:
+        """(the base URL, the path below it where the calls lie) of a base URL, which may hold that path already."""
+        if self.PREFIX:
+            base_url = re.sub(rf"({re.escape(self.PREFIX)}|/v\d\w*)$", "", base_url)
+        return base_url, self.PREFIX
 
     def extra_headers(self) -> dict[str, str]:
         return {}
 
-    def path(self, path: str) -> str:
-        """A path below the base URL, which may end with the path's first segment (/v1) already."""
-        first = path[: path.index("/", 1)]
-        return path[len(first) :] if self.base_url.endswith(first) else path
+    def place(self, path: str, model: str) -> str:
+        """Where a call of a model goes, below the prefix."""
+        return path
 
     def complete(self, request: CompletionRequest) -> CompletionResponse:
-        """The answer to a request; errors of the ProviderError family."""
-        path, body = self.completion_call(request)
-        for key, value in request.params.items():
-            both = isinstance(value, Mapping) and isinstance(body.get(key), Mapping)
-            body[key] = {**body[key], **value} if both else value
-        started = time.perf_counter()
-        if not request.stream:
-            response = self._rest.send("POST", path, body)
-            document, first = self._rest.parse(response), None
+        """The answer to a request. Raises ValidationError for a request that cannot be written, and errors of the
+        ProviderError family."""
+        path, body = self._written(self.completion_call, request)
+        started, first = time.perf_counter(), None
+        if request.stream:
+            response, document, first = self._stream(path, body, request)
         else:
-            response, document, first = self.stream(path, body, request)
-        try:
-            answer = self.read_completion(document, request)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            shown = self._rest.hide(_shorten(_to_json(document), 200))
-            raise BadResponseError(f"answered something else than a completion: {shown}", provider=self.name) from None
-        if not answer.text and not answer.tool_calls and str(answer.finish_reason).lower() in _BLOCKED:
+            response = self._rest.send("POST", path, body)
+            document = self._rest.parse(response)
+        with self._rest.reading("a completion", document):
+            answer = self.answer(document, request)
+        if not answer.text and not answer.tool_calls and str(answer.finish_reason).lower() not in _NORMAL_ENDS:
             raise BadResponseError(f"gave no answer: it was stopped by {answer.finish_reason}", provider=self.name)
-        answer.model = answer.model or request.model
-        answer.request_id = (
-            response.headers.get("x-request-id") or response.headers.get("request-id") or answer.request_id
-        )
-        ignored = [name for name in _TUNING if getattr(request, name) is not None and name not in self.FIELDS]
+        fields, headers = self.fields(request), response.headers
+        answer.request_id = headers.get("x-request-id") or headers.get("request-id") or answer.request_id
+        ignored = [name for name in _TUNING if getattr(request, name) is not None and name not in fields]
         extra: dict[str, Any] = {"request_id": answer.request_id, "ignored": ignored or None}
+        extra["truncated"] = str(answer.finish_reason).lower() in _TRUNCATED or None
         extra["time_to_first_token_ms"] = None if first is None else round((first - started) * 1000, 3)
         answer.metadata.update({name: value for name, value in extra.items() if value is not None})
         return answer
 
-    def stream(
-        self, path: str, body: dict[str, Any], request: CompletionRequest
-    ) -> tuple[_Response, Any, float | None]:
+    def _written(self, write: Callable[[Any], tuple[str, dict[str, Any]]], request: Any) -> tuple[str, dict[str, Any]]:
+        """(path, body) of a request, with its `params` added; those that are maps are merged into the body's."""
+        try:
+            path, body = write(request)
+            for key, value in request.params.items():
+                both = isinstance(value, Mapping) and isinstance(body.get(key), Mapping)
+                body[key] = {**body[key], **value} if both else value
+        except _SHAPE_ERRORS as error:
+            reason = f"{self.name}: the request cannot be written: {type(error).__name__}: {error}"
+            raise ValidationError(reason) from None
+        return path, body
+
+    def _stream(self, path: str, body: dict[str, Any], request: CompletionRequest) -> tuple[_Response, Any, float | None]:
         """(response, the document that the events built up, when the first text came). A stream that ends before its
         end mark is a lost connection."""
-        events, document, raw = _Events(self.PLAIN_LINES), {}, []  # type: tuple[_Events, dict[str, Any], list[bytes]]
+        events, document = _Events(self.PLAIN_LINES), {}  # type: tuple[_Events, dict[str, Any]]
         first: float | None = None
 
         def on_event(text: str) -> None:
             nonlocal first
-            if text == "[DONE]":
+            if text.strip() == "[DONE]":
                 document["done"] = True
                 return
-            event = _load_json(text)
-            if isinstance(event, Mapping) and (event.get("error") or event.get("type") == "error"):
-                raise self._rest.error(None, {}, event if event.get("error") else {"error": event}, text)
-            piece = self.merge(document, event)
+            event = self._rest.parse(_Response(200, {}, text.encode()))
+            with self._rest.reading("the events of a completion", text):
+                piece = self.merge(document, event)
             if piece:
                 first = first or time.perf_counter()
                 if request.on_text:
                     request.on_text(piece)
 
         def on_bytes(piece: bytes) -> bool:
-            if not events.seen:
-                raw.append(piece)
-            for text in events.feed(piece):
-                on_event(text)
+            with self._rest.reading("a stream in UTF-8", repr(piece)):
+                texts = list(events.feed(piece))
+            for text in texts:
+                if not document.get("done"):
+                    on_event(text)
             return bool(document.get("done"))
 
-        try:
-            response = self._rest.send("POST", path, body, on_bytes)
-            for text in events.end() if not document.get("done") else ():
-                on_event(text)
-        except (ParseError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise BadResponseError(
-                f"sent a stream that cannot be read: {_shorten(str(error), 200)}", provider=self.name
-            ) from None
-        if not events.seen:  # the server does not stream: the whole answer at once
-            response.body = b"".join(raw)
+        response = self._rest.send("POST", path, body, on_bytes)
+        if not document.get("done"):
+            with contextlib.suppress(BadResponseError, UnicodeDecodeError):  # an event that was cut off
+                for text in events.end():
+                    on_event(text)
+        response.body = "\n".join(events.other).strip().encode()
+        streams = re.search("event-stream|ndjson", response.headers.get("content-type", ""))
+        if not document and response.body and not streams:  # the whole answer at once
             return response, self._rest.parse(response), None
         if not (document.get("done") or document.get("finished")):
+            with contextlib.suppress(BadResponseError):  # an error may follow the events as it would stand alone
+                self._rest.parse(response)
             raise ProviderConnectionError("the stream ended before its end mark", provider=self.name)
+        self._rest.check(response.headers, document)
         return response, document, first
 
+    def answer(self, document: Any, request: CompletionRequest) -> CompletionResponse:
+        """The response that a document is. May raise KeyError and the like for nonsense."""
+        facts: dict[str, Any] = {name: _dig(document, place) for name, place in self.PLACES.items()}
+        facts = {name: str(value) for name, value in facts.items() if isinstance(value, (str, int))}
+        facts.update({name: _total(document, places) for name, places in self.COUNTS.items()})
+        response = CompletionResponse(**{"model": request.model, **facts, **self.read(document, request)})
+        if request.schema is not None and self.OBJECT_SCHEMAS:
+            response.text = _unwrapped(response.text, request.schema)
+        return response
+
     def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
-        """The vectors of at most `max_batch` texts; errors of the ProviderError family."""
-        path, body = self.embedding_call(request)
-        document = self._rest.call("POST", path, {**body, **request.params})
-        try:
-            vectors, tokens = self.read_embeddings(document)
-            if len(vectors) != len(request.input) or not all(
-                type(number) in (int, float) for vector in vectors for number in vector
-            ):
+        """The vectors of at most `max_batch` texts; errors as those of `complete`."""
+        path, body = self._written(self.embedding_call, request)
+        document = self._rest.call("POST", path, body)
+        with self._rest.reading(f"{len(request.input)} embeddings", document):
+            rows = _dig(document, self.VECTORS)
+            if isinstance(rows[0], dict):
+                rows = sorted(rows, key=lambda row: row.get("index", 0))
+                rows = [row["embedding"] if "embedding" in row else row["values"] for row in rows]
+            sizes, kinds = {len(row) for row in rows}, {type(number) for row in rows for number in row}
+            if len(rows) != len(request.input) or len(sizes) != 1 or not kinds or not kinds <= {int, float}:
                 raise ValueError
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            shown = self._rest.hide(_shorten(_to_json(document), 200))
-            reason = f"answered something else than {len(request.input)} embeddings: {shown}"
-            raise BadResponseError(reason, provider=self.name) from None
-        return EmbeddingResponse(vectors, str(document.get("model") or request.model), tokens)
+            return EmbeddingResponse(rows, str(_dig(document, "model") or request.model), _total(document, self.EMBED_TOKENS))
 
     # what a vendor says
 
@@ -5004,8 +5052,8 @@ class Provider:
         """(path, body) of a completion."""
         raise ValidationError(f"the provider {self.name!r} makes embeddings only")
 
-    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
-        """The answer in a document. May raise KeyError and the like for nonsense."""
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        """The text of the answer in a document, its tool calls, and what else of a response has no fixed place."""
         raise NotImplementedError
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
@@ -5015,46 +5063,38 @@ class Provider:
         """
         raise NotImplementedError
 
-    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        """(path, body) of an embedding call."""
-        raise ValidationError(f"the provider {self.name!r} makes no embeddings")
-
-    def read_embeddings(self, document: Any) -> tuple[list[list[float]], int | None]:
-        """(vectors, tokens) of the OpenAI shape, which most vendors use."""
-        ordered = sorted(document["data"], key=lambda entry: entry.get("index", 0))
-        usage = document.get("usage") or {}
-        return [entry["embedding"] for entry in ordered], _count(usage.get("prompt_tokens", usage.get("total_tokens")))
+    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
+        """FIELDS of this request."""
+        return self.FIELDS
 
     def tuned(self, request: CompletionRequest) -> dict[str, Any]:
         """A body with the request's settings at the vendor's places."""
         body: dict[str, Any] = {}
-        for name, place in self.FIELDS.items():
+        for name, place in self.fields(request).items():
             value = getattr(request, name)
             if value is not None:
-                *outer, last = place.split(".")
-                inner = body
-                for key in outer:
-                    inner = inner.setdefault(key, {})
+                outer, _, last = place.rpartition(".")
+                inner = body.setdefault(outer, {}) if outer else body
                 inner[last] = [value] if name == "stop" and isinstance(value, str) else value
         return body
+
+    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
+        """(path, body) of an embedding call."""
+        if not self.EMBED_PATH:
+            raise ValidationError(f"the provider {self.name!r} makes no embeddings")
+        body = {place: getattr(request, name) for name, place in self.EMBED_FIELDS.items()}
+        body = {place: value for place, value in body.items() if value is not None}
+        if self.INPUT_TYPES and "input_type" in body:
+            body["input_type"] = self.INPUT_TYPES.get(body["input_type"], body["input_type"])
+        return self.place(self.EMBED_PATH, request.model), body
 
     def close(self) -> None:
         """Closes the connections that are not in use."""
         self._rest.close()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(name={self.name!r}, base_url={self.base_url!r})"
-
-
-_TUNING = ("temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "frequency_penalty", "presence_penalty")
-_BLOCKED = frozenset((
-    "content_filter", "refusal", "safety", "recitation", "blocklist", "prohibited_content", "spii", "error", "other",
-    "error_toxic", "image_safety", "language",
-))  # fmt: skip
-_OPENAI_FIELDS = {
-    name: name
-    for name in ("temperature", "max_tokens", "top_p", "stop", "seed", "frequency_penalty", "presence_penalty")
-}
+        shown = re.sub(r"(?<=//)[^/]*@|\?.*", "", self.base_url)  # no password, no query
+        return f"{type(self).__name__}(name={self.name!r}, base_url={shown!r})"
 
 
 def _variable(*names: str) -> str | None:
@@ -5065,195 +5105,262 @@ def _variable(*names: str) -> str | None:
 def _system_apart(request: CompletionRequest) -> tuple[str, list[dict[str, Any]]]:
     """The request's system texts, and its other messages, for vendors that keep the two apart."""
     system = [request.system or ""]
-    system += [_joined_text(message.get("content")) for message in request.messages if message.get("role") == "system"]
-    return "\n\n".join(filter(None, system)), [
-        message for message in request.messages if message.get("role") != "system"
-    ]
+    system += [_joined_text(message.get("content")) for message in request.messages if message["role"] == "system"]
+    return "\n\n".join(filter(None, system)), [message for message in request.messages if message["role"] != "system"]
 
 
-class OpenAIProvider(Provider):
+def _merged_turns(messages: Iterable[dict[str, Any]], parts: str) -> list[dict[str, Any]]:
+    """Messages in which neighbours of one role are one, as vendors want the results of several tool calls."""
+    merged: list[dict[str, Any]] = []
+    for message in messages:
+        lists = merged and isinstance(message[parts], list) and isinstance(merged[-1][parts], list)
+        if lists and merged[-1]["role"] == message["role"]:
+            merged[-1] = {**message, parts: [*merged[-1][parts], *message[parts]]}
+        else:
+            merged.append(message)
+    return merged
+
+
+def _parameters(tool: Mapping[str, Any]) -> Any:
+    return tool.get("parameters") or {"type": "object", "properties": {}}
+
+
+def _load_arguments(arguments: Any) -> Any:
+    """The arguments of a tool call: a JSON text (or its pieces), or a map already; what is no JSON stays text."""
+    if isinstance(arguments, list):
+        arguments = "".join(arguments) if all(isinstance(piece, str) for piece in arguments) else arguments[-1]
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        return {}
+    with contextlib.suppress(ParseError):
+        return _load_json(arguments) if isinstance(arguments, str) else arguments
+    return arguments
+
+
+def _tool_call(index: int, id: Any, name: Any, arguments: Any) -> dict[str, Any]:
+    """A call of a CompletionResponse. Raises ValueError for one without a name."""
+    if not (isinstance(name, str) and name):
+        raise ValueError("a tool call without a name")
+    return {"id": str(id or f"call_{index}"), "name": name, "arguments": _load_arguments(arguments)}
+
+
+def _object_schema(schema: Any) -> Any:
+    """A schema for vendors whose answers are maps: those of other values are wrapped under `value`."""
+    if not isinstance(schema, Mapping) or schema.get("type") == "object":
+        return schema
+    inner = {key: value for key, value in schema.items() if key not in ("$defs", "definitions")}
+    outer = {key: value for key, value in schema.items() if key in ("$defs", "definitions")}
+    wrapped = {"type": "object", "properties": {"value": inner}, "required": ["value"], "additionalProperties": False}
+    return {**wrapped, **outer}
+
+
+def _unwrapped(text: str, schema: Any) -> str:
+    """The text of an answer to `_object_schema(schema)` as it would be without the wrapping."""
+    if _object_schema(schema) is not schema:
+        with contextlib.suppress(ParseError):
+            answer = _load_json(text)
+            if isinstance(answer, dict) and list(answer) == ["value"]:
+                return _to_json(answer["value"])
+    return text
+
+
+_STRICT_KEYS = frozenset((
+    "type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "$ref", "$defs", "description", "title",
+))  # fmt: skip
+
+
+def _is_strict(schema: Any) -> bool:
+    """Whether the strict modes of OpenAI and Anthropic take a schema: maps are closed, and nothing in them is optional.
+
+    Sources: platform.openai.com/docs/guides/structured-outputs; docs.anthropic.com/en/docs/build-with-claude/structured-outputs.
+    """
+    if not isinstance(schema, Mapping) or not _STRICT_KEYS.issuperset(schema):
+        return False
+    properties = schema.get("properties", {})
+    if (properties or schema.get("type") == "object") and (
+        schema.get("additionalProperties") is not False or set(schema.get("required", ())) != set(properties)
+    ):
+        return False
+    inner = [*properties.values(), *schema.get("$defs", {}).values(), *schema.get("anyOf", ())]
+    return all(map(_is_strict, inner + [schema["items"]] if "items" in schema else inner))
+
+
+class _ChatCompletions(Provider):
+    """What speaks Chat Completions, or nearly so: messages of role and content, tool calls with arguments as JSON text."""
+
+    CHAT_PATH, EMBED_PATH = "/chat/completions", "/embeddings"
+    FIELDS: Mapping[str, str] = {name: name for name in _TUNING if name != "top_k"}
+    PLACES: Mapping[str, str] = {**Provider.PLACES, "finish_reason": "choices.0.finish_reason"}
+    COUNTS: Mapping[str, tuple[str, ...]] = {
+        "input_tokens": ("usage.prompt_tokens",), "output_tokens": ("usage.completion_tokens",),
+        "total_tokens": ("usage.total_tokens",),
+    }  # fmt: skip
+    STREAM_FIELDS: Mapping[str, Any] = {"stream": True}
+
+    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        system = [{"role": "system", "content": request.system}] if request.system else []
+        messages = system + [self.message(message) for message in request.messages]
+        body: dict[str, Any] = {"model": request.model, "messages": messages, **self.tuned(request)}
+        if request.schema is not None and self.native_schema:
+            body.update(self.schema_fields(request))
+        if request.tools:
+            body["tools"] = [
+                {"type": "function", "function": {**tool, "parameters": _parameters(tool)}} for tool in request.tools
+            ]
+        if request.stream:
+            body.update(self.STREAM_FIELDS)
+        return self.place(self.CHAT_PATH, request.model), body
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        schema = _object_schema(request.schema)
+        shape = {"name": "answer", "schema": schema, **({"strict": True} if _is_strict(schema) else {})}
+        return {"response_format": {"type": "json_schema", "json_schema": shape}}
+
+    def message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        if message["role"] == "tool":
+            return {"role": "tool", "tool_call_id": message["id"], "content": _as_text(message["content"])}
+        if not message.get("tool_calls"):
+            return message
+        calls = [
+            {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": _as_text(call["arguments"])}}
+            for call in message["tool_calls"]
+        ]
+        text = {"content": message["content"]} if message.get("content") else {}
+        return {"role": "assistant", **text, "tool_calls": calls}
+
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        choice = document["choices"][0]
+        self._rest.check({}, choice)  # OpenRouter's errors once the generation began
+        return self.read_message(choice["message"], choice.get("finish_reason"))
+
+    def read_message(self, message: Any, finish: Any) -> dict[str, Any]:
+        """The answer in a message, plain or built by `add_delta`. An answer without a content needs a reason for it."""
+        content, refusal = message.get("content"), message.get("refusal")
+        found = [(call.get("id"), call["function"]) for call in message.get("tool_calls") or ()]
+        calls = [_tool_call(index, id, call["name"], call.get("arguments")) for index, (id, call) in enumerate(found)]
+        if content is None and not (calls or refusal) and str(finish or "stop").lower() in _NORMAL_ENDS - _TRUNCATED:
+            raise ValueError("no content")
+        answer = {"text": _joined_text(content or refusal), "tool_calls": calls}
+        return {**answer, "metadata": {"refusal": True}} if refusal and not content else answer
+
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        document.update({key: event[key] for key in ("id", "model", "usage") if event.get(key)})
+        text = ""
+        for choice in event.get("choices") or ():
+            if choice.get("index", 0) == 0:
+                self._rest.check({}, choice)
+                whole = document.setdefault("choices", [{"message": {}}])[0]
+                text += self.add_delta(whole["message"], choice.get("delta") or {})
+                if choice.get("finish_reason"):
+                    whole["finish_reason"] = document["finished"] = choice["finish_reason"]
+        return text
+
+    def add_delta(self, message: dict[str, Any], delta: Any) -> str:
+        """Adds a piece of a message to the whole; texts and arguments are lists of their pieces. Returns the text."""
+        calls, opened = message.setdefault("tool_calls", []), message.setdefault("opened", {})
+        for part in delta.get("tool_calls") or ():
+            index, function = part.get("index"), part.get("function") or {}
+            call = opened.get(index)
+            if call is None or (function.get("name") and (index is None or part.get("id") not in (None, "", call["id"]))):
+                call = opened[index] = {"id": part.get("id"), "function": {"name": "", "arguments": []}}
+                calls.append(call)
+            call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
+            call["function"]["arguments"] += [function["arguments"]] if function.get("arguments") else []
+        text = ""
+        for field in ("content", "refusal"):
+            if delta.get(field) is not None:
+                text = _joined_text(delta[field])
+                message.setdefault(field, []).append(text)
+        return text
+
+
+def _as_text(value: Any) -> str:
+    """A text as it is, anything else as JSON: what tools return, and the arguments they are called with."""
+    return value if isinstance(value, str) else _to_json(value)
+
+
+class OpenAIProvider(_ChatCompletions):
     """OpenAI: Chat Completions, Responses for the models that only it serves (or `api: responses`), Embeddings.
 
-    Sources: platform.openai.com/docs/api-reference; openai-python 3.54 (`resources/chat/completions.py`, `_base_client.py`).
+    Sources: platform.openai.com/docs/api-reference; openai-python 3.54 (`resources/chat/completions.py`, `_client.py`).
     """
 
     TYPE = "openai"
     BASE_URL = "https://api.openai.com/v1"
-    KEY_VARIABLES: tuple[str, ...] = ("OPENAI_API_KEY",)
-    URL_VARIABLES: tuple[str, ...] = ("OPENAI_BASE_URL",)
+    KEY_VARIABLES, URL_VARIABLES = ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID", "api": None}
-    FIELDS: Mapping[str, str] = _OPENAI_FIELDS
-    _NEW_LIMIT = re.compile(r"(.*/)?(o[1-9]|gpt-[5-9]|codex|computer-use)")  # these refuse max_tokens
+    STREAM_FIELDS: Mapping[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    COUNTS: Mapping[str, tuple[str, ...]] = {  # a document has the names of one of the two interfaces
+        "input_tokens": ("usage.prompt_tokens", "usage.input_tokens"), "total_tokens": ("usage.total_tokens",),
+        "output_tokens": ("usage.completion_tokens", "usage.output_tokens"),
+    }  # fmt: skip
+    _RESPONSES_FIELDS: Mapping[str, str] = {
+        "temperature": "temperature", "top_p": "top_p", "max_tokens": "max_output_tokens", "system": "instructions",
+    }  # fmt: skip
+    _NEW_LIMIT = re.compile(r"(.*/)?(ft:)?(o[1-9]|gpt-[5-9]|codex|computer-use)")  # these refuse max_tokens
     _RESPONSES_ONLY = re.compile(r"(.*/)?(o[1-9]-pro|gpt-[5-9][\w.]*-pro|.*codex|.*deep-research|computer-use)")
 
     def extra_headers(self) -> dict[str, str]:
         named = {"OpenAI-Organization": self.options.get("organization"), "OpenAI-Project": self.options.get("project")}
         return {header: str(value) for header, value in named.items() if value}
 
-    def place(self, path: str, model: str) -> str:
-        """Where a call goes."""
-        return path
-
     def uses_responses(self, request: CompletionRequest) -> bool:
         chosen = self.options.get("api")
         return chosen == "responses" or (chosen is None and bool(self._RESPONSES_ONLY.match(request.model)))
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
         if self.uses_responses(request):
-            return self.place("/responses", request.model), self.responses_body(request)
-        body: dict[str, Any] = {"model": request.model, "messages": self.messages(request), **self.tuned(request)}
-        if "max_tokens" in body and self.TYPE in ("openai", "azure") and self._NEW_LIMIT.match(request.model):
-            body["max_completion_tokens"] = body.pop("max_tokens")
-        if request.schema is not None:
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "schema": request.schema},
-            }
+            return self._RESPONSES_FIELDS
+        limit = "max_completion_tokens" if self._NEW_LIMIT.match(request.model) else "max_tokens"
+        return {**self.FIELDS, "max_tokens": limit}
+
+    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        if not self.uses_responses(request):
+            return super().completion_call(request)
+        items = [item for message in request.messages for item in self.response_items(message)]
+        body: dict[str, Any] = {"model": request.model, "input": items, **self.tuned(request)}
+        if request.schema is not None and self.native_schema:
+            shape = self.schema_fields(request)["response_format"]["json_schema"]
+            body["text"] = {"format": {"type": "json_schema", **shape}}
         if request.tools:
-            body["tools"] = [{"type": "function", "function": tool} for tool in request.tools]
+            body["tools"] = [
+                {"type": "function", "strict": False, **tool, "parameters": _parameters(tool)} for tool in request.tools
+            ]
         if request.stream:
-            body.update(self.stream_fields())
-        return self.place("/chat/completions", request.model), body
+            body["stream"] = True
+        return self.place("/responses", request.model), body
 
-    def stream_fields(self) -> dict[str, Any]:
-        return {"stream": True, "stream_options": {"include_usage": True}}
+    def response_items(self, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """A message as the items of the Responses interface."""
+        if message["role"] == "tool":
+            yield {"type": "function_call_output", "call_id": message["id"], "output": _as_text(message["content"])}
+        elif message.get("content"):
+            yield {"role": message["role"], "content": message["content"]}
+        for call in message.get("tool_calls") or ():
+            named = {"call_id": call["id"], "name": call["name"], "arguments": _as_text(call["arguments"])}
+            yield {"type": "function_call", **named}
 
-    def messages(self, request: CompletionRequest) -> list[dict[str, Any]]:
-        system = [{"role": "system", "content": request.system}] if request.system else []
-        return system + [self.message(message) for message in request.messages]
-
-    def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        if message.get("role") == "tool":
-            return {"role": "tool", "tool_call_id": message["id"], "content": message["content"]}
-        if not message.get("tool_calls"):
-            return message
-        calls = [
-            {
-                "id": call["id"],
-                "type": "function",
-                "function": {"name": call["name"], "arguments": _to_json(call["arguments"])},
-            }
-            for call in message["tool_calls"]
-        ]
-        return {"role": "assistant", "content": message.get("content") or None, "tool_calls": calls}
-
-    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
-        if "output" in document and "choices" not in document:
-            return self.read_responses(document)
-        choice, usage = document["choices"][0], document.get("usage") or {}
-        message, finish = choice["message"], choice.get("finish_reason")
-        calls = message.get("tool_calls") or ()
-        calls = [_openai_tool_call(call) for call in (calls.values() if isinstance(calls, dict) else calls)]
-        content, refusal = message.get("content"), message.get("refusal")
-        if content is None and not (calls or refusal or finish in ("content_filter", "length")):
-            raise ValueError("no content")
-        return CompletionResponse(
-            _joined_text(content or refusal), str(document.get("model") or ""), _count(usage.get("prompt_tokens")),
-            _count(usage.get("completion_tokens")), finish, document.get("id"), calls,
-            {"refusal": True} if refusal and not content else None, _count(usage.get("total_tokens")),
-        )  # fmt: skip
-
-    def merge(self, document: dict[str, Any], event: Any) -> str:
-        if str(event.get("type", "")).startswith("response."):
-            return self.merge_responses(document, event)
-        document.setdefault("choices", [{"message": {"content": None, "tool_calls": {}}, "finish_reason": None}])
-        for key in ("id", "model", "usage"):
-            if event.get(key):
-                document[key] = event[key]
-        if not event.get("choices"):
-            return ""
-        whole, choice = document["choices"][0], event["choices"][0]
-        delta, message = choice.get("delta") or {}, whole["message"]
-        if choice.get("finish_reason"):
-            whole["finish_reason"] = document["finished"] = choice["finish_reason"]
-        for call in delta.get("tool_calls") or ():
-            known = message["tool_calls"].setdefault(
-                call.get("index", len(message["tool_calls"])), {"function": {"arguments": ""}}
-            )
-            known["id"] = call.get("id") or known.get("id")
-            function = call.get("function") or {}
-            known["function"]["name"] = function.get("name") or known["function"].get("name")
-            arguments = function.get("arguments") or ""
-            known["function"]["arguments"] += arguments if isinstance(arguments, str) else _to_json(arguments)
-        for field in ("content", "refusal"):
-            if delta.get(field) is not None:
-                piece = _joined_text(delta[field])
-                message[field] = message.get(field) or []
-                message[field].append(piece)
-                return piece
-        return ""
-
-    # Responses
-
-    def responses_body(self, request: CompletionRequest) -> dict[str, Any]:
-        items: list[dict[str, Any]] = []
-        for message in request.messages:
-            if message.get("role") == "tool":
-                items.append({"type": "function_call_output", "call_id": message["id"], "output": message["content"]})
-                continue
-            if message.get("content"):
-                items.append({"role": message["role"], "content": message["content"]})
-            for call in message.get("tool_calls") or ():
-                named = {"call_id": call["id"], "name": call["name"], "arguments": _to_json(call["arguments"])}
-                items.append({"type": "function_call", **named})
-        body: dict[str, Any] = {"model": request.model, "input": items}
-        settings: dict[str, Any] = {"instructions": request.system, "max_output_tokens": request.max_tokens}
-        settings.update(temperature=request.temperature, top_p=request.top_p, stream=request.stream or None)
-        body.update({name: value for name, value in settings.items() if value is not None})
-        if request.schema is not None:
-            body["text"] = {"format": {"type": "json_schema", "name": "answer", "schema": request.schema}}
-        if request.tools:
-            body["tools"] = [{"type": "function", **tool} for tool in request.tools]
-        return body
-
-    def read_responses(self, document: Any) -> CompletionResponse:
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        if "choices" in document or "output" not in document:
+            return super().read(document, request)
         if document.get("status") == "failed":
-            raise self._rest.error(None, {}, {"error": document.get("error") or "the response failed"}, "")
+            raise self._rest.error(None, {}, {"error": "the response failed"}, "")
         parts = [part for item in document["output"] if item["type"] == "message" for part in item["content"]]
-        calls = [
-            {"id": item["call_id"], "name": item["name"], "arguments": _load_arguments(item["arguments"])}
-            for item in document["output"] if item["type"] == "function_call"
-        ]  # fmt: skip
-        texts = [part["text"] if part["type"] == "output_text" else part.get("refusal", "") for part in parts]
+        found = [item for item in document["output"] if item["type"] == "function_call"]
+        calls = [_tool_call(index, item["call_id"], item["name"], item["arguments"]) for index, item in enumerate(found)]
+        text = _joined_text([part["text"] if part["type"] == "output_text" else part.get("refusal", "") for part in parts])
         reason = (document.get("incomplete_details") or {}).get("reason")
         finish = {"max_output_tokens": "length", None: "tool_calls" if calls else "stop"}.get(reason, reason)
-        usage = document.get("usage") or {}
-        return CompletionResponse(
-            _joined_text(texts), str(document.get("model") or ""), _count(usage.get("input_tokens")),
-            _count(usage.get("output_tokens")), finish, document.get("id"), calls,
-        )  # fmt: skip
+        refusal = {"refusal": True} if any(part["type"] == "refusal" for part in parts) else None
+        return {"text": text, "tool_calls": calls, "finish_reason": str(finish), "metadata": refusal}
 
-    def merge_responses(self, document: dict[str, Any], event: Any) -> str:
-        if event["type"] == "response.output_text.delta":
-            return str(event["delta"])
-        if event["type"] in ("response.completed", "response.incomplete", "response.failed"):
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        kind = str(event.get("type", ""))
+        if not kind.startswith("response."):
+            return super().merge(document, event)
+        document["begun"] = True
+        if kind in ("response.completed", "response.incomplete", "response.failed"):
             document.update(event["response"], done=True)
-        return ""
-
-    # Embeddings
-
-    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        dimensions = {} if request.dimensions is None else {"dimensions": request.dimensions}
-        return self.place("/embeddings", request.model), {"model": request.model, "input": request.input, **dimensions}
-
-
-def _load_arguments(text: Any) -> Any:
-    """The arguments of a tool call: a JSON text, or a map already; what is no JSON stays text, for the error it gets."""
-    if not isinstance(text, str):
-        return text
-    try:
-        return _load_json(text) if text.strip() else {}
-    except ParseError:
-        return text
-
-
-def _openai_tool_call(call: Any) -> dict[str, Any]:
-    function = call["function"]
-    return {
-        "id": call.get("id") or function["name"],
-        "name": function["name"],
-        "arguments": _load_arguments(function["arguments"]),
-    }
+        return str(event["delta"]) if kind in ("response.output_text.delta", "response.refusal.delta") else ""
 
 
 class OpenAICompatibleProvider(OpenAIProvider):
@@ -5265,19 +5372,26 @@ class OpenAICompatibleProvider(OpenAIProvider):
     TYPE = "openai_compatible"
     BASE_URL = "http://localhost:8000/v1"
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_COMPATIBLE_API_KEY",), ("OPENAI_COMPATIBLE_BASE_URL",)
+    NEEDS_KEY = False
     OPTIONS: Mapping[str, str | None] = {"api": None, "structured": None}
-    FIELDS: Mapping[str, str] = {**_OPENAI_FIELDS, "top_k": "top_k"}
-
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        return super().missing_settings(settings) if cls.TYPE != "openai_compatible" else ""
+    FIELDS: Mapping[str, str] = {name: name for name in _TUNING}
 
     def uses_responses(self, request: CompletionRequest) -> bool:
         return self.options.get("api") == "responses"
 
+    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
+        return self._RESPONSES_FIELDS if self.uses_responses(request) else self.FIELDS
+
     @property
     def native_schema(self) -> bool:  # type: ignore[override]
         return self.options.get("structured") != "instructions"
+
+
+def _service(kind: str, base_url: str, prefix: str) -> type[Provider]:
+    """A service that speaks Chat Completions, with the variables that its SDK reads."""
+    settings = {"KEY_VARIABLES": (f"{kind.upper()}_API_KEY",), "URL_VARIABLES": (f"{kind.upper()}_BASE_URL",)}
+    facts = {"TYPE": kind, "BASE_URL": base_url, "PREFIX": prefix, "NEEDS_KEY": True, "__doc__": f"{base_url}{prefix}"}
+    return type(f"{kind.title()}Provider", (OpenAICompatibleProvider,), {**facts, **settings})
 
 
 class AzureOpenAIProvider(OpenAIProvider):
@@ -5289,490 +5403,390 @@ class AzureOpenAIProvider(OpenAIProvider):
     TYPE = "azure"
     KEY_VARIABLES, URL_VARIABLES = ("AZURE_OPENAI_API_KEY",), ("AZURE_OPENAI_ENDPOINT",)
     OPTIONS: Mapping[str, str | None] = {
-        "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None
+        "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None,
     }  # fmt: skip
-    KEY_HEADER = ("api-key", "")
+    TOKEN_OPTION, KEY_HEADER = "ad_token", ("api-key", "")
 
     @classmethod
     def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        if not settings.get("base_url"):
-            return "AZURE_OPENAI_ENDPOINT"
-        return "" if settings.get("ad_token") else super().missing_settings(settings)
+        return super().missing_settings(settings) if settings.get("base_url") else "AZURE_OPENAI_ENDPOINT"
 
-    def extra_headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.options['ad_token']}"} if self.options["ad_token"] else {}
+    def address(self, base_url: str) -> tuple[str, str]:
+        return re.sub(r"/openai(/v1)?$", "", base_url), "/openai"
 
     def place(self, path: str, model: str) -> str:
-        version, below = self.options["api_version"], "" if self.base_url.endswith("/openai") else "/openai"
-        if self.base_url.endswith("/openai/v1"):
-            return path
-        if not version or version in ("v1", "latest", "preview") or path == "/responses":
-            return f"{below}/v1{path}"
+        version = str(self.options["api_version"] or "v1")
+        if version in ("v1", "latest", "preview"):
+            return f"/v1{path}" + ("?api-version=preview" if version == "preview" else "")
         from urllib.parse import quote
 
-        deployment = quote(str(self.options["deployment"] or model), safe="")
-        return f"{below}/deployments/{deployment}{path}?api-version={quote(str(version), safe='')}"
+        deployment = f"/deployments/{quote(str(self.options['deployment'] or model), safe='')}"
+        return f"{'' if path == '/responses' else deployment}{path}?api-version={quote(version, safe='')}"
 
 
-class MistralProvider(OpenAIProvider):
+class MistralProvider(_ChatCompletions):
     """Mistral. Sources: docs.mistral.ai/api; mistralai 3.7 (`models/chatcompletionrequest.py`)."""
 
     TYPE = "mistral"
-    BASE_URL = "https://api.mistral.ai"
+    BASE_URL, PREFIX = "https://api.mistral.ai", "/v1"
     KEY_VARIABLES, URL_VARIABLES = ("MISTRAL_API_KEY",), ("MISTRAL_BASE_URL",)
-    OPTIONS: Mapping[str, str | None] = {}
-    FIELDS: Mapping[str, str] = {**_OPENAI_FIELDS, "seed": "random_seed"}
+    FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "seed": "random_seed"}
+    EMBED_FIELDS: Mapping[str, str] = {"model": "model", "input": "input", "dimensions": "output_dimension"}
 
-    def place(self, path: str, model: str) -> str:
-        return self.path(f"/v1{path}")
 
-    def uses_responses(self, request: CompletionRequest) -> bool:
-        return False
+class CohereProvider(_ChatCompletions):
+    """Cohere v2 chat and embed. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
 
-    def stream_fields(self) -> dict[str, Any]:
-        return {"stream": True}
+    TYPE = "cohere"
+    BASE_URL, PREFIX = "https://api.cohere.com", "/v2"
+    CHAT_PATH, EMBED_PATH = "/chat", "/embed"
+    KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
+    FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
+    PLACES: Mapping[str, str] = {"request_id": "id", "finish_reason": "finish_reason"}
+    COUNTS: Mapping[str, tuple[str, ...]] = {
+        "input_tokens": ("usage.tokens.input_tokens",), "output_tokens": ("usage.tokens.output_tokens",),
+    }  # fmt: skip
+    EMBED_FIELDS: Mapping[str, str] = {
+        "model": "model", "input": "texts", "dimensions": "output_dimension", "input_type": "input_type",
+    }  # fmt: skip
+    INPUT_TYPES: Mapping[str, str] = {"query": "search_query", "document": "search_document"}
+    VECTORS, EMBED_TOKENS = "embeddings.float", ("meta.billed_units.input_tokens",)
+    max_batch = 96
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        if request.tools:  # which Cohere does not combine with a schema
+            return {}
+        return {"response_format": {"type": "json_object", "json_schema": _object_schema(request.schema)}}
+
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        return self.read_message(document["message"], document.get("finish_reason"))
+
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        message = document.setdefault("message", {})
+        kind, delta = event["type"], event.get("delta") or {}
+        part = delta.get("message") or {}
+        if kind == "message-start":
+            document["id"] = event.get("id")
+        elif kind == "message-end":
+            document.update(delta, done=True)
+        elif kind == "content-delta" and part["content"].get("text") is not None:  # not the text of its thinking
+            return self.add_delta(message, {"content": part["content"]["text"]})
+        elif kind in ("tool-call-start", "tool-call-delta"):
+            self.add_delta(message, {"tool_calls": [{"index": event.get("index", 0), **part["tool_calls"]}]})
+        return ""
 
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
         path, body = super().embedding_call(request)
-        if "dimensions" in body:
-            body["output_dimension"] = body.pop("dimensions")
-        return path, body
+        return path, {"input_type": "search_document", "embedding_types": ["float"], **body}
+
+
+class OllamaProvider(_ChatCompletions):
+    """Ollama's own API, which needs no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
+
+    TYPE = "ollama"
+    BASE_URL, PREFIX = "http://127.0.0.1:11434", "/api"
+    CHAT_PATH, EMBED_PATH = "/chat", "/embed"
+    KEY_VARIABLES, URL_VARIABLES = ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
+    NEEDS_KEY = False
+    FIELDS: Mapping[str, str] = {name: f"options.{'num_predict' if name == 'max_tokens' else name}" for name in _TUNING}
+    PLACES: Mapping[str, str] = {"model": "model", "finish_reason": "done_reason"}
+    COUNTS: Mapping[str, tuple[str, ...]] = {"input_tokens": ("prompt_eval_count",), "output_tokens": ("eval_count",)}
+    VECTORS, EMBED_TOKENS = "embeddings", ("prompt_eval_count",)
+    PLAIN_LINES, OBJECT_SCHEMAS = True, False
+
+    def address(self, base_url: str) -> tuple[str, str]:
+        """OLLAMA_HOST is a host, host:port or URL; 0.0.0.0 is where a server listens, not where it is."""
+        scheme, _, rest = base_url.rpartition("://")
+        host, slash, path = rest.replace("0.0.0.0", "127.0.0.1", 1).partition("/")
+        host = f"127.0.0.1{host}" if host[:1] in ("", ":") else host
+        port = "" if scheme or re.search(r":\d+$", host) else ":11434"
+        return super().address(f"{scheme or 'http'}://{host}{port}{slash}{path}".rstrip("/"))
+
+    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        path, body = super().completion_call(request)
+        return path, {**body, "stream": request.stream}  # which is true where it is not said
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        return {"format": request.schema}
+
+    def message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        if message["role"] == "tool":
+            return {"role": "tool", "tool_name": message["name"], "content": _as_text(message["content"])}
+        if isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            return message
+        calls = [
+            {"function": {"name": call["name"], "arguments": call["arguments"]}} for call in message.get("tool_calls") or ()
+        ]
+        whole = {"role": message["role"], "content": _joined_text(message.get("content"))}
+        return {**whole, "tool_calls": calls} if calls else whole
+
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        return self.read_message(document["message"], document.get("done_reason"))
+
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        message = document.setdefault("message", {})
+        document.update({key: value for key, value in event.items() if key != "message"})
+        return self.add_delta(message, event.get("message") or {})
 
 
 class VoyageProvider(Provider):
-    """Voyage embeddings. Sources: docs.voyageai.com/reference/embeddings-api; voyageai 0.5 (`client.py`)."""
+    """Voyage embeddings; keys that begin with al- are those of MongoDB Atlas.
+
+    Sources: docs.voyageai.com/reference/embeddings-api; voyageai 0.5 (`client.py`, `util.py`).
+    """
 
     TYPE = "voyage"
-    BASE_URL = "https://api.voyageai.com"
+    BASE_URL, PREFIX = "https://api.voyageai.com", "/v1"
+    EMBED_PATH = "/embeddings"
     KEY_VARIABLES = ("VOYAGE_API_KEY",)
+    EMBED_FIELDS: Mapping[str, str] = {
+        "model": "model", "input": "input", "dimensions": "output_dimension", "input_type": "input_type",
+    }  # fmt: skip
+    EMBED_TOKENS = ("usage.total_tokens",)
     max_batch = 128
 
-    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        named = {"input_type": request.input_type, "output_dimension": request.dimensions}
-        body = {"model": request.model, "input": request.input}
-        return self.path("/v1/embeddings"), {
-            **body,
-            **{name: value for name, value in named.items() if value is not None},
-        }
+    def default_url(self, key: str) -> str:
+        return "https://ai.mongodb.com" if key.startswith("al-") else self.BASE_URL
 
 
 class AnthropicProvider(Provider):
     """Anthropic Messages. `anthropic_version` 2023-06-01 by default: later ones refuse temperature, top_p and top_k,
-    which are then left out. A schema is a tool that the model is made to call.
+    which are then left out. A schema that the strict mode does not take is a tool that the model is made to call.
 
     Sources: docs.anthropic.com/en/api/messages, /api/errors, /api/versioning; anthropic-sdk-python 2.12.
     """
 
     TYPE = "anthropic"
-    BASE_URL = "https://api.anthropic.com"
+    BASE_URL, PREFIX = "https://api.anthropic.com", "/v1"
     KEY_VARIABLES, URL_VARIABLES = ("ANTHROPIC_API_KEY",), ("ANTHROPIC_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {
-        "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS"
+        "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS",
     }  # fmt: skip
+    TOKEN_OPTION, KEY_HEADER = "auth_token", ("x-api-key", "")
     FIELDS: Mapping[str, str] = {
-        "temperature": "temperature", "max_tokens": "max_tokens", "top_p": "top_p", "top_k": "top_k", "stop": "stop_sequences"
+        "temperature": "temperature", "max_tokens": "max_tokens", "top_p": "top_p", "top_k": "top_k", "stop": "stop_sequences",
     }  # fmt: skip
-    KEY_HEADER = ("x-api-key", "")
+    PLACES: Mapping[str, str] = {**Provider.PLACES, "finish_reason": "stop_reason"}
+    COUNTS: Mapping[str, tuple[str, ...]] = {
+        "input_tokens": tuple(f"usage.{kind}input_tokens" for kind in ("", "cache_creation_", "cache_read_")),
+        "output_tokens": ("usage.output_tokens",),
+    }
     _DEFAULT_MAX_TOKENS = 4096
-
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        return "" if settings.get("auth_token") else super().missing_settings(settings)
+    _ANSWER_TOOL = "give_answer"
 
     def version(self) -> str:
         return str(self.options["anthropic_version"] or "2023-06-01")
 
     def extra_headers(self) -> dict[str, str]:
-        headers = {"anthropic-version": self.version()}
-        if self.options["auth_token"]:
-            headers["Authorization"] = f"Bearer {self.options['auth_token']}"
-        for line in str(self.options["custom_headers"] or "").splitlines():
-            name, colon, value = line.partition(":")
-            if colon:
-                headers[name.strip()] = value.strip()
-        return headers
+        lines = [line.partition(":") for line in str(self.options["custom_headers"] or "").splitlines()]
+        custom = {header.strip(): value.strip() for header, colon, value in lines if colon}
+        return {"anthropic-version": self.version(), **custom}
+
+    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
+        removed = ("temperature", "top_p", "top_k") if self.version() >= "2026-10-21" else ()
+        return {name: place for name, place in self.FIELDS.items() if name not in removed}
 
     def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
         system, messages = _system_apart(request)
         body = {"model": request.model, "max_tokens": self._DEFAULT_MAX_TOKENS, **self.tuned(request)}
-        if self.version() >= "2026-10-21":
-            for name in ("temperature", "top_p", "top_k"):
-                body.pop(name, None)
-        body["messages"] = _merged_roles([self.message(message) for message in messages])
-        if system:
-            body["system"] = system
+        body["messages"] = _merged_turns(map(self.message, messages), "content")
+        body.update({"system": system} if system else {})
         tools = [
-            {"name": tool["name"], "description": tool.get("description", ""), "input_schema": tool["parameters"]}
+            {"name": tool["name"], "description": tool.get("description", ""), "input_schema": _parameters(tool)}
             for tool in request.tools or ()
         ]
-        if request.schema is not None and not tools:
-            tools = [
-                {"name": "answer", "description": "Gives the answer.", "input_schema": _object_schema(request.schema)}
-            ]
-            body["tool_choice"] = {"type": "tool", "name": "answer"}
-        if tools:
-            body["tools"] = tools
-        if request.stream:
-            body["stream"] = True
-        return self.path("/v1/messages"), body
+        if request.schema is not None:
+            schema = _object_schema(request.schema)
+            if _is_strict(schema):
+                body["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
+            else:
+                forced = {"type": "any"} if tools else {"type": "tool", "name": self._ANSWER_TOOL}
+                tools.append({"name": self._ANSWER_TOOL, "description": "Gives the answer.", "input_schema": schema})
+                body["tool_choice"] = forced
+        body.update({"tools": tools} if tools else {})
+        body.update({"stream": True} if request.stream else {})
+        return self.place("/messages", request.model), body
 
-    def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        if message.get("role") == "tool":
-            result = {"type": "tool_result", "tool_use_id": message["id"], "content": message["content"]}
-            return {"role": "user", "content": [{**result, "is_error": True} if message.get("failed") else result]}
+    def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        if message["role"] == "tool":
+            result = {"type": "tool_result", "tool_use_id": message["id"], "content": _as_text(message["content"])}
+            return {"role": "user", "content": [{**result, "is_error": True} if message.get("is_error") else result]}
         if not message.get("tool_calls"):
-            return message
+            return dict(message)
+        thinking = [block for call in message["tool_calls"] for block in call.get("thinking") or ()]
         text = [{"type": "text", "text": message["content"]}] if message.get("content") else []
         calls = [
-            {
-                "type": "tool_use",
-                "id": call["id"],
-                "name": call["name"],
-                "input": call["arguments"] if isinstance(call["arguments"], dict) else {},
-            }
+            {"type": "tool_use", "id": call["id"], "name": call["name"],
+             "input": call["arguments"] if isinstance(call["arguments"], dict) else {}}
             for call in message["tool_calls"]
-        ]
-        return {"role": "assistant", "content": [*text, *calls]}
-
-    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
-        blocks, usage, finish = document["content"], document.get("usage") or {}, document.get("stop_reason")
-        text = "".join(_joined_text(block["text"]) for block in blocks if block["type"] == "text")
-        calls = [
-            {"id": block["id"], "name": block["name"], "arguments": _load_arguments(block.get("partial") or block["input"])}
-            for block in blocks if block["type"] == "tool_use"
         ]  # fmt: skip
-        if request.schema is not None and not request.tools and calls and calls[0]["name"] == "answer":
-            answer = calls[0]["arguments"]
-            answer = (
-                answer["value"]
-                if _object_schema(request.schema) is not request.schema and isinstance(answer, dict)
-                else answer
-            )
-            text, calls, finish = (
-                _to_json(answer) if not isinstance(answer, str) else answer,
-                [],
-                "end_turn" if finish == "tool_use" else finish,
-            )
-        parts = [
-            _count(usage.get(name))
-            for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-        ]
-        spent = sum(count for count in parts if count) if parts[0] is not None else None
-        model = str(document.get("model") or "")
-        return CompletionResponse(
-            text, model, spent, _count(usage.get("output_tokens")), finish, document.get("id"), calls
-        )
+        return {"role": "assistant", "content": [*thinking, *text, *calls]}
+
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        blocks = document["content"]
+        text = "".join(_joined_text(block["text"]) for block in blocks if block["type"] == "text")
+        found = [block for block in blocks if block["type"] == "tool_use"]
+        calls = [_tool_call(index, block["id"], block["name"], block["input"]) for index, block in enumerate(found)]
+        answers = [call for call in calls if request.schema is not None and call["name"] == self._ANSWER_TOOL]
+        if answers and len(answers) == len(calls):
+            return {"text": _as_text(answers[0]["arguments"]), "finish_reason": "end_turn"}
+        calls = [call for call in calls if call not in answers]
+        thinking = [block for block in blocks if block["type"] in ("thinking", "redacted_thinking")]
+        if calls and thinking:  # which the next request has to repeat
+            calls[0]["thinking"] = thinking
+        return {"text": text, "tool_calls": calls}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
         kind = event["type"]
         if kind == "message_start":
             document.update(event["message"], content=[])
         elif kind == "content_block_start":
-            document["content"].append({**event["content_block"], "text": [event["content_block"].get("text", "")]})
+            document["content"].append({**event["content_block"], "pieces": {}})
         elif kind == "content_block_delta":
-            block, delta = document["content"][event["index"]], event["delta"]
-            if delta["type"] == "text_delta":
-                block["text"].append(delta["text"])
-                return str(delta["text"])
-            if delta["type"] == "input_json_delta":
-                block["partial"] = block.get("partial", "") + delta["partial_json"]
+            pieces = document["content"][event["index"]]["pieces"]
+            for field, piece in event["delta"].items():
+                if field != "type" and isinstance(piece, str):
+                    pieces.setdefault(field, []).append(piece)
+            return str(event["delta"].get("text", ""))
         elif kind == "message_delta":
             document["stop_reason"] = event["delta"].get("stop_reason")
             document["usage"] = {**(document.get("usage") or {}), **(event.get("usage") or {})}
         elif kind == "message_stop":
             document["done"] = True
+            for block in document["content"]:
+                for field, texts in block.pop("pieces").items():
+                    block[field] = (block.get(field) or "") + "".join(texts)
+                if "partial_json" in block:
+                    block["input"] = _load_arguments(block.pop("partial_json"))
         return ""
 
 
-def _merged_roles(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages in which neighbours of one role that hold tool results are one message, as Anthropic wants them."""
-    merged: list[dict[str, Any]] = []
-    for message in messages:
-        lists = merged and isinstance(message["content"], list) and isinstance(merged[-1]["content"], list)
-        if lists and merged[-1]["role"] == message["role"]:
-            merged[-1] = {**message, "content": [*merged[-1]["content"], *message["content"]]}
-        else:
-            merged.append(message)
-    return merged
-
-
-def _object_schema(schema: Any) -> Any:
-    """A schema for the input of a tool, which has to be a map: others are wrapped under `value`."""
-    if isinstance(schema, Mapping) and schema.get("type") == "object":
-        return schema
-    return {"type": "object", "properties": {"value": schema}, "required": ["value"]}
-
-
 class GeminiProvider(Provider):
-    """Google Gemini generateContent. `api_version` is v1 unless set (beta: v1beta).
+    """Google Gemini generateContent. `api_version` is v1 unless set (beta: v1beta), or the base URL ends with one.
 
     Sources: ai.google.dev/api/generate-content, /api/embeddings; google-genai 3.4 (`models.py`, `_api_client.py`).
     """
 
     TYPE = "gemini"
     BASE_URL = "https://generativelanguage.googleapis.com"
+    EMBED_PATH = "batchEmbedContents"
     KEY_VARIABLES, URL_VARIABLES = ("GOOGLE_API_KEY", "GEMINI_API_KEY"), ("GOOGLE_GEMINI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"api_version": "GOOGLE_GENAI_API_VERSION"}
-    FIELDS: Mapping[str, str] = {
-        name: f"generationConfig.{place}"
-        for name, place in (
-            ("temperature", "temperature"), ("max_tokens", "maxOutputTokens"), ("top_p", "topP"), ("top_k", "topK"),
-            ("stop", "stopSequences"), ("seed", "seed"), ("frequency_penalty", "frequencyPenalty"),
-            ("presence_penalty", "presencePenalty"),
-        )
-    }  # fmt: skip
     KEY_HEADER = ("x-goog-api-key", "")
+    FIELDS: Mapping[str, str] = {
+        "temperature": "generationConfig.temperature", "max_tokens": "generationConfig.maxOutputTokens",
+        "top_p": "generationConfig.topP", "top_k": "generationConfig.topK", "stop": "generationConfig.stopSequences",
+        "seed": "generationConfig.seed", "frequency_penalty": "generationConfig.frequencyPenalty",
+        "presence_penalty": "generationConfig.presencePenalty",
+    }  # fmt: skip
+    PLACES: Mapping[str, str] = {
+        "model": "modelVersion", "request_id": "responseId", "finish_reason": "candidates.0.finishReason",
+    }  # fmt: skip
+    COUNTS: Mapping[str, tuple[str, ...]] = {
+        "input_tokens": ("usageMetadata.promptTokenCount",), "total_tokens": ("usageMetadata.totalTokenCount",),
+        "output_tokens": ("usageMetadata.candidatesTokenCount", "usageMetadata.thoughtsTokenCount"),
+    }  # fmt: skip
+    INPUT_TYPES: Mapping[str, str] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}
+    VECTORS, OBJECT_SCHEMAS = "embeddings", False
     max_batch = 100
 
-    def place(self, model: str, method: str) -> str:
+    def address(self, base_url: str) -> tuple[str, str]:
+        version = str(self.options["api_version"] or "v1")
+        found = re.search(r"/v\d\w*$", base_url)
+        return base_url[: found.start()] if found else base_url, found[0] if found else f"/{'v1beta' if version == 'beta' else version}"
+
+    def place(self, path: str, model: str) -> str:
         from urllib.parse import quote
 
-        version = {"beta": "v1beta", None: "v1"}.get(self.options["api_version"], self.options["api_version"])
-        version = "" if re.search(r"/v\d\w*$", self.base_url) else f"/{version}"
-        return f"{version}/{quote(model if '/' in model else f'models/{model}', safe='/')}:{method}"
+        return f"/{quote(self.full_name(model), safe='/')}:{path}"
+
+    def full_name(self, model: str) -> str:
+        return model if "/" in model else f"models/{model}"
 
     def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
         system, messages = _system_apart(request)
-        body: dict[str, Any] = {"contents": _merged_parts(map(self.message, messages)), **self.tuned(request)}
+        names = {  # of calls that the vendor gave an id
+            call["id"] for message in messages for call in message.get("tool_calls") or ()
+            if _dig(call, "part.functionCall.id")
+        }  # fmt: skip
+        contents = _merged_turns([self.message(message, names) for message in messages], "parts")
+        body: dict[str, Any] = {"contents": contents, **self.tuned(request)}
         if system:
             body["systemInstruction"] = {"parts": [{"text": system}]}
         if request.schema is not None:
             shape = {"responseMimeType": "application/json", "responseJsonSchema": request.schema}
             body["generationConfig"] = {**body.get("generationConfig", {}), **shape}
         if request.tools:
-            named = ("name", "description")
             functions = [
-                {**{key: tool[key] for key in named if tool.get(key)}, "parametersJsonSchema": tool["parameters"]}
+                {"name": tool["name"], "description": tool.get("description", ""), "parametersJsonSchema": _parameters(tool)}
                 for tool in request.tools
             ]
             body["tools"] = [{"functionDeclarations": functions}]
-        return self.place(request.model, "streamGenerateContent?alt=sse" if request.stream else "generateContent"), body
+        return self.place("streamGenerateContent?alt=sse" if request.stream else "generateContent", request.model), body
 
-    def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        if message.get("role") == "tool":
-            answer = {"error" if message.get("failed") else "result": message["content"]}
-            return {"role": "user", "parts": [{"functionResponse": {"name": message["name"], "response": answer}}]}
-        content = message.get("content")
-        parts = [{"text": content}] if isinstance(content, str) and content else []
-        if isinstance(content, list):
-            parts = [
-                {"text": part} if isinstance(part, str) else {key: part[key] for key in part if key != "type"}
-                for part in content
-            ]
+    def message(self, message: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+        if message["role"] == "tool":
+            answer = {"error" if message.get("is_error") else "output": message["content"]}
+            named = {"id": message["id"]} if message["id"] in names else {}
+            result = {**named, "name": message["name"], "response": answer}
+            return {"role": "user", "parts": [{"functionResponse": result}]}
+        content = message.get("content") or []
+        parts = [
+            {"text": part} if isinstance(part, str) else {key: part[key] for key in part if key != "type"}
+            for part in ([content] if isinstance(content, str) else content)
+        ]
         parts += [
-            call.get("wire") or {"functionCall": {"name": call["name"], "args": call["arguments"]}}
+            call.get("part") or {"functionCall": {"name": call["name"], "args": call["arguments"]}}
             for call in message.get("tool_calls") or ()
         ]
-        return {"role": "model" if message.get("role") == "assistant" else "user", "parts": parts}
+        return {"role": "model" if message["role"] == "assistant" else "user", "parts": parts}
 
-    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
-        usage, feedback = document.get("usageMetadata") or {}, document.get("promptFeedback") or {}
-        blocked = not document.get("candidates") and feedback.get("blockReason")
-        candidate: Any = {"finishReason": "SAFETY"} if blocked else document["candidates"][0]
-        parts = (candidate.get("content") or {}).get("parts") or []
-        finish = candidate.get("finishReason")
-        if not parts and finish in (None, "STOP") and "content" not in candidate:
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        blocked = not document.get("candidates") and _dig(document, "promptFeedback.blockReason")
+        candidate: Any = {"finishReason": blocked} if blocked else document["candidates"][0]
+        parts, finish = (candidate.get("content") or {}).get("parts") or [], candidate.get("finishReason")
+        if finish in (None, "STOP") and "content" not in candidate:
             raise ValueError("no content")
-        text = "".join(part["text"] for part in parts if "text" in part and not part.get("thought"))
+        found = [(part, part["functionCall"]) for part in parts if "functionCall" in part]
         calls = [
-            {"id": part["functionCall"].get("id") or f"call_{index}", "name": part["functionCall"]["name"],
-             "arguments": part["functionCall"].get("args") or {}, "wire": part}
-            for index, part in enumerate(parts) if "functionCall" in part
-        ]  # fmt: skip
-        written = [_count(usage.get(name)) for name in ("candidatesTokenCount", "thoughtsTokenCount")]
-        return CompletionResponse(
-            text, str(document.get("modelVersion") or ""), _count(usage.get("promptTokenCount")),
-            sum(count or 0 for count in written) if usage else None, finish, document.get("responseId"), calls,
-            None, _count(usage.get("totalTokenCount")),
-        )  # fmt: skip
+            {**_tool_call(index, call.get("id"), call["name"], call.get("args")), "part": part}  # for its signature
+            for index, (part, call) in enumerate(found)
+        ]
+        answer = {"text": self.text_of(parts), "tool_calls": calls}
+        return {**answer, "finish_reason": str(blocked)} if blocked else answer
+
+    def text_of(self, parts: list[Any]) -> str:
+        return "".join(part["text"] for part in parts if "text" in part and not part.get("thought"))
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
         event = event[0] if isinstance(event, list) else event
-        candidates = event.get("candidates") or []
         document.update({key: value for key, value in event.items() if key != "candidates"})
-        if (event.get("promptFeedback") or {}).get("blockReason"):
-            document["finished"] = True
+        document["finished"] = document.get("finished") or _dig(event, "promptFeedback.blockReason")
         text = ""
-        for candidate in candidates[:1]:
-            whole = document.setdefault("candidates", [{"content": {"parts": []}}])[0]
-            parts = (candidate.get("content") or {}).get("parts") or []
-            whole["content"]["parts"] += parts
-            if candidate.get("finishReason"):
-                whole["finishReason"] = document["finished"] = candidate["finishReason"]
-            text += "".join(part["text"] for part in parts if "text" in part and not part.get("thought"))
+        for candidate in event.get("candidates") or ():
+            if candidate.get("index", 0) == 0:
+                whole = document.setdefault("candidates", [{"content": {"parts": []}}])[0]
+                parts = (candidate.get("content") or {}).get("parts") or []
+                whole["content"]["parts"] += parts
+                text += self.text_of(parts)
+                if candidate.get("finishReason"):
+                    whole["finishReason"] = document["finished"] = candidate["finishReason"]
         return text
 
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        named: dict[str, Any] = {"model": request.model if "/" in request.model else f"models/{request.model}"}
-        if request.input_type:
-            named["taskType"] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}.get(
-                request.input_type, request.input_type
-            )
-        if request.dimensions is not None:
-            named["outputDimensionality"] = request.dimensions
+        kind = self.INPUT_TYPES.get(request.input_type or "", request.input_type)
+        named = {"model": self.full_name(request.model), "taskType": kind, "outputDimensionality": request.dimensions}
+        named = {name: value for name, value in named.items() if value is not None}
         requests = [{**named, "content": {"parts": [{"text": text}]}} for text in request.input]
-        return self.place(request.model, "batchEmbedContents"), {"requests": requests}
-
-    def read_embeddings(self, document: Any) -> tuple[list[list[float]], int | None]:
-        return [entry["values"] for entry in document["embeddings"]], None
-
-
-def _merged_parts(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages in which neighbours of one role are one message, as Gemini wants the answers to several tool calls."""
-    merged: list[dict[str, Any]] = []
-    for message in messages:
-        if merged and merged[-1]["role"] == message["role"] and "functionResponse" in (message["parts"] or [{}])[0]:
-            merged[-1] = {**message, "parts": [*merged[-1]["parts"], *message["parts"]]}
-        else:
-            merged.append(message)
-    return merged
-
-
-class CohereProvider(OpenAIProvider):
-    """Cohere v2 chat and embed. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
-
-    TYPE = "cohere"
-    BASE_URL = "https://api.cohere.com"
-    KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
-    OPTIONS: Mapping[str, str | None] = {}
-    FIELDS: Mapping[str, str] = {**_OPENAI_FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
-    max_batch = 96
-
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        _, body = super().completion_call(request)
-        body.pop("stream_options", None)
-        if request.schema is not None:
-            body["response_format"] = {"type": "json_object", "json_schema": request.schema}
-        return self.path("/v2/chat"), body
-
-    def uses_responses(self, request: CompletionRequest) -> bool:
-        return False
-
-    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
-        message, usage = document["message"], document.get("usage") or {}
-        tokens = usage.get("tokens") or usage.get("billed_units") or {}
-        calls = message.get("tool_calls") or ()
-        calls = [_openai_tool_call(call) for call in (calls.values() if isinstance(calls, dict) else calls)]
-        if message.get("content") is None and not calls:
-            raise ValueError("no content")
-        content = [part for part in message.get("content") or () if isinstance(part, str) or part.get("type") == "text"]
-        counts = _count(tokens.get("input_tokens")), _count(tokens.get("output_tokens"))
-        return CompletionResponse(
-            _joined_text(content), "", *counts, document.get("finish_reason"), document.get("id"), calls
-        )
-
-    def merge(self, document: dict[str, Any], event: Any) -> str:
-        message = document.setdefault("message", {"content": [], "tool_calls": {}})
-        kind, delta = event["type"], event.get("delta") or {}
-        part = delta.get("message") or {}
-        if kind == "message-start":
-            document["id"] = event.get("id")
-        elif kind == "content-delta":
-            piece = str(part["content"].get("text") or "")
-            message["content"].append(piece)
-            return piece
-        elif kind in ("tool-call-start", "tool-call-delta"):
-            call = part["tool_calls"]
-            known = message["tool_calls"].setdefault(event.get("index", 0), {"function": {"name": "", "arguments": ""}})
-            known["id"] = call.get("id") or known.get("id")
-            for key in ("name", "arguments"):
-                known["function"][key] += call["function"].get(key) or ""
-        elif kind == "message-end":
-            if delta.get("error"):
-                raise self._rest.error(None, {}, {"error": delta["error"]}, "")
-            document.update(finish_reason=delta.get("finish_reason"), usage=delta.get("usage"), done=True)
-        return ""
-
-    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        kind = {"query": "search_query", None: "search_document", "document": "search_document"}
-        body: dict[str, Any] = {"model": request.model, "texts": request.input, "embedding_types": ["float"]}
-        body["input_type"] = kind.get(request.input_type, str(request.input_type))
-        if request.dimensions is not None:
-            body["output_dimension"] = request.dimensions
-        return self.path("/v2/embed"), body
-
-    def read_embeddings(self, document: Any) -> tuple[list[list[float]], int | None]:
-        billed = (document.get("meta") or {}).get("billed_units") or {}
-        return document["embeddings"]["float"], _count(billed.get("input_tokens"))
-
-
-class OllamaProvider(OpenAIProvider):
-    """Ollama's own API, which needs no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
-
-    TYPE = "ollama"
-    BASE_URL = "http://127.0.0.1:11434"
-    KEY_VARIABLES, URL_VARIABLES = ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
-    OPTIONS: Mapping[str, str | None] = {}
-    FIELDS: Mapping[str, str] = {name: f"options.{'num_predict' if name == 'max_tokens' else name}" for name in _TUNING}
-    PLAIN_LINES = True
-
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        return ""
-
-    def address(self, base_url: str) -> str:
-        """OLLAMA_HOST is a host, host:port or URL; 0.0.0.0 is where a server listens, not where it is."""
-        scheme, _, rest = base_url.rpartition("://")
-        host, _, path = rest.replace("0.0.0.0", "127.0.0.1").partition("/")
-        port = "" if re.search(r":\d+$", host) or scheme else ":11434"
-        return f"{scheme or 'http'}://{host}{port}{'/' if path else ''}{path}".rstrip("/")
-
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        body = {
-            "model": request.model,
-            "messages": self.messages(request),
-            "stream": request.stream,
-            **self.tuned(request),
-        }
-        if request.schema is not None:
-            body["format"] = request.schema
-        if request.tools:
-            body["tools"] = [{"type": "function", "function": tool} for tool in request.tools]
-        return "/api/chat", body
-
-    def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        if message.get("role") == "tool":
-            return {"role": "tool", "tool_name": message["name"], "content": message["content"]}
-        calls = [
-            {"function": {"name": call["name"], "arguments": call["arguments"]}}
-            for call in message.get("tool_calls") or ()
-        ]
-        whole = {"role": message.get("role"), "content": _joined_text(message.get("content"))}
-        return {**whole, "tool_calls": calls} if calls else whole
-
-    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
-        message = document["message"]
-        calls = [
-            {"id": f"call_{index}", "name": call["function"]["name"], "arguments": call["function"]["arguments"]}
-            for index, call in enumerate(message.get("tool_calls") or ())
-        ]
-        if message.get("content") is None and not calls:
-            raise ValueError("no content")
-        counts = _count(document.get("prompt_eval_count")), _count(document.get("eval_count"))
-        text, model = _joined_text(message.get("content")), str(document.get("model") or "")
-        return CompletionResponse(text, model, *counts, document.get("done_reason"), None, calls)
-
-    def merge(self, document: dict[str, Any], event: Any) -> str:
-        message = document.setdefault("message", {"content": [], "tool_calls": []})
-        part = event.get("message") or {}
-        message["content"].append(part.get("content") or "")
-        message["tool_calls"] += part.get("tool_calls") or []
-        document.update({key: value for key, value in event.items() if key != "message"})
-        return str(part.get("content") or "")
-
-    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        dimensions = {} if request.dimensions is None else {"dimensions": request.dimensions}
-        return "/api/embed", {"model": request.model, "input": request.input, **dimensions}
-
-    def read_embeddings(self, document: Any) -> tuple[list[list[float]], int | None]:
-        return document["embeddings"], _count(document.get("prompt_eval_count"))
+        return self.place(self.EMBED_PATH, request.model), {"requests": requests}
 
 
 class EchoProvider(Provider):
-    """Answers without a network: completions repeat the prompt, embeddings are hashed word counts of length 1.
+    """Answers without a network, the same everywhere: in every process, on every system and every Python.
 
-    Deterministic everywhere: the same texts give the same vectors in every process and on every Python. With a schema
-    the answer is the smallest value that fits it.
+    A completion is "echo: " and the text of the user's last message; with a schema it is the smallest value that fits
+    it. Tools are never called; tokens are words. Embeddings are hashed counts of words and of the letter groups in
+    them, of length 1: the more words and word stems two texts share, the nearer they are.
     """
 
     TYPE = "echo"
@@ -5781,82 +5795,129 @@ class EchoProvider(Provider):
     DIMENSIONS = 256
 
     def complete(self, request: CompletionRequest) -> CompletionResponse:
-        text = (
-            f"echo: {request.prompt}"
-            if request.schema is None
-            else _to_json(_smallest_value(request.schema, request.prompt))
-        )
-        if request.on_text and request.stream:
-            for piece in re.findall(r"\s*\S+\s*", text):
-                request.on_text(piece)
+        text = f"echo: {request.prompt}"
+        if request.schema is not None:
+            try:
+                text = _to_json(_SmallestValue(request.schema).of(request.schema))
+            except (*_SHAPE_ERRORS, ArithmeticError, RecursionError) as error:
+                raise ValidationError(f"{self.name}: no answer fits the schema: {error}") from None
+        on_text = request.on_text if request.stream else None
+        for piece in re.findall(r"\s*\S+\s*", text):
+            if on_text:
+                on_text(piece)
         asked = [request.system or "", *(_joined_text(message.get("content")) for message in request.messages)]
-        return CompletionResponse(
-            text, request.model, sum(len(part.split()) for part in asked), len(text.split()), "stop"
-        )
+        words = sum(len(part.split()) for part in asked)
+        return CompletionResponse(text, request.model, words, len(text.split()), "stop")
 
     def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
-        size = request.dimensions or self.DIMENSIONS
-        vectors = [_hashed_words(text, size) for text in request.input]
+        size = self.DIMENSIONS if request.dimensions is None else request.dimensions
+        if size < 1:
+            raise ValidationError(f"{self.name}: dimensions must be at least 1, not {size}")
+        vectors = [_hashed_features(text, size) for text in request.input]
         return EmbeddingResponse(vectors, request.model, sum(len(text.split()) for text in request.input))
 
 
-def _hashed_words(text: str, size: int) -> list[float]:
-    """Word counts by feature hashing (Weinberger et al., 2009), scaled to length 1; zeros for no words."""
+_ECHO_WORD = re.compile("[^\x00-/:-@\\[-`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+")  # no tables that grow with Unicode
+
+
+def _hashed_features(text: str, size: int) -> list[float]:
+    """Counts of words and letter groups by feature hashing (Weinberger et al., 2009), scaled to length 1."""
+    vector = [0.0] * size
+    for word in _ECHO_WORD.findall(text.lower()) or [text]:
+        for place, weight in _word_features(word):
+            vector[place % size] += weight
+    if not any(vector):  # no feature, or all cancel each other out
+        vector[0] = 1.0
+    length = math.sqrt(sum(number * number for number in vector))  # of multiples of 1/4: exact in any order
+    return [number / length for number in vector]
+
+
+@functools.lru_cache(maxsize=4096)
+def _word_features(word: str) -> tuple[tuple[int, float], ...]:
+    """(hash, weight) of a word and of the groups of three letters in it. Words of up to three letters count little."""
     import hashlib
 
-    counts = [0.0] * size
-    for word in re.findall(r"[^\W_]+", text.lower()):
-        digest = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
-        counts[(digest >> 1) % size] += 1.0 if digest & 1 else -1.0
-    length = math.sqrt(sum(count * count for count in counts))
-    return [count / length for count in counts] if length else counts
+    marked = f"^{word[:100]}$"
+    features = [(word, 1.0 if len(word) > 3 or word[0] > "\x7f" else 0.25)] if word else []
+    features += [(marked[start : start + 3], 0.25) for start in range(len(marked) - 2)] if len(word) > 3 else []
+    hashed = []
+    for feature, weight in features:
+        digest = hashlib.blake2b(feature.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        number = int.from_bytes(digest, "big")
+        hashed.append((number >> 1, weight if number & 1 else -weight))
+    return tuple(hashed)
 
 
-def _smallest_value(schema: Any, text: str, depth: int = 0) -> Any:
-    """A value that fits a JSON Schema, as far as its types, enum, required and bounds say."""
-    if not isinstance(schema, Mapping) or depth > 20:
-        return None
-    for key in ("const", "default", "enum"):
-        if key in schema:
-            return schema[key][0] if key == "enum" else schema[key]
-    for key in ("anyOf", "oneOf", "allOf"):
-        if schema.get(key):
-            return _smallest_value(
-                {**schema[key][0], **{name: schema[name] for name in schema if name != key}}, text, depth + 1
-            )
-    kind = (_as_list(schema.get("type")) or ["object" if "properties" in schema else "string"])[0]
-    if kind == "object":
-        wanted = schema.get("required") or schema.get("properties") or ()
-        properties = schema.get("properties") or {}
-        return {name: _smallest_value(properties.get(name, {"type": "string"}), text, depth + 1) for name in wanted}
-    if kind == "array":
-        return [_smallest_value(schema.get("items", {}), text, depth + 1) for _ in range(schema.get("minItems", 0))]
-    if kind in ("number", "integer"):
-        low, step = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("multipleOf") or 1
-        return 0 if low is None or low < 0 else low + (step if "minimum" not in schema else 0)
-    if kind == "string":
-        return text[: schema.get("maxLength", 200)].ljust(schema.get("minLength", 0), ".")
-    return False if kind == "boolean" else None
+class _SmallestValue:
+    """A small value that fits a JSON Schema: no optional items, texts as short as they may be, numbers near 0.
+
+    A map has its required properties, or all where none is said to be required. A `pattern` needs an `examples`.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self.root, self.left = root, 10_000  # how many more values may be made
+
+    def of(self, schema: Any, opened: tuple[str, ...] = ()) -> Any:
+        """The value of a part of the schema, inside these `$ref`s. Raises KeyError and the like if it is malformed."""
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("no small value fits")
+        if not isinstance(schema, Mapping):
+            return None
+        for key, index in (("const", None), ("enum", 0), ("default", None), ("examples", 0)):
+            if key in schema:
+                return schema[key] if index is None else schema[key][index]
+        place = schema.get("$ref")
+        if place:
+            keys = [key.replace("~1", "/").replace("~0", "~") for key in place.lstrip("#").split("/")[1:]]
+            target = functools.reduce(lambda inner, key: inner[key], keys, self.root)
+            return None if place in opened else self.of(target, (*opened, place))
+        for key in ("anyOf", "oneOf", "allOf"):
+            if schema.get(key):
+                chosen = schema[key] if key == "allOf" else [min(schema[key], key=lambda branch: "$ref" in branch)]
+                rest = {name: value for name, value in schema.items() if name != key}
+                return self.of(functools.reduce(_both_schemas, chosen, rest), opened)
+        kind = (_as_list(schema.get("type")) or ["object" if "properties" in schema else "string"])[0]
+        if kind == "object":
+            properties = schema.get("properties") or {}
+            wanted = schema.get("required") or properties
+            return {name: self.of(properties.get(name, {}), opened) for name in wanted}
+        if kind == "array":
+            return [self.of(schema.get("items", {}), opened) for _ in range(schema.get("minItems", 0))]
+        if kind in ("number", "integer"):
+            return _smallest_number(schema, kind == "integer")
+        self.left -= schema.get("minLength", 0) if kind == "string" else 0
+        return "x" * min(schema.get("minLength", 0), 10_000) if kind == "string" else False if kind == "boolean" else None
+
+
+def _both_schemas(one: Mapping[str, Any], other: Any) -> dict[str, Any]:
+    """The schema of what fits both, as far as `_smallest_value` reads them."""
+    properties = {**one.get("properties", {}), **other.get("properties", {})}
+    joined = {"properties": properties, "required": [*one.get("required", ()), *other.get("required", ())]}
+    return {**one, **other, **{key: value for key, value in joined.items() if value}}
+
+
+def _smallest_number(schema: Mapping[str, Any], whole: bool) -> float:
+    """The number nearest to 0, or nearly so, within a schema's bounds."""
+    low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+    above, below = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
+    step = schema.get("multipleOf") or 1
+    floor, roof = max(low, above), min(high, below)
+    tried: list[float] = [0]
+    tried += [math.ceil(floor / step) * step, (math.floor(floor / step) + 1) * step] if floor > -math.inf else []
+    tried += [math.floor(roof / step) * step, (math.ceil(roof / step) - 1) * step] if roof < math.inf else []
+    tried += [(floor + roof) / 2] if not whole and roof - floor < math.inf else []
+    return next((number for number in tried if low <= number <= high and above < number < below), 0)
 
 
 PROVIDERS: dict[str, type[Provider]] = {
     provider.TYPE: provider
     for provider in (
         OpenAIProvider, AnthropicProvider, AzureOpenAIProvider, GeminiProvider, CohereProvider, MistralProvider, OllamaProvider,
-        VoyageProvider, OpenAICompatibleProvider, EchoProvider,
+        VoyageProvider, OpenAICompatibleProvider, EchoProvider, _service("groq", "https://api.groq.com", "/openai/v1"),
+        _service("together", "https://api.together.ai", "/v1"), _service("openrouter", "https://openrouter.ai", "/api/v1"),
     )
 }  # fmt: skip
-for _service, _address, _prefix in (
-    ("groq", "https://api.groq.com/openai/v1", "GROQ"),
-    ("together", "https://api.together.ai/v1", "TOGETHER"),
-    ("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER"),
-):
-    _settings = {"KEY_VARIABLES": (f"{_prefix}_API_KEY",), "URL_VARIABLES": (f"{_prefix}_BASE_URL",)}
-    PROVIDERS[_service] = type(
-        f"{_service.title()}Provider",
-        (OpenAICompatibleProvider,),
-        {"TYPE": _service, "BASE_URL": _address, **_settings},
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
