@@ -29,6 +29,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -8480,7 +8481,7 @@ class _Run:
         self.result = RunResult(self.run_id, str(executor.workflow.name))
         self.usage = self.result.usage
         self.results: dict[str, StepResult] = {}
-        self.slots, self.pool = _Slots(loop, executor.max_concurrency), _WorkerPool(loop)
+        self.slots, self.pool = executor._shared or (_Slots(loop, executor.max_concurrency), _WorkerPool(loop))
         self.budget = _Budget(executor.workflow, self.usage)
         self.stopped: str | None = None  # cancelled or timed_out, once it is
         self.checked: list[Workflow] = []  # sub-workflows that were found while running
@@ -8512,7 +8513,8 @@ class _Run:
                 interrupted = True
                 self.stop("cancelled")
         timer.cancel()
-        self.pool.close()
+        if self.executor._shared is None:
+            self.pool.close()
         error = None if self.main.cancelled() else self.main.exception()
         if error is not None and not isinstance(error, _Paused):
             raise error
@@ -8627,6 +8629,9 @@ class _Run:
         self.emit(f"step_{result.status}", result.step_id, step_type=result.type, **shown)
 
 
+_LATER: Any = object()  # in place of an executor's inputs, when each run of a batch brings its own
+
+
 class WorkflowExecutor:
     """Runs one workflow with one set of inputs; it may be run again, and many may run at once.
 
@@ -8650,7 +8655,7 @@ class WorkflowExecutor:
         if not isinstance(workflow, Workflow):
             raise ValidationError(f"workflow must be a Workflow, not {type(workflow).__name__}")
         self.workflow, self.warnings = workflow, workflow.validate()
-        self.inputs = _checked_inputs(workflow, inputs or {})
+        self.inputs = {} if inputs is _LATER else _checked_inputs(workflow, inputs or {})
         limit = max_concurrency if max_concurrency is not None else workflow.max_concurrency or _DEFAULT_CONCURRENCY
         if not _is_integer(limit) or limit < 1:
             raise ValidationError(f"max_concurrency must be a whole number of at least 1, not {limit!r}")
@@ -8662,6 +8667,7 @@ class WorkflowExecutor:
         self.launch: dict[str, Any] = {}  # what a store should know of how the run was started
         self.result: RunResult | None = None  # of the latest run, also when that was cancelled
         self._built: dict[tuple[Any, str], Any] = {}  # providers made here, by the workflow that sets them up and name
+        self._shared: tuple[_Slots, _WorkerPool] | None = None  # with the other runs of a batch
         self._gates: dict[int, _Gate] = {}  # by id() of providers, which this executor keeps alive
         self._client: _HttpClient | None = None
         self._lock = threading.Lock()
@@ -8687,6 +8693,45 @@ class WorkflowExecutor:
             return await run.execute(self.inputs)
         finally:
             self._runs.remove(run)
+
+    async def each(
+        self, inputs: Iterable[Any], width: int, may_start: Callable[[], bool] = lambda: True
+    ) -> AsyncIterator[tuple[Any, RunResult | ValidationError]]:
+        """Runs the workflow once for each (key, inputs), `width` at a time, and yields (key, result) as they end.
+
+        The runs share slots, threads, connections and limits. Inputs that are wrong give a ValidationError in place of
+        a result. Leaving the iteration cancels what is running.
+        """
+        import asyncio
+        import copy
+
+        loop = asyncio.get_running_loop()
+        shared = _Slots(loop, self.max_concurrency), _WorkerPool(loop)
+        running: dict[asyncio.Task[RunResult], Any] = {}
+        entries = iter(inputs)
+        self._check()
+        try:
+            while True:
+                for key, values in itertools.islice(entries, width - len(running) if may_start() else 0):
+                    one = copy.copy(self)
+                    one._shared = shared
+                    try:
+                        one.inputs = _checked_inputs(self.workflow, values)
+                    except ValidationError as error:
+                        yield key, error
+                        continue
+                    running[asyncio.ensure_future(one.execute())] = key
+                if not running:
+                    return
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield running.pop(task), task.result()
+        finally:
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait(running)
+            shared[1].close()
 
     async def stream(self) -> AsyncIterator[dict[str, Any]]:
         """Runs the workflow and yields its events as they happen, `text` events with the pieces of streamed answers
@@ -10090,6 +10135,8 @@ _RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--cache", {"metavar": "FILE", "help": "answer repeated calls from this SQLite file, and keep new answers there"}),
     ("--record", {"metavar": "FILE", "help": "write the calls of providers and their answers to this file"}),
     ("--replay", {"metavar": "FILE", "help": "answer the calls of providers from a file that --record wrote"}),
+    ("--batch", {"metavar": "FILE", "help": "run once for each line of inputs (JSON objects); --out takes the results"}),
+    ("--keep-going", {"action": "store_true", "help": "batch: report lines that are no valid inputs, and go on"}),
     ("--output-dir", {"default": "output", "metavar": "DIR", "help": "where write_file writes (default: output)"}),
 )  # fmt: skip
 # command -> (what it does, an example, its arguments)
@@ -10235,7 +10282,8 @@ def _run_command(options: argparse.Namespace) -> int:
     workflow = _load_workflow(options.file)
     inputs = _read_inputs(options.input, options.set, workflow.inputs or {})
     with contextlib.ExitStack() as opened:
-        return _execute(options, workflow, inputs, _open_store(options, opened), opened)
+        store = _open_store(options, opened)
+        return (_execute if options.batch is None else _run_batch)(options, workflow, inputs, store, opened)
 
 
 def _execute(
@@ -10244,20 +10292,7 @@ def _execute(
 ) -> int:  # fmt: skip
     """Runs a workflow, or goes on with a stored run, under the options of the command line; the exit status."""
     reporter = _Reporter(options, len(workflow.steps))
-    if options.record and options.replay:
-        raise OrchestratorError("--record and --replay exclude each other")
-    tape = options.record or options.replay
-    cassette = opened.enter_context(contextlib.closing(Cassette(tape, bool(options.replay)))) if tape else None
-    cache = opened.enter_context(contextlib.closing(ResponseCache(options.cache))) if options.cache else None
-    executor = WorkflowExecutor(
-        workflow, inputs, max_concurrency=options.max_concurrency, offline=options.offline, streaming=options.stream,
-        output_folder=options.output_dir, on_event=reporter.on_event if reporter.wanted else None, store=store,
-        cache=cache, cassette=cassette, **_load_plugins(options.plugin),
-    )  # fmt: skip
-    executor.launch = {name: getattr(options, name) for name in _LAUNCH_OPTIONS}
-    for warning in executor.warnings if not options.quiet else ():
-        if warning.custom is None:
-            _complain(str(warning))
+    executor = _make_executor(options, workflow, inputs, store, opened, reporter.on_event if reporter.wanted else None)
     with _signals(executor) as received:
         result = executor.resume(**resume) if resume else executor.run()
     reporter.close()
@@ -10270,6 +10305,40 @@ def _execute(
     if received or result.status == "cancelled":
         return 128 + received[0] if received else _EXIT_INTERRUPTED
     return _EXIT_COMPLETED if result.status in ("completed", "paused") else _EXIT_FAILED
+
+
+def _make_executor(
+    options: argparse.Namespace, workflow: Workflow, inputs: Any, store: Any, opened: contextlib.ExitStack, on_event: Any
+) -> WorkflowExecutor:
+    """An executor under the options of the command line; what it keeps open is closed with `opened`."""
+    if options.record and options.replay:
+        raise OrchestratorError("--record and --replay exclude each other")
+    tape = options.record or options.replay
+    cassette = opened.enter_context(contextlib.closing(Cassette(tape, bool(options.replay)))) if tape else None
+    cache = opened.enter_context(contextlib.closing(ResponseCache(options.cache))) if options.cache else None
+    executor = WorkflowExecutor(
+        workflow, inputs, max_concurrency=options.max_concurrency, offline=options.offline, streaming=options.stream,
+        output_folder=options.output_dir, on_event=on_event, store=store, cache=cache, cassette=cassette,
+        **_load_plugins(options.plugin),
+    )  # fmt: skip
+    executor.launch = {name: getattr(options, name) for name in _LAUNCH_OPTIONS}
+    for warning in executor.warnings if not options.quiet else ():
+        if warning.custom is None:
+            _complain(str(warning))
+    return executor
+
+
+def _run_batch(
+    options: argparse.Namespace, workflow: Workflow, inputs: Any, store: Any, opened: contextlib.ExitStack
+) -> int:
+    """Runs a workflow once for each line of a file; --input and --set are what the lines have in common."""
+    import asyncio
+
+    executor = _make_executor(options, workflow, _LATER, store, opened, None)
+    batch = _Batch(options, workflow)
+    with _signals(executor) as received, contextlib.closing(batch):
+        asyncio.run(batch.run(executor, inputs, received))
+    return 128 + received[0] if received else _EXIT_FAILED if batch.failed else _EXIT_COMPLETED
 
 
 _LAUNCH_OPTIONS = ("plugin", "offline", "max_concurrency", "output_dir")  # that a resumed run takes over
@@ -10498,6 +10567,144 @@ def _printed(document: Mapping[str, Any], path: str) -> str:
         return ""
     text = value if isinstance(value, str) else _to_json(value, indent=2)
     return text if text.endswith("\n") else text + "\n"
+
+
+class _Batch:
+    """The lines of a file of inputs, and their results in the same order in --out (or on stdout).
+
+    What ends before its turn waits in OUT.partial, so that after a kill no line that had ended runs again.
+    """
+
+    WINDOW = 1000  # lines that may have ended before the oldest that has not
+
+    def __init__(self, options: argparse.Namespace, workflow: Workflow) -> None:
+        import hashlib
+
+        self.options, self.started, self.shown = options, time.monotonic(), 0.0
+        self.next = self.done = self.failed = self.total = 0  # the next line to write out; counts of lines
+        self.early: dict[int, str] = {}  # results that came before their turn
+        self.fault: OrchestratorError | None = None  # the bad line that ends the batch
+        digest = hashlib.sha256(workflow.to_yaml().encode())
+        try:
+            with open(options.batch, "rb") as lines:
+                for line in lines:
+                    self.total += 1
+                    digest.update(line)
+        except OSError as error:
+            raise OrchestratorError(f"{options.batch}: cannot be read: {error.strerror}") from None
+        self.identity = digest.hexdigest()
+        self.out: Any = sys.stdout
+        self.partial: Any = None
+        if options.out is not None:
+            try:
+                self.open(options.out)
+            except OSError as error:
+                raise OrchestratorError(f"{options.out}: {error.strerror}") from None
+        self.resumed = self.next + len(self.early)
+
+    def open(self, path: str) -> None:
+        """Opens the results, and takes over what an earlier run of the same batch has done."""
+        partial = f"{path}.partial"
+        if os.path.exists(partial):
+            with open(partial, encoding="utf-8") as lines:
+                whole = [line for line in lines if line.endswith("\n")]
+            if not whole or json.loads(whole[0]) != self.identity:
+                raise OrchestratorError(f"{partial} is of another batch: remove it, or choose another --out")
+            with open(path, "a+b") as out:
+                out.seek(0)
+                size = 0
+                for line in out:
+                    if line.endswith(b"\n"):
+                        size += len(line)
+                        self.count(json.loads(line))
+                        self.next += 1
+                out.truncate(size)
+            for line in whole[1:]:
+                if json.loads(line)["line"] > self.next:
+                    self.early[json.loads(line)["line"] - 1] = line
+                    self.count(json.loads(line))
+        elif os.path.exists(path):
+            raise OrchestratorError(f"{path} is there already, and no unfinished batch: remove it, or choose another --out")
+        _replace_file(partial, "".join([_to_json(self.identity) + "\n", *self.early.values()]))
+        self.partial = open(partial, "a", encoding="utf-8", newline="")
+        self.out = open(path, "a", encoding="utf-8", newline="")
+        self.write_out()
+
+    def inputs(self, common: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
+        """(index, inputs) of the lines that are still to do; bad lines end the batch, or are reported."""
+        with open(self.options.batch, "rb") as lines:
+            for index, line in enumerate(lines):
+                if index < self.next or index in self.early or not line.strip():
+                    if index == self.next and not line.strip():
+                        self.put(index, None)
+                    continue
+                try:
+                    values = _load_json(line)
+                    if not isinstance(values, dict):
+                        raise ValidationError(f"inputs must be a JSON object, not {_shown(values)}")
+                    yield index, {**common, **values}
+                except (ParseError, ValidationError) as error:
+                    self.bad_line(index, error)
+
+    def bad_line(self, index: int, error: OrchestratorError) -> None:
+        """Reports a line, or has the batch end when what is running has ended."""
+        fault = OrchestratorError(f"{self.options.batch}:{index + 1}: {getattr(error, 'reason', error)}")
+        if not self.options.keep_going:
+            self.fault = self.fault or OrchestratorError(f"{fault} (--keep-going skips such lines)")
+            return
+        _complain(str(fault))
+        self.put(index, {"status": "invalid", "error": {**_error_summary(error), "message": str(fault)}})
+
+    async def run(self, executor: WorkflowExecutor, common: Mapping[str, Any], received: list[int]) -> None:
+        def may_start() -> bool:
+            return len(self.early) < self.WINDOW and self.fault is None and not received
+
+        async for index, result in executor.each(self.inputs(common), executor.max_concurrency, may_start):
+            if isinstance(result, ValidationError):
+                self.bad_line(index, result)
+            elif result.status != "cancelled":
+                self.put(index, result.to_dict())
+            self.report()
+        if self.fault is not None:
+            raise self.fault
+
+    def put(self, index: int, result: dict[str, Any] | None) -> None:
+        """Takes the result of a line (None: an empty one), and writes out all whose turn has come."""
+        line = "" if result is None else _to_json({"line": index + 1, **result}) + "\n"
+        self.early[index] = line
+        if line:
+            self.count(json.loads(line))
+        if index != self.next and self.partial is not None:
+            self.partial.write(line)
+            self.partial.flush()
+        self.write_out()
+
+    def count(self, entry: Mapping[str, Any]) -> None:
+        self.done += 1
+        self.failed += entry["status"] not in ("completed", "paused")
+
+    def write_out(self) -> None:
+        while self.next in self.early:
+            self.out.write(self.early.pop(self.next))
+            self.next += 1
+        self.out.flush()
+
+    def report(self) -> None:
+        """A line on stderr now and then: how far it is, how fast, how long it will take."""
+        now = time.monotonic()
+        if self.options.quiet or (now - self.shown < 2 and self.done < self.total):
+            return
+        self.shown, speed = now, max(1, self.done - self.resumed) / max(1e-9, now - self.started)
+        left = (self.total - self.done) / speed
+        rest = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min" if left < 7200 else f"{left / 3600:.1f} h"
+        _complain(f"batch: {self.done}/{self.total} lines, {self.failed} failed, {speed:.1f} a second, {rest} left")
+
+    def close(self) -> None:
+        if self.partial is not None:
+            self.partial.close()
+            self.out.close()
+            if self.next >= self.total:
+                os.unlink(self.partial.name)
 
 
 class _Reporter:

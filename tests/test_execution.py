@@ -534,3 +534,93 @@ def test_the_deadline_of_an_attempt_does_not_count_the_wait_for_a_slot() -> None
     provider = Scripted(delay=0.2)
     result = run(*(llm(f"s{n}", timeout_seconds=1.0) for n in range(8)), provider=provider, concurrency=1)
     assert result.status == "completed"
+
+
+# gates: limits, pauses, circuit breakers
+
+
+class Tool:
+    """A provider object of its own, so that what stands before it is shared by whoever uses it."""
+
+    def __init__(self, *answers: Exception | str, delay: float = 0.0) -> None:
+        self.script, self.delay, self.times, self.active, self.most = list(answers), delay, [], 0, 0
+        self.lock = threading.Lock()
+
+    def complete(self, request: CompletionRequest) -> str:
+        with self.lock:
+            self.times.append(time.monotonic())
+            self.active += 1
+            self.most = max(self.most, self.active)
+            answer = self.script.pop(0) if self.script else "ok"
+        time.sleep(self.delay)
+        with self.lock:
+            self.active -= 1
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_a_429_slows_the_provider_down_for_everyone() -> None:
+    slow = Tool(RateLimitError("slow down", provider="p", status=429, retry_after=0.4))
+    other = Tool()
+    retry = {"max_attempts": 2, "initial_delay": 1}
+    steps = [llm("a", retry=retry), *(llm(f"s{n}", depends_on="wait") for n in range(3)), value("wait")]
+    steps += [Step(id="other", type="llm", provider="q", model="m", prompt="x", depends_on="later")]
+    steps += [Step(id="later", type="action", action="sleep", seconds=0.05)]
+    steps[1:4] = [llm(f"s{n}", depends_on="later") for n in range(3)]
+    result = run(*steps, provider={"p": slow, "q": other})
+    assert result.status == "completed"
+    assert min(slow.times[1:]) - slow.times[0] >= 0.4  # nobody else found out for itself
+    assert other.times[0] - slow.times[0] < 0.4  # and other providers' callers did not wait
+
+
+def test_a_pause_longer_than_max_delay_fails_at_once_and_says_how_long() -> None:
+    provider = Tool(RateLimitError("slow down", provider="p", status=429, retry_after=90))
+    result = run(llm("a"), llm("b", depends_on="a", trigger_rule="all_done"), provider=provider)
+    assert len(provider.times) == 1
+    assert "wait" in result["b"].error["message"] and result["b"].error["type"] == "RateLimitError"
+
+
+def test_max_concurrent_bounds_the_calls_of_one_provider_and_holds_no_slot_of_others() -> None:
+    limited, other = Tool(delay=0.1), Tool()
+    steps = [llm(f"s{n}") for n in range(4)] + [Step(id="o", type="llm", provider="q", model="m", prompt="x")]
+    started = time.monotonic()
+    result = run(*steps, provider={"p": limited, "q": other}, concurrency=2, providers={"p": {"rate_limit": {"max_concurrent": 1}}})
+    assert (result.status, limited.most) == ("completed", 1)
+    assert other.times[0] - started < 0.3  # it did not wait for the four
+
+
+def test_requests_per_minute_are_spaced_and_shared_by_executors() -> None:
+    provider = Tool()
+    workflow = Workflow("t", [llm("a"), llm("b"), llm("c")], providers={"p": {"rate_limit": {"requests_per_minute": 600}}})
+
+    async def both() -> None:
+        executors = [WorkflowExecutor(workflow, providers={"p": provider}) for _ in range(2)]
+        await asyncio.gather(*(executor.execute() for executor in executors))
+
+    started = time.monotonic()
+    asyncio.run(both())
+    assert len(provider.times) == 6
+    late = sorted(provider.times)[-1] - started
+    assert late < 5
+
+
+def test_an_open_circuit_fails_fast_goes_to_the_fallback_and_is_told() -> None:
+    bad, good = Tool(*[down() for _ in range(20)]), Tool()
+    events: list[Any] = []
+    breaker = {"p": {"circuit_breaker": {"min_calls": 2, "window": 4, "open_seconds": 60}}}
+    step = {"retry": {"max_attempts": 1}, "fallback": [{"provider": "q"}]}
+    steps = [llm(f"s{n}", depends_on=[f"s{n - 1}"] if n else [], **step) for n in range(5)]
+    result = run(*steps, provider={"p": bad, "q": good}, providers=breaker, on_event=events.append)
+    assert (result.status, len(bad.times), len(good.times)) == ("completed", 2, 5)
+    assert [event["state"] for event in events if event["type"] == "circuit"] == ["open"]
+
+
+def test_a_circuit_closes_after_a_probe_that_succeeds() -> None:
+    provider = Tool(down(), down())
+    breaker = {"p": {"circuit_breaker": {"min_calls": 2, "window": 4, "open_seconds": 0.05}}}
+    pause = Step(id="pause", type="action", action="sleep", seconds=0.1, depends_on=["a", "b"], trigger_rule="all_done")
+    retry = {"max_attempts": 1}
+    last = llm("c", depends_on="pause"), llm("d", depends_on="c")
+    result = run(llm("a", retry=retry), llm("b", retry=retry), pause, *last, provider=provider, providers=breaker)
+    assert statuses(result)["d"] == "completed"
