@@ -8917,7 +8917,8 @@ class WorkflowExecutor:
         key = (workflow if name in configured else None, name)
         with self._lock:
             if key not in self._built:
-                self._built[key] = _build_provider(name, configured.get(name), self.providers)
+                replayed = self.cassette is not None and self.cassette.replays
+                self._built[key] = _build_provider(name, configured.get(name), self.providers, replayed)
             return self._built[key]
 
     def _vector_store(self, name: str) -> Any:
@@ -8964,8 +8965,8 @@ def _as_error(problem: Problem) -> Problem:
     return Problem(problem.message, problem.path, problem.line, problem.column, problem.source)
 
 
-def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapping[str, Any]) -> Any:
-    """A provider from its entry in a workflow's `providers`, or from its name alone."""
+def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapping[str, Any], replayed: bool) -> Any:
+    """A provider from its entry in a workflow's `providers`, or from its name alone; one that is `replayed` has no key."""
     settings = dict(configured or {})
     kind = settings.pop("type", None) or name
     if kind not in PROVIDERS:
@@ -8974,7 +8975,9 @@ def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapp
     limits = {name: settings.pop(name, None) for name in ("rate_limit", "circuit_breaker")}
     settings.update(settings.pop("options", None) or {})
     variable = settings.pop("api_key_env", None)
-    if variable is not None:
+    if replayed:
+        settings.update(api_key="replayed", base_url="http://replayed.invalid")
+    elif variable is not None:
         settings["api_key"] = os.environ.get(variable)
         if not settings["api_key"]:
             raise AuthenticationError(f"the environment variable {variable} is not set", provider=name)
@@ -9875,7 +9878,7 @@ class Cassette:
     """Requests and their answers as JSON lines {"request", "response"}: written anew, or read and answered from."""
 
     def __init__(self, path: str, replay: bool) -> None:
-        self.path, self.lock, self.file = path, threading.Lock(), None
+        self.path, self.replays, self.lock, self.file = path, replay, threading.Lock(), None
         self.answers: dict[str, list[Any]] = {}  # canonical request -> its answers, in the order of recording
         self.given: dict[str, int] = collections.defaultdict(int)
         if not replay:
