@@ -8143,7 +8143,11 @@ class _StepRun:
         run = self.run
         keepers = run.executor.keepers(cached)
         for keeper in keepers:
+            if getattr(keeper, "replays", False):
+                self.add_usage({"calls": 1})
             if (answer := await self.threaded(keeper.recall, name, provider, request)) is not None:
+                if keeper is run.executor.cassette:  # the run is to be as it was
+                    self.count(request, answer)
                 return answer
         with run.budget.reserved(request.model, _estimated_tokens(request)):
             try:
@@ -8594,7 +8598,7 @@ class _Run:
             inner = self.restored_children(child_id)
             if child_id in self.states:
                 self.results[child_id] = result = StepResult.from_dict(self.states[child_id])
-                views[part] = _StepView(result, inner)
+                views[part] = _StepView(result, inner or {})
             else:
                 views = inner or {}
         return views or None
@@ -9725,7 +9729,8 @@ class _Journal:
     def deliver(self) -> None:
         self.delivering = False
         while self.landed:
-            self.error = self.error or self.landed.popleft()
+            error = self.landed.popleft()
+            self.error = self.error or error
             self.durable += 1
         for waiter in [one for one in self.waiting if one[0] <= self.durable or self.error]:
             self.waiting.remove(waiter)
