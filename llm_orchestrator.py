@@ -62,9 +62,7 @@ if TYPE_CHECKING:
     import asyncio
     import logging
     from collections.abc import AsyncIterator, Awaitable, Callable, Container, Generator, Iterable, Iterator, Sequence
-    from typing import Any, Optional
-
-    _NodeTag, _Anchor = Optional[type], Optional[list[Any]]
+    from typing import Any
 else:
     Any = object  # for `dict[str, Any]` as a base class
 
@@ -283,16 +281,17 @@ _USUAL = bytes(range(32, 127)) + b"\t\n"
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # refused anywhere
 _ODD = re.compile("[\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")  # allowed in quotes only
 _BYTE_ORDER_MARKS = (
-    (b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")
-)
+    (b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be"),
+    (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"),
+)  # fmt: skip
 
 # The expressions repeat character sets and never groups, except over a bounded stretch: a repeated group costs memory
 # for each round. The text ends with a newline, so that `text[position + 1]` is there for every character of a line.
 _FIRST = r"""[^ \t\n\-?:,\[\]{}#&*!|>'"%@`]"""  # starts a plain scalar wherever it stands
 _WORD, _QUOTED = r"([A-Za-z_][\w.-]{0,1000})", r""""([^"\\\n]*)"|'([^'\n]*)'"""
 _VALUE = rf"(?:(-?{_FIRST}(?:[^:#\n]*[^:#\n \t])?)|{_QUOTED})(?:[ \t]+#[^\n]*|[ \t]*)\n( *)(?=[^ \t\n#])"
-# What nearly all lines are: `key: value` or the `key:` of what follows, and `- value`; in a flow collection `key: value`
-# or `value` before a comma or bracket, or before another collection.
+# What nearly all lines are: `key: value` or the `key:` of what follows, and `- value`; in a flow collection: `value` or
+# `key: value` before a comma or bracket, or before another collection.
 _SIMPLE_ENTRY = re.compile(rf"{_WORD}:(?: +{_VALUE}|(?=[ \t\n]))").match
 _SIMPLE_ITEM = re.compile(rf"- +{_VALUE}").match
 _SIMPLE_FLOW = re.compile(
@@ -314,15 +313,13 @@ _KEY = re.compile(  # any implicit key of a block mapping; matched over _MAX_KEY
     re.VERBOSE,
 ).match
 _DASH, _QUESTION, _COLON = ("- ", "-\n", "-\t"), ("? ", "?\n", "?\t"), (": ", ":\n", ":\t")
-
-
-def _run_of(characters: str) -> Callable[..., re.Match[str]]:
-    """Matches as many of the characters as there are."""
-    return re.compile(f"[{characters}]*").match  # type: ignore[return-value]
-
-
-_SPACES, _WHITE, _BLANK, _EMPTY_LINES = _run_of(" "), _run_of(" \t"), _run_of(" \t\n"), _run_of(" \n")
+_SPACES: Callable[..., re.Match[str]] = re.compile(" *").match  # type: ignore[assignment]  # these four match always
+_WHITE: Callable[..., re.Match[str]] = re.compile(r"[ \t]*").match  # type: ignore[assignment]
+_BLANK: Callable[..., re.Match[str]] = re.compile(r"[ \t\n]*").match  # type: ignore[assignment]
+_EMPTY_LINES: Callable[..., re.Match[str]] = re.compile(r"[ \n]*").match  # type: ignore[assignment]
 _PROPERTY = re.compile(r"(?:&[^ \t\n,\[\]{}]+|!<[^ \t\n>]*>|![^ \t\n,\[\]{}]*)(?=[ \t\n,\]}])").match
+# The end of a text in quotes is such a match of odd length: otherwise the quote at its end is escaped.
+_CLOSING = {'"': re.compile(r'(?<!\\)\\*"').search, "'": re.compile("'+").search}
 _ALIAS = re.compile(r"\*([^ \t\n,\[\]{}]+)").match
 _BLOCK_HEADER = re.compile(r"[|>](?:([1-9])?([-+])?|([-+])([1-9]))(?:[ \t]+(?:#[^\n]*)?)?\n").match
 _PROLOGUE = re.compile(
@@ -487,13 +484,13 @@ class _YamlReader:
     def document(self) -> Any:
         """The value of the only document in the text."""
         text = self.text
-        directives: list[str] = []
+        directives: set[str] = set()
         position = self.next_line(0, -1)
         while self.indent == 0 and (line := _PROLOGUE(text, position)):
             directive = line[1] or line[2]
             if line[1] in directives or (directives and not directive):
                 break
-            directives += [directive] if directive else []
+            directives |= {directive} if directive else set()
             position = self.rest_of_line(line.end())
         start = _DOCUMENT_START(text, position) if self.indent == 0 else None
         if not start and (directives or text.startswith("%", position)):
@@ -561,14 +558,14 @@ class _YamlReader:
 
     # Collections
 
-    def enter(self, kind: type, tag: _NodeTag, position: int) -> None:
+    def enter(self, kind: type, tag: type | None, position: int) -> None:
         """Counts a collection that starts; `parents.pop()` ends it."""
         self.parents.append(self.path)
         if len(self.parents) > _MAX_DEPTH:
             raise self.error(f"nesting deeper than {_MAX_DEPTH}", position)
         self.check_tag(kind, tag, position)
 
-    def check_tag(self, kind: type, tag: _NodeTag, position: int) -> None:
+    def check_tag(self, kind: type, tag: type | None, position: int) -> None:
         if tag not in (None, object, kind):
             name = next(name for name in _CORE if _CORE[name] is tag)
             raise self.error(f"this is no value for the tag !!{name}", position)
@@ -580,7 +577,8 @@ class _YamlReader:
             self.marks[self.path] = position
 
     def block_node(
-        self, position: int, parent: int, column: int, hanging: bool = False, tag: _NodeTag = None, anchor: _Anchor = None
+        self, position: int, parent: int, column: int, hanging: bool = False,
+        tag: type | None = None, anchor: list[Any] | None = None,
     ) -> tuple[Any, int]:
         """The node behind an indicator or behind properties, in a collection that is indented by `parent`.
 
@@ -598,36 +596,36 @@ class _YamlReader:
             column = -1 if "\t" in text[start:position] else column + position - start
         first = text[position]
         indicator = first in "-?:" and text[position + 1] in " \t\n"
-        value: Any
         if indicator and column < 0:
             raise self.error(f"'{first}' cannot start a list or mapping here", position)
-        if indicator and first == "-":
-            value, position = self.block_sequence(position, column, tag)
-        elif indicator or (column >= 0 and (_SIMPLE_KEY(text, position) or self.key(position))):
-            value, position = self.block_mapping(position, column, tag)
-        elif first in "&!":
+        if indicator or (column >= 0 and first not in "[{|>" and (_SIMPLE_KEY(text, position) or self.key(position))):
+            sequence = indicator and first == "-"
+            self.enter(list if sequence else dict, tag, position)
+            value: Any
+            value, position = (self.block_sequence if sequence else self.block_mapping)(position, column)
+            self.parents.pop()
+            if self.indent > column:
+                raise self.error("more indentation than the lines above have", position)
+            return self.anchored(value, anchor), position
+        if first in "&!":
             tag, anchor, position = self.properties(position, tag, anchor)
             return self.block_node(position, parent, -1, hanging, tag, anchor)
-        elif first in "|>":
+        if first in "|>":
             value, end = self.block_scalar(position, parent)
             return self.scalar(value, False, tag, anchor, position), end
-        else:
-            value, end, _ = self.flow_node(position, parent + 1, False, tag, anchor)
-            if isinstance(value, (dict, list)) and text.startswith(":", _WHITE(text, end).end()):
-                raise self.error(_COMPLEX_KEY, position)
-            return value, self.rest_of_line(end)
-        return self.anchored(value, anchor), position
+        value, end, _ = self.flow_node(position, parent + 1, False, tag, anchor)
+        if isinstance(value, (dict, list)) and text.startswith(":", _WHITE(text, end).end()):
+            raise self.error(_COMPLEX_KEY, position)
+        return value, self.rest_of_line(end)
 
     def key(self, position: int) -> re.Match[str] | None:
         """The key of a block mapping with its colon."""
         return _KEY(self.text, position, position + _MAX_KEY + 2)
 
-    def block_sequence(self, position: int, indent: int, tag: _NodeTag) -> tuple[list[Any], int]:
+    def block_sequence(self, position: int, indent: int) -> tuple[list[Any], int]:
         """A block list whose dashes are at column `indent`."""
-        text = self.text
+        text, self.indent = self.text, indent
         result: list[Any] = []
-        self.enter(list, tag, position)
-        self.indent = indent
         while self.indent == indent and text.startswith(_DASH, position):
             item = self.simple_item(text, position)
             if item and len(item[4]) <= indent:
@@ -637,31 +635,24 @@ class _YamlReader:
                 self.mark(len(result), position)
                 value, position = self.block_node(position + 1, indent, indent + 1)
                 result.append(value)
-        self.leave(position, indent)
         return result, position
 
-    def block_mapping(self, position: int, indent: int, tag: _NodeTag) -> tuple[dict[Any, Any], int]:
+    def block_mapping(self, position: int, indent: int) -> tuple[dict[Any, Any], int]:
         """A block mapping whose keys are at column `indent`."""
-        text, simple_entry = self.text, self.simple_entry
+        text, simple_entry, self.indent = self.text, self.simple_entry, indent
         result: dict[Any, Any] = {}
-        self.enter(dict, tag, position)
-        self.indent = indent
         while self.indent == indent:
             entry = simple_entry(text, position)
-            if not entry:
-                position = self.block_entry(position, indent, result)
-                continue
-            key, plain, _, _, spaces = entry.groups()
+            key, plain, _, _, spaces = entry.groups() if entry else (None,) * 5
             if key in _YAML_WORDS:
                 key = _YAML_WORDS[key]
-            if key in result:
-                raise self.duplicate(key, position)
-            if spaces is None or len(spaces) > indent:
+            if not entry or key in result:
+                position = self.block_entry(position, indent, result)
+            elif spaces is None or len(spaces) > indent:
                 result[key], position = self.block_node(entry.end(1) + 1, indent, -1, True)
             else:
                 result[key] = plain if plain and plain[0] not in _NOT_TEXT else self.simple(entry, 2)
                 position, self.indent = entry.end(), len(spaces)
-        self.leave(position, indent)
         return self.merged(result), position
 
     def simple(self, match: re.Match[str], group: int) -> Any:
@@ -679,9 +670,9 @@ class _YamlReader:
             content = _WHITE(text, position + 1).end()
             key, position = self.block_node(position + 1, indent, indent + 1, True)
         else:
-            match = self.key(position)
-            if not match:
+            if not (match := self.key(position)):
                 raise self.error("expected 'key: value' here", position)
+            position = match.end()
             tag, anchor, content = self.properties(start, None, None)
             if content != match.end("properties"):
                 raise self.error("unexpected text behind an anchor or a tag", content)
@@ -692,20 +683,14 @@ class _YamlReader:
         key = self.checked_key(key, result, start, content)
         self.mark("<<" if key is _MERGE else key, start)
         if not explicit:
-            value, position = self.block_node(match.end(), indent, -1, True)
+            value, position = self.block_node(position, indent, -1, True)
         elif self.indent == indent and text.startswith(_COLON, position):
             value, position = self.block_node(position + 1, indent, indent + 1, True)
         result[key] = value if key is not _MERGE else (value, start)
         return position
 
-    def leave(self, position: int, indent: int) -> None:
-        """Ends a block collection at `indent`; refuses a line behind it that belongs to no collection."""
-        self.parents.pop()
-        if self.indent > indent:
-            raise self.error("more indentation than the lines above have", position)
-
     def flow_node(
-        self, position: int, indent: int, flow: bool = True, tag: _NodeTag = None, anchor: _Anchor = None
+        self, position: int, indent: int, flow: bool = True, tag: type | None = None, anchor: list[Any] | None = None
     ) -> tuple[Any, int, int]:
         """A scalar on one or more lines, an alias or a flow collection; further lines are indented by `indent` or more.
 
@@ -733,20 +718,23 @@ class _YamlReader:
             raise self.error(f"'{first}' cannot start a value: put text into quotes", position)
         return self.scalar(value, first not in "\"'", tag, anchor, start), position, start
 
-    def flow_collection(self, position: int, indent: int, tag: _NodeTag) -> tuple[dict[Any, Any] | list[Any], int]:
+    def flow_collection(self, position: int, indent: int, tag: type | None) -> tuple[dict[Any, Any] | list[Any], int]:
         """A list in brackets or a mapping in braces."""
         text, pairs = self.text, self.text[position] == "{"
-        close, items, mapping = "}" if pairs else "]", [], {}
+        close = "}" if pairs else "]"
+        items: list[Any] = []
+        mapping: dict[Any, Any] = {}
         self.enter(dict if pairs else list, tag, position)
         while text[position] != close:
             start = position = self.space(position + 1, indent)
             if text[position] == close:
                 break
             entry = self.simple_flow(text, start)
-            if entry and pairs is (entry[1] is not None or entry[2] is not None):
-                key = _YAML_WORDS[entry[1]] if entry[1] in _YAML_WORDS else entry[2] if entry[1] is None else entry[1]
-                if key in mapping:
-                    raise self.duplicate(key, start)
+            word, quoted = (entry[1], entry[2]) if entry else (None, None)
+            key = quoted if word is None else _YAML_WORDS.get(word, word)
+            if not entry or pairs is (word is None and quoted is None) or key in mapping:
+                position = self.flow_entry(start, indent, mapping, None if pairs else items)
+            else:
                 position = entry.end()
                 if text[position] in "[{":
                     value, position, _ = self.flow_node(position, indent)
@@ -757,8 +745,6 @@ class _YamlReader:
                     mapping[key] = value
                 else:
                     items.append(value)
-            else:
-                position = self.flow_entry(start, indent, mapping, None if pairs else items)
             if text[position] not in ("," + close):
                 reason = f"expected ',' or '{close}'" if text[position] != ":" else _COMPLEX_KEY
                 raise self.error(reason, position)
@@ -766,34 +752,26 @@ class _YamlReader:
         return self.merged(mapping) if pairs else items, position + 1
 
     def flow_entry(self, start: int, indent: int, mapping: dict[Any, Any], items: list[Any] | None) -> int:
-        """Reads one entry of any kind into the mapping, or into the items, where it may be a mapping of one entry."""
-        text = self.text
+        """Reads one entry of any kind into the mapping, or into the items, where a pair is a mapping of its own."""
+        text, value = self.text, None
         if items is not None:
             self.mark(len(items), start)
         explicit = text.startswith(_QUESTION, start)
-        position = self.space(start + 1, indent) if explicit else start
+        position = content = self.space(start + 1, indent) if explicit else start
         if (explicit and text[position] in ",]}") or (text[position] == ":" and not _FLOW_PLAIN(text, position)):
-            node, content = None, position
+            key = None
         else:
-            node, position, content = self.flow_node(position, indent)
+            key, position, content = self.flow_node(position, indent)
             position = self.space(position, indent)
-        if items is None:
-            return self.flow_pair(position, indent, node, start, content, mapping)
-        if not explicit and text[position] != ":":
-            items.append(node)
-            return position
-        if not explicit and (position - start > _MAX_KEY or "\n" in text[start:position]):
-            raise self.error(f"a key in a list stands on one line with its ':', within {_MAX_KEY} characters", position)
-        self.enter(dict, None, start)
-        position = self.flow_pair(position, indent, node, start, content, mapping := {})
-        self.parents.pop()
-        items.append(self.merged(mapping))
-        return position
-
-    def flow_pair(self, position: int, indent: int, node: Any, start: int, content: int, result: dict[Any, Any]) -> int:
-        """Reads the value for a key, whose text has been read, into `result`; None where there is no colon."""
-        text, value = self.text, None
-        key = self.checked_key(node, result, start, content)
+        if items is not None:
+            if not explicit and text[position] != ":":
+                items.append(key)
+                return position
+            if not explicit and (position - start > _MAX_KEY or "\n" in text[start:position]):
+                raise self.error(f"such a key stands on one line with its ':', within {_MAX_KEY} characters", position)
+            self.enter(dict, None, start)
+            mapping = {}
+        key = self.checked_key(key, mapping, start, content)
         self.mark("<<" if key is _MERGE else key, start)
         if text[position] == ":":
             colon, position = position, self.space(position + 1, indent)
@@ -802,7 +780,10 @@ class _YamlReader:
                     raise self.error("expected white space behind ':'", position)
                 value, position, _ = self.flow_node(position, indent)
                 position = self.space(position, indent)
-        result[key] = value if key is not _MERGE else (value, start)
+        mapping[key] = value if key is not _MERGE else (value, start)
+        if items is not None:
+            self.parents.pop()
+            items.append(self.merged(mapping))
         return position
 
     def checked_key(self, key: Any, result: dict[Any, Any], start: int, content: int) -> Any:
@@ -815,11 +796,8 @@ class _YamlReader:
                 raise self.error("a merge key (<<) has no anchor, tag or alias", start)
             key = _MERGE
         if key in result:
-            raise self.duplicate(key, start)
+            raise self.error(f"duplicate key {'<<' if key is _MERGE else key!r}"[:200], start)
         return key
-
-    def duplicate(self, key: Any, position: int) -> ParseError:
-        return self.error(f"duplicate key {'<<' if key is _MERGE else key!r}"[:200], position)
 
     def merged(self, result: dict[Any, Any]) -> dict[Any, Any]:
         """The mapping with its merge key, if any, carried out: its own entries win, then those of earlier sources."""
@@ -836,7 +814,7 @@ class _YamlReader:
 
     # Scalars
 
-    def scalar(self, raw: str, plain: bool, tag: _NodeTag, anchor: _Anchor, position: int) -> Any:
+    def scalar(self, raw: str, plain: bool, tag: type | None, anchor: list[Any] | None, position: int) -> Any:
         """The value of a scalar, by its properties."""
         value: Any = raw
         if tag not in (None, str, object) or (plain and not tag and (not raw or raw[0] in _NOT_TEXT)):
@@ -865,12 +843,12 @@ class _YamlReader:
 
     def quoted(self, position: int, indent: int) -> tuple[str, int]:
         text, quote, start = self.text, self.text[position], position + 1
-        end, searched = text.find(quote, start), start
-        while end >= 0 and (text[end + 1] == "'" if quote == "'" else _ends_in_escape(text[searched:end])):
-            searched = end + 1 + (quote == "'")
-            end = text.find(quote, searched)
-        if end < 0:
+        closing = _CLOSING[quote](text, start)
+        while closing and len(closing[0]) % 2 == 0:
+            closing = _CLOSING[quote](text, closing.end())
+        if not closing:
             raise self.error(f"the quote {quote} is not closed", position)
+        end = closing.end() - 1
         raw = text[start:end]
         if self.odd:
             self.odd.difference_update(match.start() for match in _ODD.finditer(text, start, end))
@@ -898,7 +876,8 @@ class _YamlReader:
         if digit or (indent > parent and first < len(text)):
             if not digit and " " * (indent + 1) in text[start:line]:
                 raise self.error("a blank line above this text has more spaces than the text", first)
-            below = _block_end(indent)(text, start - 1) if indent else None
+            # The line break before the first line with content and less indentation.
+            below = re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search(text, start - 1) if indent else None
             end = below.start() + 1 if below else len(text)
         else:
             end, indent = (line, first) if first < len(text) else (first, first)
@@ -915,7 +894,7 @@ class _YamlReader:
 
     # Properties and aliases
 
-    def properties(self, position: int, tag: _NodeTag, anchor: _Anchor) -> tuple[_NodeTag, _Anchor, int]:
+    def properties(self, position: int, tag: type | None, anchor: list[Any] | None) -> tuple[Any, Any, int]:
         """The tag and the anchor on this line, added to those given; the position is that of the next content."""
         text = self.text
         while text[position] in "&!":
@@ -950,7 +929,7 @@ class _YamlReader:
             for child in [*value, *value.values()] if isinstance(value, dict) else value:
                 self.expand(child, depth + 1, position)
 
-    def anchored(self, value: Any, anchor: _Anchor) -> Any:
+    def anchored(self, value: Any, anchor: list[Any] | None) -> Any:
         if anchor is not None:
             anchor.append(value)
         return value
@@ -959,10 +938,6 @@ class _YamlReader:
 def _short_line(text: str, indent: int) -> bool:
     """Whether a line below the first, blank or not, has something other than spaces before column `indent`."""
     return indent > 0 and any(len(line) > _SPACES(line).end() < indent for line in text.split("\n")[1:])
-
-
-def _ends_in_escape(raw: str) -> bool:
-    return (len(raw) - len(raw.rstrip("\\"))) % 2 == 1
 
 
 def _folded(breaks: re.Match[str]) -> str:
@@ -995,12 +970,6 @@ def _folded_block(body: str) -> str:
         if all(line and line[0] not in " \t" for line in (parts[number - 1], parts[number + 1])):
             parts[number] = parts[number][1:] or " "
     return "".join(parts)
-
-
-@functools.lru_cache(maxsize=64)
-def _block_end(indent: int) -> Callable[[str, int], Any]:
-    """Finds the line break before the first line with content that is indented by less than `indent`."""
-    return re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search
 
 
 _PLAIN_TEXT = re.compile(  # what every YAML 1.1 and 1.2 loader reads as the same text
