@@ -1273,6 +1273,7 @@ def _strip_lines(items: list[str | _Tag]) -> list[Any]:
 
 _MISSING: Any = object()
 _PLAIN = frozenset((str, int, float, bool, list, dict, tuple))  # what a path may end at as it is; null goes the slow way
+_ATOMS, _NUMBERS = frozenset((str, int, float, bool)), frozenset((int, float))
 _KINDS: tuple[tuple[Any, str], ...] = (
     (type(None), "null"), (bool, "a boolean"), ((int, float), "a number"), (str, "text"), ((list, tuple), "a list"),
     (Mapping, "a map"), (object, "a Python object"),
@@ -1319,7 +1320,7 @@ def _there(value: Any, *steps: str) -> str:
 
 def _truthy(value: Any) -> bool:
     """Handlebars truth: false, null, "", 0 and [] are false; every map is true."""
-    return bool(value) or (value is not None and (type(value) not in _PLAIN or type(value) is dict) and isinstance(value, Mapping))
+    return bool(value) or (value is not None and type(value) not in _ATOMS and isinstance(value, (dict, Mapping)))
 
 
 def _unpacked(value: Any) -> Any:
@@ -1359,6 +1360,8 @@ def _as_number(text: str) -> int | float | None:
 
 def _equal(left: Any, right: Any) -> bool:
     """Equality of `==`, `in` and `eq`, as Condition describes it."""
+    if type(left) is type(right) and type(left) in _ATOMS:
+        return bool(left == right)
     if isinstance(right, str):
         left, right = right, left
     if isinstance(left, str):
@@ -1378,7 +1381,9 @@ def _order(left: Any, right: Any) -> int | None:
     """-1, 0 or 1; None if either is null (or nan); TypeError for what has no order."""
     if left is None or right is None:
         return None
-    if not (isinstance(left, str) and isinstance(right, str)):
+    if type(left) not in _NUMBERS or type(right) not in _NUMBERS:
+        if isinstance(left, str) and isinstance(right, str):
+            return (left > right) - (left < right)
         numbers = [_as_number(value) if isinstance(value, str) else value for value in (left, right)]
         if any(isinstance(number, bool) or not isinstance(number, (int, float)) for number in numbers):
             raise TypeError(f"cannot order {_kind(left)} and {_kind(right)}")
@@ -2109,7 +2114,9 @@ class _ConditionParser:
             first, second = left(this, frame), right(this, frame)
             try:
                 return compare(first, second)
-            except (TypeError, TemplateError) as error:
+            except RecursionError:
+                raise
+            except Exception as error:  # values of other types than JSON's may raise anything
                 raise self.error(error.reason if isinstance(error, TemplateError) else error, start) from None
 
         if operator == "matches" and isinstance(pattern := getattr(right, "constant", None), str):
@@ -2243,126 +2250,174 @@ class Condition:
 
 # ---- Guarded regular expressions -------------------------------------------------------------------------------------
 
-_MAX_SEARCHED = 1_000_000  # characters
-_MAX_STEPS = 100_000_000  # of backtracking in the worst case: about a second
+_MAX_STEPS = 100_000_000  # of backtracking in the worst case: a second or two
+_SETS = frozenset(("LITERAL", "NOT_LITERAL", "IN", "ANY"))  # nodes that take one character
 _SAMPLES = "".join(map(chr, range(128))) + "\u00e9\u0416\u4e2d\u0663\u00a0\u2028\u00b2\u20ac\U0001f600"
 _regex_parser: Any = getattr(re, "_parser", None) or getattr(re, "sre_parse", None)
 _regex_compiler: Any = getattr(re, "_compiler", None) or getattr(re, "sre_compile", None)
 
 
 def _compile_regex(pattern: str) -> re.Pattern[str]:
-    """A compiled pattern whose worst case is bounded (see _regex_plan); ConditionError for a bad or unsafe one."""
+    """A compiled pattern for _guarded; ConditionError for a bad one, or one that short texts can make take forever."""
     try:
-        _regex_plan(pattern)
+        _regex_cost(pattern)
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError, ValueError) as error:
-        raise ConditionError(f"bad regular expression: {str(error) or 'nested too deeply'}", pattern) from None
+        raise ConditionError(f"bad regular expression: {str(error) or 'nested too deeply'}", pattern[:200]) from None
+
+
+def _guarded(pattern: re.Pattern[str], text: str) -> re.Pattern[str]:
+    """The pattern; ConditionError if to search this text with it could take more than a second or two."""
+    if _regex_cost(pattern.pattern).steps(text) > _MAX_STEPS:
+        raise ConditionError("this regular expression can take forever on this text; simplify or anchor it", pattern.pattern)
+    return pattern
 
 
 def _guarded_search(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    """pattern.search(text); ConditionError if the text is so long that this could take more than about a second."""
-    longest, search = _regex_plan(pattern.pattern)
-    if len(text) > longest:
-        reason = f"a text of {len(text)} characters is too long for this regular expression (at most {longest})"
-        raise ConditionError(reason + "; anchoring it with ^ helps", pattern.pattern)
-    return search(text)
-
-
-@functools.lru_cache(maxsize=256)
-def _regex_plan(pattern: str) -> tuple[int, Callable[[str], re.Match[str] | None]]:
-    """How long a text may be for a search to end in about a second, and that search; ConditionError for no length.
-
-    Backtracking costs ways * length ** power: a choice that the next character does not decide multiplies the ways
-    (alternatives, bounded repeats) or raises the power (open repeats). A search starts at every character, but for a
-    pattern that begins with an open repeat of a set: within a run of the set it need start only once.
-    """
-    tree = _regex_parser.parse(pattern)
-    nodes, cost = list(tree), _RegexCost(tree, pattern)
-    if len(pattern) > 2000:
-        raise ConditionError("a regular expression has at most 2000 characters", pattern[:100])
-    _, ways, power, _, _ = cost.sequence(nodes, (frozenset(), 1, 0, False, True), 0)
-    starts_anywhere = not (nodes and str(nodes[0][1]) in ("AT_BEGINNING", "AT_BEGINNING_STRING")) or tree.state.flags & re.M
-    search = re.compile(pattern).search
-    lead = nodes
-    while lead and lead[0][0].name == "SUBPATTERN" and not (lead[0][1][1] or lead[0][1][2]):
-        lead = list(lead[0][1][-1])
-    if lead and lead[0][0].name in ("MAX_REPEAT", "MIN_REPEAT") and lead[0][1][1] == _regex_parser.MAXREPEAT:
-        body = list(lead[0][1][2])
-        if len(body) == 1 and body[0][0].name in _SETS and cost.rest_power == 0:
-            guard = _regex_parser.SubPattern(tree.state, body)
-            tree.insert(0, (_regex_parser.ASSERT_NOT, (-1, guard)))
-            search, starts_anywhere = _regex_compiler.compile(tree).search, False
-    longest = min(_MAX_SEARCHED, int((_MAX_STEPS / ways) ** (1 / max(1, power + bool(starts_anywhere)))))
-    if longest < 500:
-        raise ConditionError("this regular expression can take forever on some texts", pattern)
-    return longest, search
-
-
-_SETS = frozenset(("LITERAL", "NOT_LITERAL", "IN", "ANY"))  # nodes that take one character
+    """pattern.search(text), or ConditionError as in _guarded; a pattern that begins with a run takes less here."""
+    cost = _regex_cost(pattern.pattern)
+    if cost.by_runs and cost.steps(text, by_runs=True) <= _MAX_STEPS:
+        return cost.by_runs.search(text)  # type: ignore[no-any-return]
+    return _guarded(pattern, text).search(text)
 
 
 class _RegexCost:
-    """Walks a parsed pattern from its end. A state, of what follows a place: the characters it may start with, ways,
-    power, whether a choice in it is ambiguous, and whether it cannot fail."""
+    """How many steps a search may take. Backtracking multiplies choices that the next character does not decide: the
+    `ways` of alternatives and bounded repeats, and for an open repeat the length of the longest run in the text of
+    what it takes. `products` are the sets of repeats that multiply; a search may start at every `mark`.
 
-    def __init__(self, tree: Any, pattern: str) -> None:
-        self.tree, self.pattern, self.rest_power, self.known = tree, pattern, 0, {}  # type: ignore[var-annotated]
+    A pattern that begins with an open repeat of a set need start only once in a run of the set: `by_runs` does. What
+    follows the run costs `rest`, for each `entry` that is in the text.
+
+    The parsed pattern is walked from its end. A state tells of what follows a place: the characters it may start with,
+    ways, products, whether a choice in it is ambiguous, and whether it cannot fail.
+    """
+
+    END: Any = (frozenset(), 1, frozenset([()]), False, True)
+
+    def __init__(self, pattern: str) -> None:
+        if len(pattern) > 2000:
+            raise ConditionError("a regular expression has at most 2000 characters", pattern[:200])
+        tree = _regex_parser.parse(pattern)
         numbers = (int(number) for number in re.findall(r"\d+", repr(tree)))
         self.samples = set(_SAMPLES) | {chr(number) for number in numbers if number < 0x110000}
+        self.state, self.pattern, self.known = tree.state, pattern, {}  # type: ignore[var-annotated]
+        self.flags = re.I | re.S if re.search(r"\(\?[a-zA-Z-]+:", pattern) else 0  # flags of a group: as if for all
+        self.taken: list[Any] = []  # the nodes of one character, as they are met
+        self.runs: dict[str, Any] = {}  # for each open repeat, a pattern of the runs that it can take
+        nodes = list(tree)
+        self.rest = self.sequence(nodes[1:], self.END, 0)[2]
+        _, self.ways, self.products, _, _ = self.sequence(nodes, self.END, 0)
+        begins = str(nodes[0][1]) if nodes and nodes[0][0].name == "AT" else ""
+        self.anchored = begins == "AT_BEGINNING_STRING" or (begins == "AT_BEGINNING" and not tree.state.flags & re.M)
+        self.mark = "\n" if begins == "AT_BEGINNING" else self.literal(nodes)
+        self.entry, self.by_runs = self.literal(nodes[1:]), self.started_by_runs(nodes)
+        if self.total(self.products, 1 if self.anchored else 50, dict.fromkeys(self.runs, 50)) > _MAX_STEPS:
+            raise ConditionError("this regular expression can take forever on some texts", pattern)
+
+    def literal(self, nodes: Any) -> str:
+        """The text that nodes begin with."""
+        exact = next((nodes[:end] for end, node in enumerate(nodes) if node[0].name != "LITERAL"), nodes)
+        return "" if self.flags or self.state.flags & re.I else "".join(chr(argument) for _, argument in exact)
+
+    def started_by_runs(self, nodes: Any) -> re.Pattern[str] | None:
+        """The pattern with `not after what it repeats` in front, if it begins with an open repeat of a set."""
+        lead = list(nodes[:1])
+        while len(lead) == 1 and lead[0][0].name == "SUBPATTERN" and not (lead[0][1][1] or lead[0][1][2]):
+            lead = list(lead[0][1][-1])
+        if len(lead) != 1 or not lead[0][0].name.endswith("_REPEAT") or lead[0][1][1] != _regex_parser.MAXREPEAT:
+            return None
+        repeated = list(lead[0][1][2])
+        if len(repeated) != 1 or repeated[0][0].name not in _SETS:
+            return None
+        guard = (_regex_parser.ASSERT_NOT, (-1, self.tree(*repeated)))
+        return _regex_compiler.compile(self.tree(guard, *nodes))  # type: ignore[no-any-return]
+
+    def total(self, products: Any, starts: int, lengths: Mapping[str, int]) -> int:
+        return self.ways * starts * sum(math.prod(lengths[run] + 1 for run in runs) for runs in products)
+
+    def steps(self, text: str, by_runs: bool = False) -> int:
+        """At most how many steps a search of the text takes; runs are measured only if that matters."""
+        starts = text.count(self.entry if by_runs else self.mark) + 1
+        products, lengths = self.rest if by_runs else self.products, dict.fromkeys(self.runs, len(text))
+        most = self.total(products, 1 if self.anchored else starts, lengths)
+        if most > _MAX_STEPS:
+            for key, run in self.runs.items():
+                lengths[key] = max((len(found[0]) for found in run.finditer(text)), default=0)
+            most = self.total(products, 1 if self.anchored else starts, lengths)
+        return most + len(text)
 
     def sequence(self, nodes: Any, state: Any, depth: int) -> Any:
         for operation, argument in reversed(list(nodes)):
-            self.rest_power = state[2]
             state = self.node(operation, argument, state, depth)
         return state
+
+    def tree(self, *nodes: Any) -> Any:
+        return _regex_parser.SubPattern(self.state, list(nodes))
+
+    def run(self, nodes: list[Any]) -> Any:
+        """A pattern of the runs of what any of the nodes take."""
+        arms = nodes[0] if len(nodes) == 1 else (_regex_parser.BRANCH, (None, [self.tree(node) for node in nodes]))
+        repeat = (_regex_parser.MAX_REPEAT, (1, _regex_parser.MAXREPEAT, self.tree(arms)))
+        return _regex_compiler.compile(self.tree(repeat), self.flags)
 
     def characters(self, node: Any) -> frozenset[str]:
         """The sample characters that a node takes."""
         if repr(node) not in self.known:
-            single = _regex_compiler.compile(_regex_parser.SubPattern(self.tree.state, [node]))
-            self.known[repr(node)] = frozenset(filter(single.match, self.samples))
+            self.known[repr(node)] = frozenset(filter(_regex_compiler.compile(self.tree(node), self.flags).match, self.samples))
         return self.known[repr(node)]  # type: ignore[no-any-return]
 
     def node(self, operation: Any, argument: Any, state: Any, depth: int) -> Any:
-        first, ways, power, ambiguous, _ = state
+        first, ways, products, ambiguous, _ = state
         name = operation.name
         if name in _SETS:
-            return self.characters((operation, argument)), ways, power, ambiguous, False
+            self.taken.append((operation, argument))
+            return self.characters((operation, argument)), ways, products, ambiguous, False
         if name == "AT":
-            return first, ways, power, ambiguous, False
+            return first, ways, products, ambiguous, False
         if name in ("SUBPATTERN", "ATOMIC_GROUP"):
             return self.sequence(argument[-1] if name == "SUBPATTERN" else argument, state, depth)
         if name == "BRANCH":
             arms = [self.sequence(arm, state, depth) for arm in argument[1]]
-            firsts = frozenset().union(*(arm[0] for arm in arms))
+            firsts, all_products = (frozenset().union(*(arm[index] for arm in arms)) for index in (0, 2))
             overlap = sum(len(arm[0]) for arm in arms) > len(firsts)
             total = (sum if overlap else max)(arm[1] for arm in arms)
-            return firsts, total, max(arm[2] for arm in arms), overlap or any(arm[3] for arm in arms), False
+            return firsts, total, all_products, overlap or any(arm[3] for arm in arms), False
         if name in ("ASSERT", "ASSERT_NOT"):
-            inner = self.sequence(argument[1], (frozenset(), 1, 0, False, True), depth)
-            return first, ways * inner[1], power + inner[2], ambiguous or inner[3], False
+            inner = self.sequence(argument[1], self.END, depth)
+            if not depth or inner[2] == self.END[2]:
+                return first | inner[0], ways * inner[1], products | inner[2], ambiguous or inner[3], False
         if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            return self.repeat(*argument, state, depth + 1)
-        raise ConditionError("back references and conditions in a regular expression can take forever", self.pattern)
+            return self.repeat(argument, state, depth + 1)
+        raise ConditionError("a back reference, or what a repeat repeats, can make this take forever", self.pattern)
 
-    def repeat(self, low: int, high: int, body: Any, state: Any, depth: int) -> Any:
-        first, ways, power, ambiguous, sure = state
+    def repeat(self, argument: Any, state: Any, depth: int) -> Any:
+        (low, high, body), (first, ways, products, ambiguous, sure), seen = argument, state, len(self.taken)
         if depth > 6:
             raise ConditionError("repeats in a regular expression are nested deeper than 6", self.pattern)
-        starts = self.sequence(body, (frozenset([""]), 1, 0, False, False), depth)[0]
-        optional, starts = low == 0 or "" in starts, starts - {""}
-        inner = self.sequence(body, (starts | first if high > 1 else first, 1, 0, False, False), depth)
-        undecided = low != high and bool(starts & first)
+        starts = self.sequence(body, (frozenset([""]), *self.END[1:4], False), depth)[0]
+        taken = {repr(node): node for node in self.taken[seen:]}
+        empty, starts = "" in starts, starts - {""}
+        inner = self.sequence(body, (starts | first if high > 1 else first, *self.END[1:4], False), depth)
+        undecided = low != high and (empty or bool(starts & first))
         if inner[3] and high > 20:
             raise ConditionError("nested repeats in this regular expression can take forever", self.pattern)
+        products = {some + more * (high if inner[3] else 1) for some in products for more in inner[2]} | products
         ways *= inner[1] ** high if inner[3] else 1
-        power = power + inner[2] * high if inner[3] else max(power, inner[2])
-        if high > 50:
-            power = power + 1 if undecided else power if sure else max(power, 1)
+        if high > 50 and taken:
+            key = repr(sorted(taken))
+            self.runs.setdefault(key, self.run(list(taken.values())))
+            products = {some + (key,) for some in products} if undecided else products if sure else products | {(key,)}
             ways *= 1 if len(body) == 1 and body[0][0].name in _SETS else 10  # groups repeat more slowly than sets
         elif undecided:
             ways *= high - low + 1
-        return starts | (first if optional else frozenset()), ways, power, ambiguous or inner[3] or undecided, sure and low == 0
+        if len(products) > 100:
+            raise ConditionError("this regular expression has too many open repeats", self.pattern)
+        following = starts | (first if empty or low == 0 else frozenset())
+        return following, ways, frozenset(products), ambiguous or inner[3] or undecided, sure and low == 0
+
+
+_regex_cost = functools.lru_cache(maxsize=256)(_RegexCost)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
