@@ -3929,7 +3929,7 @@ _RETRIED_STATUSES = frozenset((408, 409, 425, 429, *range(500, 600)))
 _CALL = threading.local()  # .scope: the _CancelScope of the call that this thread makes
 
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) +([1-9][0-9][0-9])(?: .*)?").fullmatch
-_HEAD_END, _LINE_END = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r?\n").search
+_HEAD_END, _LINE_END = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r\n").search  # of chunks: no other end
 _FOLD = re.compile(r"\r?\n[ \t]+").sub
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?").fullmatch
 _METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
@@ -4045,8 +4045,8 @@ class _Connection:
             for line in lines:
                 name, colon, value = line.partition(":")
                 name, value = name.strip().lower(), value.strip()
-                if not colon:
-                    raise BadResponseError("a header without a colon", retryable=True)
+                if not colon or "\r" in value:
+                    raise BadResponseError("a header that is none", retryable=True)
                 if name in headers and not (name == "content-length" and headers[name] == value):
                     value = f"{headers[name]}, {value}"
                 headers[name] = value

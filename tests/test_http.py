@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import http.client
+import io
 import os
+import random
 import socket
 import sys
 import threading
@@ -200,6 +203,7 @@ def test_a_user_in_the_address_is_basic_authentication(client: _HttpClient) -> N
         pytest.param([chunked(b"fine", end=b"0x4\r\nfine\r\n0\r\n\r\n")], GARBAGE, id="a prefixed chunk size"),
         pytest.param([chunked(b"fine", end=b"\r\n0\r\n\r\n")], GARBAGE, id="an empty chunk size"),
         pytest.param([chunked(b"fine", end=b"2\r\nlonger\r\n0\r\n\r\n")], GARBAGE, id="a chunk longer than its size"),
+        pytest.param([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nfin\r\n0\r\n\r\n", CLOSE], GARBAGE, id="a chunk a byte short"),
         pytest.param([chunked(b"fine", end=b"f" * 40 + b"\r\n")], GARBAGE, id="an endless chunk size"),
         pytest.param([b"SSH-2.0-OpenSSH_9.6\r\n", STALL], GARBAGE, id="another protocol"),
         pytest.param([b"\x15\x03\x01\x00\x02\x02\x16", STALL], GARBAGE, id="a TLS alert"),
@@ -209,6 +213,7 @@ def test_a_user_in_the_address_is_basic_authentication(client: _HttpClient) -> N
         pytest.param([b"HTTP/1.1 101 Switching Protocols\r\n\r\n"], GARBAGE, id="101"),
         pytest.param([b"<html>hello</html>\r\n\r\n", CLOSE], GARBAGE, id="HTTP/0.9"),
         pytest.param([b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n"], GARBAGE, id="a header without a colon"),
+        pytest.param([b"HTTP/1.1 200 OK\r\nX: y\rContent-Length: 4\r\n\r\nfine", CLOSE], GARBAGE, id="a bare carriage return"),
         pytest.param([b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nfine!"], GARBAGE, id="two lengths"),
         pytest.param([b"HTTP/1.1 200 OK\r\nContent-Length: -4\r\n\r\nfine"], GARBAGE, id="a negative length"),
         pytest.param([b"HTTP/1.1 200 OK\r\nContent-Length: 0x4\r\n\r\nfine"], GARBAGE, id="a hexadecimal length"),
@@ -298,6 +303,50 @@ def test_a_header_that_cannot_be_sent_is_refused_without_its_value(client: _Http
 def test_a_method_that_is_no_word_is_refused(client: _HttpClient) -> None:
     with pytest.raises(ProviderConnectionError, match="method"):
         client.request("GET / HTTP/1.1\r\nX: y\r\n\r\nGET", "http://127.0.0.1:9/", {}, None)
+
+
+ANSWERS = [
+    reply(b"hello world"), reply(b""), chunked(b"ab", b"cdef", b"x" * 300), chunked(b"abc", end=b"0\r\nT: x\r\n\r\n"), reply(b"", 204),
+    b"HTTP/1.0 200 OK\r\nA: b\r\n\r\nuntil the end", b"HTTP/1.1 100 Continue\r\n\r\n" + reply(b"z", 201),
+]  # fmt: skip
+PARTS = [b"\r\n", b"\n", b"\r", b":", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n", b"HTTP/1.1 ", b"f", b"-"]
+
+
+class Bytes:
+    """What http.client takes for a socket."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def makefile(self, *_: Any) -> Any:
+        return io.BytesIO(self.content)
+
+
+@pytest.mark.slow
+def test_a_mutated_answer_is_refused_or_read_as_http_client_reads_it(client: _HttpClient) -> None:
+    chance = random.Random(7)
+
+    def mutated(content: bytes) -> bytes:
+        for _ in range(chance.choice([1, 1, 1, 2, 3, 6])):
+            start = chance.randrange(len(content) + 1)
+            removed = chance.choice([0, 0, 1, 2, 8, 10_000])
+            content = content[:start] + chance.choice([b"", *PARTS]) + content[start + removed :]
+        return content
+
+    answers = [mutated(chance.choice(ANSWERS)) for _ in range(2000)]
+    both = 0
+    with FaultServer([[answer, CLOSE] for answer in answers]) as server:
+        for answer in answers:
+            try:
+                ours = client.request("GET", server.url, {}, None)
+            except (ProviderConnectionError, BadResponseError):
+                continue
+            theirs = http.client.HTTPResponse(Bytes(answer))  # type: ignore[arg-type]
+            with contextlib.suppress(http.client.BadStatusLine):  # it knows no folded lines there
+                theirs.begin()
+                assert (ours.status, ours.body) == (theirs.status, theirs.read()), answer
+                both += 1
+    assert both > 200
 
 
 # ---- Connections
