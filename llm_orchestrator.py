@@ -4035,18 +4035,19 @@ class _Connection:
             self.ahead, self.position = self.ahead[self.position :], 0
             while b"HTTP/".startswith(self.ahead):
                 self.more()
-            text = self.until(_HEAD_END, left) if self.ahead.startswith(b"HTTP/") else self.ahead
-            first, *lines = _FOLD(" ", text.decode("latin-1")).split("\n")
-            status_line = _STATUS_LINE(first.rstrip("\r"))
-            if not status_line or status_line[2] == "101":
+            raw = self.until(_HEAD_END, left) if self.ahead.startswith(b"HTTP/") else self.ahead
+            text = _FOLD(" ", raw.decode("latin-1")).replace("\r\n", "\n")
+            first, *lines = text.split("\n")
+            status_line = _STATUS_LINE(first)
+            if not status_line or status_line[2] == "101" or "\r" in text:
                 raise BadResponseError(f"something that is not HTTP/1.1: {first[:12]!r}", retryable=True)
-            left, status = left - len(text), int(status_line[2])
+            left, status = left - len(raw), int(status_line[2])
             headers: dict[str, str] = {}
             for line in lines:
                 name, colon, value = line.partition(":")
                 name, value = name.strip().lower(), value.strip()
-                if not colon or "\r" in value:
-                    raise BadResponseError("a header that is none", retryable=True)
+                if not colon:
+                    raise BadResponseError("a header without a colon", retryable=True)
                 if name in headers and not (name == "content-length" and headers[name] == value):
                     value = f"{headers[name]}, {value}"
                 headers[name] = value

@@ -73,10 +73,25 @@ def test_both_spellings_of_the_original_mean_the_same(document: dict[str, object
 @pytest.mark.parametrize(
     "document",
     [
-        {"max_attempts": 0}, {"max_attempts": True}, {"max_attempts": 1.5}, {"max_attempts": "3"}, {"jitter": 2},
-        {"jitter": float("nan")}, {"jitter": "yes"}, {"initial_delay": "soon"}, {"tries": 3}, {1: 3}, {"max_delay": -1},
-        {"max_delay": float("inf")}, {"strategy": "random"}, {"backoff_multiplier": 0}, {"backoff": "linear", "strategy": "linear"},
-        [], "3", None, 3,
+        {"max_attempts": 0},
+        {"max_attempts": True},
+        {"max_attempts": 1.5},
+        {"max_attempts": "3"},
+        {"jitter": 2},
+        {"jitter": float("nan")},
+        {"jitter": "yes"},
+        {"initial_delay": "soon"},
+        {"tries": 3},
+        {1: 3},
+        {"max_delay": -1},
+        {"max_delay": float("inf")},
+        {"strategy": "random"},
+        {"backoff_multiplier": 0},
+        {"backoff": "linear", "strategy": "linear"},
+        [],
+        "3",
+        None,
+        3,
     ],
     ids=repr,
 )
@@ -114,18 +129,38 @@ def test_no_number_of_failures_overflows(strategy: str, initial: Any) -> None:
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
-        ({}, None), ({"retry-after": "7"}, 7), ({"retry-after": " 0 "}, 0), ({"retry-after": "1.5"}, 1.5), ({"retry-after": "007"}, 7),
-        ({"retry-after": "99999999999"}, 99999999999), ({"retry-after-ms": "250"}, 0.25), ({"retry-after-ms": "0.5"}, 0.0005),
-        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25), ({"retry-after-ms": "soon", "retry-after": "9"}, 9),
-        ({"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}, 0), ({"retry-after": "Sunday, 06-Nov-94 08:49:37 GMT"}, 0),
+        ({}, None),
+        ({"retry-after": "7"}, 7),
+        ({"retry-after": " 0 "}, 0),
+        ({"retry-after": "1.5"}, 1.5),
+        ({"retry-after": "007"}, 7),
+        ({"retry-after": "99999999999"}, 99999999999),
+        ({"retry-after-ms": "250"}, 0.25),
+        ({"retry-after-ms": "0.5"}, 0.0005),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+        ({"retry-after-ms": "soon", "retry-after": "9"}, 9),
+        ({"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}, 0),
+        ({"retry-after": "Sunday, 06-Nov-94 08:49:37 GMT"}, 0),
         ({"retry-after": "Sun Nov  6 08:49:37 1994"}, 0),
         *(
             ({"retry-after": text}, None)
-            for text in ("", "-1", "soon", "1e3", "inf", "nan", "5, 5", "\u0665", "Sun, 99 Foo 1994", "Sun, 06 Nov 99999 08:49:37 GMT", "1" * 400)
+            for text in (
+                "",
+                "-1",
+                "soon",
+                "1e3",
+                "inf",
+                "nan",
+                "5, 5",
+                "\u0665",
+                "Sun, 99 Foo 1994",
+                "Sun, 06 Nov 99999 08:49:37 GMT",
+                "1" * 400,
+            )
         ),
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_retry_after_is_read_in_each_of_its_forms(headers: dict[str, str], seconds: float | None) -> None:
     assert _retry_after_seconds(headers) == (seconds if seconds is None else pytest.approx(seconds))
 
@@ -157,14 +192,20 @@ class Clock:
 
 
 LIMITS = st.fixed_dictionaries(
-    {}, optional={"requests_per_minute": st.integers(1, 2000) | st.floats(0.5, 100), "tokens_per_minute": st.integers(1, 10_000)}
+    {},
+    optional={
+        "requests_per_minute": st.integers(1, 2000) | st.floats(0.5, 100),
+        "tokens_per_minute": st.integers(1, 10_000),
+    },
 )
 CALLS = st.lists(st.tuples(st.integers(0, 500), st.floats(0, 20), st.none() | st.integers(0, 800)), max_size=80)
 
 
 @settings(max_examples=60, deadline=None)
 @given(LIMITS, CALLS)
-def test_no_window_of_a_minute_sees_more_than_the_limit(limits: dict[str, float], calls: list[tuple[int, float, Any]]) -> None:
+def test_no_window_of_a_minute_sees_more_than_the_limit(
+    limits: dict[str, float], calls: list[tuple[int, float, Any]]
+) -> None:
     clock = Clock()
     limit = _RateLimit.from_dict(limits, clock)
     starts: list[tuple[float, int]] = []  # (start, tokens actually used)
@@ -184,8 +225,14 @@ def test_no_window_of_a_minute_sees_more_than_the_limit(limits: dict[str, float]
         assert sum(inside) <= most_tokens or sum(map(bool, inside)) == 1
 
 
-@pytest.mark.parametrize(("limits", "tokens", "calls"), [({"requests_per_minute": 60}, 0, 600), ({"tokens_per_minute": 6000}, 100, 600),
-                                                         ({"requests_per_minute": 6000}, 0, 60_000)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("limits", "tokens", "calls"),
+    [
+        ({"requests_per_minute": 60}, 0, 600),
+        ({"tokens_per_minute": 6000}, 100, 600),
+        ({"requests_per_minute": 6000}, 0, 60_000),
+    ],
+)
 def test_a_limit_is_used_up_evenly(limits: dict[str, float], tokens: int, calls: int) -> None:
     limit = _RateLimit.from_dict(limits, Clock())
     waits = [limit.reserve(tokens) for _ in range(calls)]
@@ -244,10 +291,16 @@ def test_no_limits_let_everything_pass() -> None:
 
 @pytest.mark.parametrize(
     ("document", "word"),
-    [({"request_per_minute": 1}, "did you mean 'requests_per_minute'?"), ({"requests_per_minute": 0}, "above 0"),
-     ({"tokens_per_minute": "many"}, "above 0"), ({"max_concurrent": 1.5}, "whole number"), ({"max_concurrent": 0}, "whole number"), (7, "map")],
+    [
+        ({"request_per_minute": 1}, "did you mean 'requests_per_minute'?"),
+        ({"requests_per_minute": 0}, "above 0"),
+        ({"tokens_per_minute": "many"}, "above 0"),
+        ({"max_concurrent": 1.5}, "whole number"),
+        ({"max_concurrent": 0}, "whole number"),
+        (7, "map"),
+    ],
     ids=repr,
-)  # fmt: skip
+)
 def test_wrong_limits_are_refused(document: Any, word: str) -> None:
     with pytest.raises(ValidationError, match=word):
         _RateLimit.from_dict(document)
@@ -492,7 +545,15 @@ def test_many_threads_get_one_probe() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    [{"failure_rate": 0}, {"failure_rate": 1.5}, {"window": 0}, {"min_calls": 0}, {"open_seconds": -1}, {"open_second": 1}, []],
+    [
+        {"failure_rate": 0},
+        {"failure_rate": 1.5},
+        {"window": 0},
+        {"min_calls": 0},
+        {"open_seconds": -1},
+        {"open_second": 1},
+        [],
+    ],
     ids=repr,
 )
 def test_a_wrong_breaker_is_refused(document: Any) -> None:
