@@ -3740,41 +3740,37 @@ _RETRY_KEYS: dict[str, Callable[[Any], str | None]] = {
     "initial_delay": _must("milliseconds, or a text such as 1.5s", lambda value: _seconds(value, "ms") is not None),
     "max_delay": _must("milliseconds, or a text such as 30s", lambda value: _seconds(value, "ms") is not None),
     "backoff_multiplier": _number(1, 1000),
-    "jitter": _must("true, false or a fraction up to 1", lambda value: isinstance(value, (int, float)) and 0 <= value <= 1),
+    "jitter": _must("true, false or a fraction", lambda value: isinstance(value, (int, float)) and 0 <= value <= 1),
 }
 _RETRY_ALIASES = {"backoff": "strategy", "initial_delay_ms": "initial_delay", "max_delay_ms": "max_delay"}
-_RATE_LIMIT_KEYS: dict[str, Callable[[Any], str | None]] = {
-    "requests_per_minute": _must("a number above 0", lambda value: _is_number(value) and value > 0),
-    "tokens_per_minute": _must("a number above 0", lambda value: _is_number(value) and value > 0),
-    "max_concurrent": _integer(1),
-}
-_CIRCUIT_BREAKER_KEYS: dict[str, Callable[[Any], str | None]] = {
-    "failure_rate": _must("a fraction above 0, up to 1", lambda value: _is_number(value) and 0 < value <= 1),
-    "window": _integer(1, 1000),
-    "min_calls": _integer(1, 1000),
+_above_zero = _must("a number above 0", lambda value: _is_number(value) and value > 0)
+_RATE_LIMIT_KEYS = {"requests_per_minute": _above_zero, "tokens_per_minute": _above_zero, "max_concurrent": _integer(1)}
+_CIRCUIT_BREAKER_KEYS = {
+    "failure_rate": _must("above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1),
+    "window": _integer(1, 1000), "min_calls": _integer(1, 1000),
     "open_seconds": _must("seconds, or a text such as 30s", lambda value: _seconds(value, "s") is not None),
-}
+}  # fmt: skip
 
 
 def _checked_settings(
-    name: str, document: Any, checks: Mapping[str, Callable[[Any], str | None]], aliases: Mapping[str, str] | None = None
+    name: str, document: Any, checks: dict[str, Callable[[Any], str | None]], aliases: Mapping[str, str]
 ) -> dict[str, Any]:
-    """A map of settings under their first names, without nulls (the default is meant). ValidationError has every fault."""
+    """A map of settings under their first names, without nulls (they mean the default). ValidationError: all faults."""
     if not isinstance(document, Mapping):
         raise ValidationError(f"{name} must be a map, not {_shown(document)}")
     given: dict[str, Any] = {}
-    problems: list[Problem] = []
+    faults: list[tuple[Any, str | None]] = []
     for key, value in document.items():
-        known = (aliases or {}).get(str(key), str(key))
+        known = aliases.get(str(key), str(key))
         if known not in checks:
-            hint = _suggestion(known, (*checks, *(aliases or ())))
-            problems.append(Problem(f"{name}: unknown key {key!r}{hint}", (key,)))
+            faults.append((key, f"unknown key {key!r}{_suggestion(known, (*checks, *aliases))}"))
         elif known in given:
-            problems.append(Problem(f"{name}: {key} and {known} are two names of one value", (key,)))
+            faults.append((key, f"{key} and {known} are two names of one value"))
         elif value is not None:
             given[known] = value
-            if fault := checks[known](value):
-                problems.append(Problem(f"{name}: {key} {fault}", (key,)))
+            fault = checks[known](value)
+            faults.append((key, fault and f"{key} {fault}"))
+    problems = [Problem(f"{name}: {fault}", (key,)) for key, fault in faults if fault]
     if problems:
         raise ValidationError(problems)
     return given
@@ -3787,8 +3783,6 @@ class RetryPolicy:
     delay uniformly from 0 to its full length, False takes it as it is, a fraction varies it by plus or minus that.
     Raises ValidationError for values out of range.
     """
-
-    __slots__ = ("backoff_multiplier", "initial_delay_seconds", "jitter", "max_attempts", "max_delay_seconds", "strategy")
 
     def __init__(
         self, max_attempts: int = 3, strategy: str = "exponential", initial_delay: float | str = 500,
@@ -3830,7 +3824,7 @@ class RetryPolicy:
         return max(min(delay, self.max_delay_seconds), retry_after_seconds or 0.0)
 
     def __repr__(self) -> str:
-        return f"RetryPolicy({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
+        return f"RetryPolicy({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
 _DEFAULT_RETRY = RetryPolicy()
@@ -3842,26 +3836,25 @@ class _Places:
 
     def __init__(self, count: float = math.inf) -> None:
         self.count, self.taken, self.lock = count, 0, threading.Lock()
-        self.waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+        self.waiting: collections.deque[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = collections.deque()
 
     async def enter(self) -> None:
         """Waits for a place. A cancelled wait keeps none."""
         import asyncio
 
+        ticket = (asyncio.get_running_loop(), asyncio.Event())
         with self.lock:
             if self.taken < self.count:
                 self.taken += 1
                 return
-            place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self.waiting.append(place)
+            self.waiting.append(ticket)
         try:
-            await place
+            await ticket[1].wait()
         except BaseException:
-            with self.lock:
-                given = place not in self.waiting
-                if not given:
-                    self.waiting.remove(place)
-            if given:
+            try:
+                with self.lock:
+                    self.waiting.remove(ticket)
+            except ValueError:  # too late: a place was given
                 self.leave()
             raise
 
@@ -3869,16 +3862,11 @@ class _Places:
         """Gives a place up, from any thread. It passes to who has waited longest without ever being free."""
         with self.lock:
             while self.waiting:
-                place = self.waiting.popleft()
-                with contextlib.suppress(RuntimeError):  # its event loop is closed: the next one
-                    place.get_loop().call_soon_threadsafe(self.give, place)
+                loop, given = self.waiting.popleft()
+                with contextlib.suppress(RuntimeError):  # the event loop is closed: the next one
+                    loop.call_soon_threadsafe(given.set)
                     return
             self.taken -= 1
-
-    @staticmethod
-    def give(place: asyncio.Future[None]) -> None:
-        if not place.done():
-            place.set_result(None)
 
 
 class _RateLimit(_Places):
@@ -3889,8 +3877,8 @@ class _RateLimit(_Places):
     """
 
     def __init__(
-        self, requests_per_minute: float = math.inf, tokens_per_minute: float = math.inf, max_concurrent: float = math.inf,
-        clock: Callable[[], float] = time.monotonic,
+        self, requests_per_minute: float = math.inf, tokens_per_minute: float = math.inf,
+        max_concurrent: float = math.inf, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         super().__init__(max_concurrent)
         self.requests, self.tokens, self.clock = requests_per_minute, tokens_per_minute, clock
@@ -3903,26 +3891,23 @@ class _RateLimit(_Places):
     @classmethod
     def from_dict(cls, document: Any, clock: Callable[[], float] = time.monotonic) -> _RateLimit:
         """The limits of a provider's `rate_limit` map. Raises ValidationError."""
-        return cls(**_checked_settings("rate_limit", document, _RATE_LIMIT_KEYS), clock=clock)
+        return cls(**_checked_settings("rate_limit", document, _RATE_LIMIT_KEYS, {}), clock=clock)
 
     async def start(self, tokens: int = 0) -> None:
-        """Waits until a call of about so many tokens may start, and takes a place. A cancelled wait keeps nothing."""
+        """Waits until a call of about so many tokens may start, and takes a place. A cancelled wait keeps none."""
         import asyncio
 
         await self.enter()
-        booked = False
         try:
             await self.gate.enter()
             try:
-                wait, booked = self.reserve(tokens), True
+                wait = self.reserve(tokens)
                 while wait > 0:
                     await asyncio.sleep(wait)
                     wait = self.blocked_seconds()
             finally:
                 self.gate.leave()
         except BaseException:
-            if booked:
-                self.settle(tokens, 0)
             self.leave()
             raise
 
@@ -3973,9 +3958,9 @@ class _RateLimit(_Places):
 class _CircuitBreaker:
     """Whether a provider is worth calling: `allow()` before a call, `record(ok)` after it, in any thread.
 
-    Closed, it opens when at least `min_calls` of the last `window` calls are known and a share of `failure_rate` of them
-    failed. Open, it lets nobody pass for `open_seconds`. Half open, it lets one probe pass at a time: a success closes it,
-    a failure opens it again. `on_change(old, new)` hears of each change of `state`.
+    Closed, it opens when of the last `window` calls at least `min_calls` are known and a share of `failure_rate` of
+    them failed. Open, it lets nobody pass for `open_seconds`. Half open, it lets one probe pass at a time: a success
+    closes it, a failure opens it again. `on_change(old, new)` hears of each change of `state`.
     """
 
     def __init__(
@@ -3991,7 +3976,7 @@ class _CircuitBreaker:
     @classmethod
     def from_dict(cls, document: Any, clock: Callable[[], float] = time.monotonic) -> _CircuitBreaker:
         """The breaker of a provider's `circuit_breaker` map. Raises ValidationError."""
-        return cls(**_checked_settings("circuit_breaker", document, _CIRCUIT_BREAKER_KEYS), clock=clock)
+        return cls(**_checked_settings("circuit_breaker", document, _CIRCUIT_BREAKER_KEYS, {}), clock=clock)
 
     @property
     def retry_after_seconds(self) -> float:
@@ -4044,11 +4029,11 @@ _RETRIED_STATUSES = frozenset((408, 409, 425, 429, *range(500, 600)))
 _CALL = threading.local()  # .scope: the _CancelScope of the call that this thread makes
 
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) +([1-9][0-9][0-9])(?: .*)?").fullmatch
-_HEAD_END, _LINE_END, _FOLD = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r?\n").search, re.compile(r"\r?\n[ \t]+").sub
+_HEAD_END, _LINE_END = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r\n").search  # of chunks: no other end
+_FOLD = re.compile(r"\r?\n[ \t]+").sub
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?").fullmatch
 _METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 _FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*").fullmatch
-_SECRET_HEADER = re.compile("auth|key|token|secret|cookie", re.I).search
 
 
 class _CancelScope:
@@ -4056,8 +4041,6 @@ class _CancelScope:
 
     The lookup of a host's addresses has no socket and cannot be broken off; the call ends right after it.
     """
-
-    __slots__ = ("cancelled", "lock", "socket")
 
     def __init__(self) -> None:
         self.cancelled, self.lock, self.socket = False, threading.Lock(), None
@@ -4092,17 +4075,9 @@ class _Response:
         return self.body.decode("utf-8", "replace")
 
 
-class _HttpFault(Exception):
-    """An answer that cannot be taken: why, whether another attempt may help, and the server's own words."""
-
-    def __init__(self, reason: str, words: Any = "", retryable: bool = True) -> None:
-        super().__init__(reason)
-        self.words, self.retryable = words if isinstance(words, str) else words.decode("latin-1"), retryable
-
-
 class _Connection:
-    """A socket and what was read from it ahead. It waits until `deadline` (of time.monotonic(); inf: as long as it takes)
-    and then raises TimeoutError (socket.timeout); a cancelled scope or a lost connection is a ConnectionError."""
+    """A socket and what was read from it ahead. It waits until `deadline` (by time.monotonic(); inf: for ever), then
+    raises TimeoutError. A lost connection or a cancelled scope is a ConnectionError, broken HTTP a BadResponseError."""
 
     def __init__(self, sock: Any) -> None:
         self.socket, self.ahead, self.position, self.since = sock, b"", 0, 0.0
@@ -4148,7 +4123,7 @@ class _Connection:
         while not (match := end(self.ahead, start)):
             start = max(0, len(self.ahead) - self.position - 3)  # where the unread bytes will end, less a split match
             if start > most:
-                raise _HttpFault("more headers than can be right", self.ahead, False)
+                raise BadResponseError("more headers than can be right")
             self.more()
         text, self.position = self.ahead[self.position : match.start()], match.end()
         return text
@@ -4160,18 +4135,19 @@ class _Connection:
             self.ahead, self.position = self.ahead[self.position :], 0
             while b"HTTP/".startswith(self.ahead):
                 self.more()
-            text = self.until(_HEAD_END, left) if self.ahead.startswith(b"HTTP/") else self.ahead
-            first, *lines = _FOLD(" ", text.decode("latin-1")).split("\n")
-            status_line = _STATUS_LINE(first.rstrip("\r"))
-            if not status_line or status_line[2] == "101":
-                raise _HttpFault("something that is not HTTP/1.1", text)
-            left, status = left - len(text), int(status_line[2])
+            raw = self.until(_HEAD_END, left) if self.ahead.startswith(b"HTTP/") else self.ahead
+            text = _FOLD(" ", raw.decode("latin-1")).replace("\r\n", "\n")
+            first, *lines = text.split("\n")
+            status_line = _STATUS_LINE(first)
+            if not status_line or status_line[2] == "101" or "\r" in text:
+                raise BadResponseError(f"something that is not HTTP/1.1: {first[:12]!r}", retryable=True)
+            left, status = left - len(raw), int(status_line[2])
             headers: dict[str, str] = {}
             for line in lines:
                 name, colon, value = line.partition(":")
                 name, value = name.strip().lower(), value.strip()
                 if not colon:
-                    raise _HttpFault("a header without a colon", line)
+                    raise BadResponseError("a header without a colon", retryable=True)
                 if name in headers and not (name == "content-length" and headers[name] == value):
                     value = f"{headers[name]}, {value}"
                 headers[name] = value
@@ -4181,29 +4157,29 @@ class _Connection:
 
     def body(self, response: _Response) -> Iterator[bytes]:
         """The pieces of the body of an answer that has one, unchunked (RFC 9112, 6.3)."""
-        coding, length = response.headers.get("transfer-encoding"), response.headers.get("content-length")
-        if coding:
-            if coding.lower() != "chunked":
-                raise _HttpFault("an unknown transfer encoding", coding)
+        coding, length = response.headers.get("transfer-encoding", ""), response.headers.get("content-length")
+        if coding.lower() not in ("", "identity", "chunked"):
+            raise BadResponseError("an unknown transfer encoding", retryable=True)
+        if coding.lower() == "chunked":
             self.lives = self.lives and length is None
             size = -1
             while size:
-                found = _CHUNK_SIZE(line := self.until(_LINE_END))
+                found = _CHUNK_SIZE(self.until(_LINE_END))
                 if not found:
-                    raise _HttpFault("a chunk without its size", line)
+                    raise BadResponseError("a chunk without its size", retryable=True)
                 size = int(found[1], 16)
                 yield from self.exactly(size)
-                while line := self.until(_LINE_END):  # trailers, if this was the last chunk
+                while self.until(_LINE_END):  # trailers, if this was the last chunk
                     if size:
-                        raise _HttpFault("a chunk that is longer than it says", line)
+                        raise BadResponseError("a chunk longer than it says", retryable=True)
         elif length is None:
             self.lives, rest, self.position = False, self.ahead[self.position :], len(self.ahead)
             yield rest
             yield from iter(self.read, b"")
         elif not (length.isascii() and length.isdigit() and len(length) < 19):
-            raise _HttpFault("a content length that is no number", length)
+            raise BadResponseError("a content length that is no number", retryable=True)
         elif int(length) > _MAX_BODY_BYTES:
-            raise _HttpFault(f"more than {_MAX_BODY_BYTES >> 20} MiB", "", False)
+            raise BadResponseError(f"more than {_MAX_BODY_BYTES >> 20} MiB")
         else:
             yield from self.exactly(int(length))
 
@@ -4214,18 +4190,6 @@ class _Connection:
             piece = self.ahead[self.position : self.position + count]
             self.position, count = self.position + len(piece), count - len(piece)
             yield piece
-
-    def quiet(self) -> bool:
-        """Whether nothing has come since the last answer, not even the end of the connection."""
-        import socket
-
-        with contextlib.suppress(OSError):
-            self.socket.settimeout(0)
-            try:
-                socket.socket.recv(self.socket, 1, socket.MSG_PEEK)
-            except BlockingIOError:
-                return True
-        return False
 
 
 def _inflated(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -4238,8 +4202,8 @@ def _inflated(pieces: Iterable[bytes]) -> Iterator[bytes]:
             unpack = zlib.decompressobj(47) if unpack is None or unpack.eof else unpack
             try:
                 yield unpack.decompress(piece, 1 << 20)
-            except zlib.error as error:
-                raise _HttpFault("a compressed body that is broken", str(error)) from None
+            except zlib.error:
+                raise BadResponseError("a compressed body that is broken", retryable=True) from None
             piece = unpack.unconsumed_tail or unpack.unused_data
     if unpack is not None and not unpack.eof:
         raise ConnectionResetError("it was closed in the middle of a compressed answer")
@@ -4256,7 +4220,6 @@ class _HttpClient:
         self.name, self.proxy, self.timeout_seconds = name, proxy, timeout_seconds
         self.idle: dict[tuple[Any, ...], list[_Connection]] = {}
         self.target = functools.lru_cache(maxsize=256)(functools.partial(_Target, proxy=proxy))
-        self.lock = threading.Lock()
 
     def request(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None,
@@ -4281,29 +4244,34 @@ class _HttpClient:
         return response
 
     def kept(self, key: tuple[Any, ...]) -> _Connection | None:
-        """A connection that waits for its next use."""
-        while True:
-            with self.lock:
-                waiting = self.idle.get(key)
-                if not waiting:
-                    return None
-                connection = waiting.pop()
-            if time.monotonic() - connection.since < _IDLE_SECONDS and connection.quiet():
-                return connection
-            connection.socket.close()
+        """A connection that waits for use and on which nothing has come since the last, not even its end."""
+        import socket
+
+        with contextlib.suppress(IndexError):  # none is left
+            while True:
+                connection = self.idle.get(key, []).pop()
+                try:
+                    connection.socket.settimeout(0)
+                    socket.socket.recv(connection.socket, 1, socket.MSG_PEEK)
+                except BlockingIOError:
+                    if time.monotonic() - connection.since < _IDLE_SECONDS:
+                        return connection
+                except OSError:
+                    pass
+                connection.socket.close()
+        return None
 
     def keep(self, key: tuple[Any, ...], connection: _Connection) -> None:
         connection.since = time.monotonic()
-        with self.lock:
-            waiting = self.idle.setdefault(key, [])
-            waiting.append(connection)
+        waiting = self.idle.setdefault(key, [])
+        waiting.append(connection)
+        with contextlib.suppress(IndexError):  # another thread was faster
             while connection.since - waiting[0].since > _IDLE_SECONDS:
                 waiting.pop(0).socket.close()
 
     def close(self) -> None:
         """Closes the connections that are not in use."""
-        with self.lock:
-            kept, self.idle = self.idle, {}
+        kept, self.idle = self.idle, {}
         for connections in kept.values():
             for connection in connections:
                 connection.socket.close()
@@ -4311,7 +4279,7 @@ class _HttpClient:
     __del__ = close
 
 
-_FAULTS: dict[str, tuple[type[ProviderError], bool, str]] = {  # of the network, by the name of the exception or a base of it
+_FAULTS: dict[str, tuple[type[ProviderError], bool, str]] = {  # of the network, by the exception or a base of it
     "gaierror": (ProviderConnectionError, True, "cannot find the host of {place}: {text}"),
     "SSLCertVerificationError": (ProviderConnectionError, False, "the certificate of {place} is not trusted: {text}"),
     "SSLError": (ProviderConnectionError, True, "TLS with {place} failed: {text}"),
@@ -4327,7 +4295,9 @@ _FAULTS: dict[str, tuple[type[ProviderError], bool, str]] = {  # of the network,
 class _Exchange:
     """One request and its answer: over which connection, until when, and what a fault of the network means."""
 
-    def __init__(self, client: _HttpClient, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> None:
+    def __init__(
+        self, client: _HttpClient, method: str, url: str, headers: Mapping[str, str], body: bytes | None
+    ) -> None:
         self.client, self.has_body = client, method != "HEAD"
         scope: _CancelScope | None = getattr(_CALL, "scope", None)
         self.scope = scope or _CancelScope()
@@ -4335,11 +4305,9 @@ class _Exchange:
         self.deadline = time.monotonic() + self.seconds
         try:
             self.target = client.target(url)
-            self.fields = self.target.fields(method, headers, body)
+            self.message = self.target.message(method, headers, body)
         except ValueError as error:
             raise ProviderConnectionError(str(error), provider=client.name, retryable=False) from None
-        lines = (f"{method} {self.target.path} HTTP/1.1", *self.fields.values(), "", "")
-        self.message = "\r\n".join(lines).encode("latin-1") + (body or b"")
         self.key = (os.getpid(), *self.target.key)  # a forked process leaves the connections to its parent
 
     def answer(self) -> Generator[Any, Any, None]:
@@ -4348,21 +4316,24 @@ class _Exchange:
         connection, done = None, False
         try:
             connection, response = self.open()
+            if 300 <= response.status < 400 and response.status != 304:
+                place = _shorten(re.split("[?#]", response.headers.get("location", ""))[0], 200)
+                raise BadResponseError(f"{response.status}, a redirect, which is not followed, to {place!r}")
             yield response
             coding, size = response.headers.get("content-encoding", "identity").lower(), 0
             pieces = connection.body(response) if self.has_body and response.status not in (204, 304) else ()
             if coding not in ("identity", ""):
                 if coding not in ("gzip", "x-gzip", "deflate"):
-                    raise _HttpFault("in an encoding that was not asked for", coding, False)
+                    raise BadResponseError(f"in the encoding {coding[:12]!r}, which was not asked for")
                 pieces = _inflated(pieces)
             for piece in pieces:
                 size += len(piece)
                 if size > _MAX_BODY_BYTES:
-                    raise _HttpFault(f"more than {_MAX_BODY_BYTES >> 20} MiB", "", False)
+                    raise BadResponseError(f"more than {_MAX_BODY_BYTES >> 20} MiB")
                 if piece and (yield piece):
                     connection.deadline = min(self.deadline, time.monotonic() + _LINGER_SECONDS)
             done = connection.lives and connection.position == len(connection.ahead)
-        except (OSError, ValueError, ImportError, _HttpFault) as error:
+        except (OSError, ValueError, ImportError, BadResponseError) as error:
             raise self.fault(error) from (error if isinstance(error, OSError) else None)
         finally:
             self.scope.attach(None)
@@ -4372,19 +4343,15 @@ class _Exchange:
                 connection.socket.close()
 
     def open(self) -> tuple[_Connection, _Response]:
-        """(connection, the answer that begins on it). A kept connection may have been closed by the server just now: if it
-        dies before the first byte of an answer, the request goes out once more, on a new one."""
+        """(connection, the answer that begins on it). A kept connection may have been closed by the server just now: if
+        it dies before the first byte of an answer, the request goes out once more, on a new one."""
         connection = self.client.kept(self.key)
         while True:
             reused = connection is not None
             connection = connection or self.connect()
             try:
                 connection.begin(self.scope, self.deadline)
-                response = self.ask(connection)
-                if 300 <= response.status < 400 and response.status != 304:
-                    place = re.split("[?#]", response.headers.get("location", ""))[0]
-                    raise _HttpFault(f"{response.status}, a redirect. Redirects are not followed; it leads to", place, False)
-                return connection, response
+                return connection, self.ask(connection)
             except BaseException as error:
                 self.scope.attach(None)
                 connection.socket.close()
@@ -4404,7 +4371,7 @@ class _Exchange:
         return connection.head()
 
     def connect(self) -> _Connection:
-        """A new connection, to the first address that takes one; each but the last has half of the time that is left."""
+        """A new connection, to the first address that takes one. Each but the last has half of the time left."""
         import socket
 
         target = self.target
@@ -4412,10 +4379,11 @@ class _Exchange:
         addresses = socket.getaddrinfo(*(target.proxy or (target.host, target.port)), 0, socket.SOCK_STREAM)
         end = min(time.monotonic() + _CONNECT_SECONDS, self.deadline)
         failure: OSError = OSError("the host has no address")
-        for left, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses):
-            connection, now = _Connection(socket.socket(family, kind, protocol)), time.monotonic()
+        while addresses:
+            (family, kind, protocol, _, address), connection = addresses.pop(0), None
             try:
-                connection.begin(self.scope, end if left == 1 else (now + end) / 2)
+                connection = _Connection(socket.socket(family, kind, protocol))
+                connection.begin(self.scope, (time.monotonic() + end) / 2 if addresses else end)
                 connection.limit()
                 connection.socket.connect(address)
                 connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -4424,7 +4392,8 @@ class _Exchange:
                 return connection
             except BaseException as error:
                 self.scope.attach(None)
-                connection.socket.close()
+                if connection:
+                    connection.socket.close()
                 if not isinstance(error, OSError) or self.scope.cancelled:
                     raise
                 failure = error
@@ -4434,12 +4403,13 @@ class _Exchange:
         """For https: the way through the proxy, if there is one, and TLS."""
         target = self.target
         if context and target.proxy:
-            lines = (f"CONNECT {target.host_port} HTTP/1.1", f"Host: {target.host_port}", *target.proxy_fields.values(), "", "")
-            connection.send("\r\n".join(lines).encode())
+            fields = {"Host": target.host_port, **target.proxy_user}
+            lines = [f"CONNECT {target.host_port} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+            connection.send("\r\n".join((*lines, "", "")).encode())
             status = connection.head().status
             if not 200 <= status < 300:
-                reason, again = f"the proxy refused {target.host_port}: it answered {status}", status in _RETRIED_STATUSES
-                raise ProviderConnectionError(reason, provider=self.client.name, retryable=again)
+                reason, retryable = f"the proxy refused {target.host_port} with {status}", status in _RETRIED_STATUSES
+                raise ProviderConnectionError(reason, provider=self.client.name, retryable=retryable)
             connection.ahead = b""
         if context:
             connection.limit()
@@ -4454,13 +4424,8 @@ class _Exchange:
         kind: type[ProviderError]
         if self.scope.cancelled:
             kind, retryable, reason = ProviderConnectionError, False, "the call was cancelled"
-        elif isinstance(error, _HttpFault):
-            words, kind, retryable, reason = error.words, BadResponseError, error.retryable, f"{place} answered {error}"
-            lines = (*self.fields.values(), *self.target.proxy_fields.values())
-            secrets = [line.rpartition(" ")[2] for line in lines if _SECRET_HEADER(line.partition(":")[0])]
-            for secret in filter(None, (self.target.path.partition("?")[2], *secrets)):
-                words = words.replace(secret, "***")
-            reason += f": {_shorten(words.strip(), 100)!r}" if words.strip() else ""
+        elif isinstance(error, BadResponseError):
+            kind, retryable, reason = BadResponseError, error.retryable, f"{place} answered {error}"
         elif time.monotonic() >= self.deadline:
             kind, retryable, reason = ProviderTimeoutError, True, f"no answer from {place} within {self.seconds:g} s"
         else:
@@ -4493,21 +4458,21 @@ class _Target:
         self.secure, host = scheme == "https", f"[{self.host}]" if ":" in self.host else self.host
         self.host_port = f"{host}:{self.port}"
         self.path = path if path.isascii() else quote(path, safe="/%:=&?~+!$,;'@()*[]")
-        self.own = {"host": f"Host: {host if self.port == (443 if self.secure else 80) else self.host_port}"}
-        self.own.update({"accept-encoding": "Accept-Encoding: identity", **_basic("Authorization", user)})
-        self.proxy, self.proxy_fields = None, {}  # type: tuple[str, int] | None, dict[str, str]
+        self.own = {"Host": host if self.port == (443 if self.secure else 80) else self.host_port}
+        self.own.update({"Accept-Encoding": "identity"}, **user)
+        self.proxy: tuple[str, int] | None = None
         proxy = _proxy_for(scheme, self.host, self.port) if proxy is None else proxy
         if proxy:
             _, name, port, user, _ = _url_parts("the proxy", proxy if "://" in proxy else f"http://{proxy}", http=80)
-            self.proxy, self.proxy_fields = (name, port), _basic("Proxy-Authorization", user)
+            self.proxy, self.proxy_user = (name, port), {f"Proxy-{header}": value for header, value in user.items()}
             if not self.secure:
                 self.path = f"http://{self.host_port}{self.path}"
-                self.own.update(self.proxy_fields)
+                self.own.update(self.proxy_user)
         self.key = (self.secure, self.host, self.port, self.proxy)
 
-    def fields(self, method: str, headers: Mapping[str, str], body: bytes | None) -> dict[str, str]:
-        """The header lines of a request by their lower-case names. ValueError for what cannot be sent."""
-        fields = {**self.own, **{name.lower(): f"{name}: {value}" for name, value in headers.items()}}
+    def message(self, method: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
+        """A whole request. ValueError for what cannot be sent."""
+        fields = {name.lower(): f"{name}: {value}" for name, value in (*self.own.items(), *headers.items())}
         fields.pop("transfer-encoding", None)
         fields.pop("content-length", None)
         if body is not None or method in ("POST", "PUT", "PATCH"):
@@ -4515,11 +4480,13 @@ class _Target:
         for name, line in fields.items():
             if not (_FIELD(line) and _METHOD(method)):
                 raise ValueError(f"the method or the header {_shorten(name, 40)!r} holds something that cannot be sent")
-        return fields
+        lines = (f"{method} {self.path} HTTP/1.1", *fields.values(), "", "")
+        return "\r\n".join(lines).encode("latin-1") + (body or b"")
 
 
-def _url_parts(subject: str, url: str, **ports: int) -> tuple[str, str, int, str | None, str]:
-    """(scheme, host in ASCII, port, user:password, path and query) of a URL. No ValueError shows it: it may hold a password."""
+def _url_parts(subject: str, url: str, **ports: int) -> tuple[str, str, int, dict[str, str], str]:
+    """(scheme, host in ASCII, port, the header for its user, path and query) of a URL. Errors never show a password."""
+    from base64 import b64encode
     from urllib.parse import unquote, urlsplit
 
     try:
@@ -4529,17 +4496,11 @@ def _url_parts(subject: str, url: str, **ports: int) -> tuple[str, str, int, str
         raise ValueError(f"{subject} is no URL") from None
     if parts.scheme not in ports or not host or re.search(r"[\x00-\x20\x7f]", url):
         schemes = " or ".join(f"{scheme}://" for scheme in ports)
-        raise ValueError(f"{subject} must start with {schemes} and a host, and hold no white space or control characters")
-    user = None if parts.username is None else f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        raise ValueError(f"{subject} must start with {schemes} and a host, and hold no space or control characters")
+    user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode()
+    header = {} if parts.username is None else {"Authorization": f"Basic {b64encode(user).decode()}"}
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return parts.scheme, host, ports[parts.scheme] if port is None else port, user, path
-
-
-def _basic(name: str, user: str | None) -> dict[str, str]:
-    """The header of basic authentication; none without a user."""
-    from base64 import b64encode
-
-    return {} if user is None else {name.lower(): f"{name}: Basic {b64encode(user.encode()).decode()}"}
+    return parts.scheme, host, ports[parts.scheme] if port is None else port, header, path
 
 
 def _proxy_for(scheme: str, host: str, port: int) -> str | None:
