@@ -4246,10 +4246,10 @@ class CompletionRequest:
     """What a step asks of a language model.
 
     `messages` are maps of role and content: {role: user | system, content}, {role: assistant, content, tool_calls},
-    {role: tool, id, name, content, is_error?}; the tool calls are those of a CompletionResponse, passed back as they are.
-    A content is a text, or a list of the vendor's own parts. `params` go to the vendor as they are. `schema` is a JSON
-    Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called with
-    each piece of text of a streamed answer as it arrives, in the thread that makes the call.
+    {role: tool, id, name, content, is_error?}; tool calls are those of a CompletionResponse, passed back as they are. A
+    content is a text, or a list of the vendor's own parts. `params` go to the vendor as they are. `schema` is a JSON
+    Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called
+    with each piece of text of a streamed answer as it arrives, in the thread that makes the call.
     """
 
     def __init__(
@@ -4261,9 +4261,8 @@ class CompletionRequest:
     ) -> None:  # fmt: skip
         self.model, self.messages, self.system, self.stop, self.seed = model, messages, system, stop, seed
         self.temperature, self.max_tokens, self.top_p, self.top_k = temperature, max_tokens, top_p, top_k
-        self.frequency_penalty, self.presence_penalty = frequency_penalty, presence_penalty
+        self.frequency_penalty, self.presence_penalty, self.on_text = frequency_penalty, presence_penalty, on_text
         self.stream, self.params, self.schema, self.tools = stream, dict(params or {}), schema, tools
-        self.on_text = on_text
 
     @property
     def prompt(self) -> str:
@@ -4336,9 +4335,9 @@ def _dig(document: Any, place: str) -> Any:
     return document
 
 
-def _total(document: Any, places: Iterable[str]) -> int | None:
-    """The sum of the token counts at these places; None if there is none."""
-    found = [value for place in places if type(value := _dig(document, place)) in (int, float) and value >= 0]
+def _total(document: Any, places: str) -> int | None:
+    """The sum of the token counts at places such as "usage.a + usage.b"; None if there is none."""
+    found = [value for place in places.split(" + ") if type(value := _dig(document, place)) in (int, float) and value >= 0]
     return int(sum(found)) if found else None
 
 
@@ -4545,8 +4544,8 @@ class Provider:
     `native_schema` says whether `schema` is sent to the vendor; where it is not, the prompt has to ask for it.
     """
 
-    TYPE = ""
-    BASE_URL = ""
+    TYPE = BASE_URL = ""
+    KEY_URLS: Mapping[str, str] = {}  # how a key begins -> another base URL for it
     PREFIX = ""  # where the vendor's calls lie below the base URL, which may end with it or with another version
     CHAT_PATH = EMBED_PATH = ""
     KEY_VARIABLES: tuple[str, ...] = ()
@@ -4556,11 +4555,11 @@ class Provider:
     OPTIONS: Mapping[str, str | None] = {}  # name -> the variable that sets it, or None
     TOKEN_OPTION = ""  # the option that holds a bearer token in place of a key
     FIELDS: Mapping[str, str] = {}  # of a request -> the vendor's place for it ("options.seed": inside a map)
-    PLACES: Mapping[str, str] = {"model": "model", "request_id": "id"}  # of a response -> where it is in the document
-    COUNTS: Mapping[str, tuple[str, ...]] = {}  # token counts of a response -> the places whose sum they are
-    EMBED_FIELDS: Mapping[str, str] = {"model": "model", "input": "input", "dimensions": "dimensions"}
-    INPUT_TYPES: Mapping[str, str] = {}  # the vendor's words for query and document
-    VECTORS, EMBED_TOKENS = "data", ("usage.prompt_tokens",)
+    PLACES = ("model", "id", "")  # of an answer's model, id and finish reason in a document
+    COUNTS = ("", "", "")  # of its input, output and total tokens; " + " for a sum
+    EMBED_FIELDS = ("input", "dimensions")  # the vendor's names for these
+    INPUT_TYPES: Mapping[str, str] = {}  # the vendor's words for query and document, if it asks for them
+    VECTORS, EMBED_TOKENS = "data", "usage.prompt_tokens"
     PLAIN_LINES = False  # streams are lines of JSON, not server-sent events
     OBJECT_SCHEMAS = True  # a schema has to be that of a map, so that others are wrapped
     native_schema = True
@@ -4579,38 +4578,32 @@ class Provider:
         key, token = (str(secret or "").strip() for secret in (api_key, options.get(self.TOKEN_OPTION)))
         own = {"Authorization": f"Bearer {token}"} if token and not key else {}
         own = {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key} if key else own
-        self.base_url, prefix = self.address((base_url or self.default_url(key)).rstrip("/"))
-        all_headers = {**own, **self.extra_headers(), **(headers or {})}
-        self._rest = _RestClient(self.name, self.base_url + prefix, all_headers, timeout_seconds=timeout_seconds, proxy=proxy)
+        self.base_url, prefix = self.address((base_url or self.KEY_URLS.get(key[:3], self.BASE_URL)).rstrip("/"))
+        headers = {**own, **self.extra_headers(), **(headers or {})}
+        self._rest = _RestClient(self.name, self.base_url + prefix, headers, timeout_seconds=timeout_seconds, proxy=proxy)
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Any:
         """A client set up by the environment. AuthenticationError names the variable of a key that is missing."""
-        settings = {name: value for name, value in overrides.items() if value is not None}
-        settings.setdefault("base_url", _variable(*cls.URL_VARIABLES))
-        if not settings.get("api_key") and not settings.get(cls.TOKEN_OPTION):
-            settings["api_key"] = _variable(*cls.KEY_VARIABLES)
+        given = {name: value for name, value in overrides.items() if value is not None}
+        given.setdefault("base_url", _variable(*cls.URL_VARIABLES))
+        if not given.get("api_key") and not given.get(cls.TOKEN_OPTION):
+            given["api_key"] = _variable(*cls.KEY_VARIABLES)
         for option, variable in cls.OPTIONS.items():
-            if variable and (option != cls.TOKEN_OPTION or not settings.get("api_key")):
-                settings.setdefault(option, _variable(variable))
-        missing = cls.missing_settings(settings)
+            if variable and (option != cls.TOKEN_OPTION or not given.get("api_key")):
+                given.setdefault(option, _variable(variable))
+        missing = () if given["base_url"] or cls.BASE_URL else cls.URL_VARIABLES
+        if not missing and cls.NEEDS_KEY and not given.get("api_key") and not given.get(cls.TOKEN_OPTION):
+            missing = cls.KEY_VARIABLES
         if missing:
-            raise AuthenticationError(f"set {missing} in the environment", provider=settings.get("name") or cls.TYPE)
-        return cls(**settings)
-
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        """Which variable has to be set, if one has to."""
-        given = settings.get("api_key") or settings.get(cls.TOKEN_OPTION) or not cls.NEEDS_KEY
-        return "" if given else " or ".join(cls.KEY_VARIABLES)
-
-    def default_url(self, key: str) -> str:
-        return self.BASE_URL
+            reason = f"set {' or '.join(missing)} in the environment"
+            raise AuthenticationError(reason, provider=given.get("name") or cls.TYPE)
+        return cls(**given)
 
     def address(self, base_url: str) -> tuple[str, str]:
         """(the base URL, the path below it where the calls lie) of a base URL, which may hold that path already."""
         if self.PREFIX:
-            base_url = re.sub(rf"({re.escape(self.PREFIX)}|/v\d\w*)$", "", base_url)
+            base_url = re.sub(rf"({re.escape(self.PREFIX)})?(/v\d\w*)?$", "", base_url, count=1)
         return base_url, self.PREFIX
 
     def extra_headers(self) -> dict[str, str]:
@@ -4700,10 +4693,12 @@ class Provider:
 
     def answer(self, document: Any, request: CompletionRequest) -> CompletionResponse:
         """The response that a document is. May raise KeyError and the like for nonsense."""
-        facts: dict[str, Any] = {name: _dig(document, place) for name, place in self.PLACES.items()}
+        model, request_id, finish = (_dig(document, place) for place in self.PLACES)
+        facts = {"model": model or request.model, "request_id": request_id, "finish_reason": finish}
         facts = {name: str(value) for name, value in facts.items() if isinstance(value, (str, int))}
-        facts.update({name: _total(document, places) for name, places in self.COUNTS.items()})
-        response = CompletionResponse(**{"model": request.model, **facts, **self.read(document, request)})
+        counts = zip(("input_tokens", "output_tokens", "total_tokens"), self.COUNTS)
+        facts.update({name: _total(document, places) for name, places in counts})
+        response = CompletionResponse(**{**facts, **self.read(document, request)})
         if request.schema is not None and self.OBJECT_SCHEMAS:
             response.text = _unwrapped(response.text, request.schema)
         return response
@@ -4729,14 +4724,12 @@ class Provider:
         raise ValidationError(f"the provider {self.name!r} makes embeddings only")
 
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        """The text of the answer in a document, its tool calls, and what else of a response has no fixed place."""
+        """What of a response has no fixed place: its text, tool_calls and perhaps more. May raise KeyError and the like."""
         raise NotImplementedError
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
-        """Adds a stream's event to the document that the plain answer would have been; returns its text.
-
-        Sets document["finished"] when the vendor said that the answer is complete, ["done"] at the end mark.
-        """
+        """Adds a stream's event to the document that `read` will read; returns its text. Sets document["finished"] when
+        the vendor said that the answer is complete, ["done"] at the end mark."""
         raise NotImplementedError
 
     def fields(self, request: CompletionRequest) -> Mapping[str, str]:
@@ -4758,10 +4751,12 @@ class Provider:
         """(path, body) of an embedding call."""
         if not self.EMBED_PATH:
             raise ValidationError(f"the provider {self.name!r} makes no embeddings")
-        body = {place: getattr(request, name) for name, place in self.EMBED_FIELDS.items()}
-        body = {place: value for place, value in body.items() if value is not None}
-        if self.INPUT_TYPES and "input_type" in body:
-            body["input_type"] = self.INPUT_TYPES.get(body["input_type"], body["input_type"])
+        texts, dimensions = self.EMBED_FIELDS
+        body: dict[str, Any] = {"model": request.model, texts: request.input}
+        if request.dimensions is not None:
+            body[dimensions] = request.dimensions
+        if self.INPUT_TYPES and request.input_type is not None:
+            body["input_type"] = self.INPUT_TYPES.get(request.input_type, request.input_type)
         return self.place(self.EMBED_PATH, request.model), body
 
     def close(self) -> None:
@@ -4797,8 +4792,13 @@ def _merged_turns(messages: Iterable[dict[str, Any]], parts: str) -> list[dict[s
     return merged
 
 
-def _parameters(tool: Mapping[str, Any]) -> Any:
-    return tool.get("parameters") or {"type": "object", "properties": {}}
+def _functions(request: CompletionRequest, parameters: str = "parameters") -> list[dict[str, Any]]:
+    """The tools of a request, with the vendor's name for the schema of their parameters."""
+    nothing = {"type": "object", "properties": {}}
+    return [
+        {"name": tool["name"], "description": tool.get("description") or "", parameters: tool.get("parameters") or nothing}
+        for tool in request.tools or ()
+    ]
 
 
 def _load_arguments(arguments: Any) -> Any:
@@ -4865,11 +4865,7 @@ class _ChatCompletions(Provider):
 
     CHAT_PATH, EMBED_PATH = "/chat/completions", "/embeddings"
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING if name != "top_k"}
-    PLACES: Mapping[str, str] = {**Provider.PLACES, "finish_reason": "choices.0.finish_reason"}
-    COUNTS: Mapping[str, tuple[str, ...]] = {
-        "input_tokens": ("usage.prompt_tokens",), "output_tokens": ("usage.completion_tokens",),
-        "total_tokens": ("usage.total_tokens",),
-    }  # fmt: skip
+    COUNTS = ("usage.prompt_tokens", "usage.completion_tokens", "usage.total_tokens")
     STREAM_FIELDS: Mapping[str, Any] = {"stream": True}
 
     def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
@@ -4879,11 +4875,8 @@ class _ChatCompletions(Provider):
         if request.schema is not None and self.native_schema:
             body.update(self.schema_fields(request))
         if request.tools:
-            body["tools"] = [
-                {"type": "function", "function": {**tool, "parameters": _parameters(tool)}} for tool in request.tools
-            ]
-        if request.stream:
-            body.update(self.STREAM_FIELDS)
+            body["tools"] = [{"type": "function", "function": function} for function in _functions(request)]
+        body.update(self.STREAM_FIELDS if request.stream else {})
         return self.place(self.CHAT_PATH, request.model), body
 
     def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
@@ -4896,38 +4889,33 @@ class _ChatCompletions(Provider):
             return {"role": "tool", "tool_call_id": message["id"], "content": _as_text(message["content"])}
         if not message.get("tool_calls"):
             return message
-        calls = [
-            {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": _as_text(call["arguments"])}}
-            for call in message["tool_calls"]
-        ]
-        text = {"content": message["content"]} if message.get("content") else {}
-        return {"role": "assistant", **text, "tool_calls": calls}
+        turn: dict[str, Any] = {"role": "assistant", "content": message.get("content"), "tool_calls": []}
+        for call in message["tool_calls"]:
+            function = {"name": call["name"], "arguments": _as_text(call["arguments"])}
+            turn["tool_calls"].append({"id": call["id"], "type": "function", "function": function})
+        return {key: value for key, value in turn.items() if value}
 
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        choice = document["choices"][0]
+        choice = document["choices"][0] if "choices" in document else document
         self._rest.check({}, choice)  # OpenRouter's errors once the generation began
-        return self.read_message(choice["message"], choice.get("finish_reason"))
-
-    def read_message(self, message: Any, finish: Any) -> dict[str, Any]:
-        """The answer in a message, plain or built by `add_delta`. An answer without a content needs a reason for it."""
+        message, finish = choice["message"], choice.get("finish_reason") or choice.get("done_reason")
         content, refusal = message.get("content"), message.get("refusal")
         found = [(call.get("id"), call["function"]) for call in message.get("tool_calls") or ()]
         calls = [_tool_call(index, id, call["name"], call.get("arguments")) for index, (id, call) in enumerate(found)]
         if content is None and not (calls or refusal) and str(finish or "stop").lower() in _NORMAL_ENDS - _TRUNCATED:
-            raise ValueError("no content")
-        answer = {"text": _joined_text(content or refusal), "tool_calls": calls}
+            raise ValueError("no content, and no reason for it")
+        answer = {"text": _joined_text(content or refusal), "tool_calls": calls, "finish_reason": finish and str(finish)}
         return {**answer, "metadata": {"refusal": True}} if refusal and not content else answer
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
-        document.update({key: event[key] for key in ("id", "model", "usage") if event.get(key)})
-        text = ""
-        for choice in event.get("choices") or ():
+        document.update({key: value for key, value in event.items() if value and key not in ("choices", "message")})
+        text, message = "", document.setdefault("message", {})
+        for choice in event.get("choices") or ([event] if "message" in event else ()):
             if choice.get("index", 0) == 0:
                 self._rest.check({}, choice)
-                whole = document.setdefault("choices", [{"message": {}}])[0]
-                text += self.add_delta(whole["message"], choice.get("delta") or {})
+                text += self.add_delta(message, choice.get("delta") or choice.get("message") or {})
                 if choice.get("finish_reason"):
-                    whole["finish_reason"] = document["finished"] = choice["finish_reason"]
+                    document["finish_reason"] = document["finished"] = choice["finish_reason"]
         return text
 
     def add_delta(self, message: dict[str, Any], delta: Any) -> str:
@@ -4965,10 +4953,9 @@ class OpenAIProvider(_ChatCompletions):
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID", "api": None}
     STREAM_FIELDS: Mapping[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-    COUNTS: Mapping[str, tuple[str, ...]] = {  # a document has the names of one of the two interfaces
-        "input_tokens": ("usage.prompt_tokens", "usage.input_tokens"), "total_tokens": ("usage.total_tokens",),
-        "output_tokens": ("usage.completion_tokens", "usage.output_tokens"),
-    }  # fmt: skip
+    COUNTS = (  # a document has the names of one of the two interfaces
+        "usage.prompt_tokens + usage.input_tokens", "usage.completion_tokens + usage.output_tokens", "usage.total_tokens",
+    )  # fmt: skip
     _RESPONSES_FIELDS: Mapping[str, str] = {
         "temperature": "temperature", "top_p": "top_p", "max_tokens": "max_output_tokens", "system": "instructions",
     }  # fmt: skip
@@ -4998,11 +4985,8 @@ class OpenAIProvider(_ChatCompletions):
             shape = self.schema_fields(request)["response_format"]["json_schema"]
             body["text"] = {"format": {"type": "json_schema", **shape}}
         if request.tools:
-            body["tools"] = [
-                {"type": "function", "strict": False, **tool, "parameters": _parameters(tool)} for tool in request.tools
-            ]
-        if request.stream:
-            body["stream"] = True
+            body["tools"] = [{"type": "function", "strict": False, **function} for function in _functions(request)]
+        body.update({"stream": True} if request.stream else {})
         return self.place("/responses", request.model), body
 
     def response_items(self, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -5051,12 +5035,7 @@ class OpenAICompatibleProvider(OpenAIProvider):
     NEEDS_KEY = False
     OPTIONS: Mapping[str, str | None] = {"api": None, "structured": None}
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING}
-
-    def uses_responses(self, request: CompletionRequest) -> bool:
-        return self.options.get("api") == "responses"
-
-    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
-        return self._RESPONSES_FIELDS if self.uses_responses(request) else self.FIELDS
+    _NEW_LIMIT = _RESPONSES_ONLY = re.compile("(?!)")
 
     @property
     def native_schema(self) -> bool:  # type: ignore[override]
@@ -5076,19 +5055,12 @@ class AzureOpenAIProvider(OpenAIProvider):
     Sources: learn.microsoft.com/azure/ai-services/openai/reference; openai-python 3.54 (`lib/azure.py`).
     """
 
-    TYPE = "azure"
+    TYPE, BASE_URL, PREFIX = "azure", "", "/openai"
     KEY_VARIABLES, URL_VARIABLES = ("AZURE_OPENAI_API_KEY",), ("AZURE_OPENAI_ENDPOINT",)
     OPTIONS: Mapping[str, str | None] = {
         "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None,
     }  # fmt: skip
     TOKEN_OPTION, KEY_HEADER = "ad_token", ("api-key", "")
-
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        return super().missing_settings(settings) if settings.get("base_url") else "AZURE_OPENAI_ENDPOINT"
-
-    def address(self, base_url: str) -> tuple[str, str]:
-        return re.sub(r"/openai(/v1)?$", "", base_url), "/openai"
 
     def place(self, path: str, model: str) -> str:
         version = str(self.options["api_version"] or "v1")
@@ -5107,7 +5079,7 @@ class MistralProvider(_ChatCompletions):
     BASE_URL, PREFIX = "https://api.mistral.ai", "/v1"
     KEY_VARIABLES, URL_VARIABLES = ("MISTRAL_API_KEY",), ("MISTRAL_BASE_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "seed": "random_seed"}
-    EMBED_FIELDS: Mapping[str, str] = {"model": "model", "input": "input", "dimensions": "output_dimension"}
+    EMBED_FIELDS = ("input", "output_dimension")
 
 
 class CohereProvider(_ChatCompletions):
@@ -5118,24 +5090,16 @@ class CohereProvider(_ChatCompletions):
     CHAT_PATH, EMBED_PATH = "/chat", "/embed"
     KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
-    PLACES: Mapping[str, str] = {"request_id": "id", "finish_reason": "finish_reason"}
-    COUNTS: Mapping[str, tuple[str, ...]] = {
-        "input_tokens": ("usage.tokens.input_tokens",), "output_tokens": ("usage.tokens.output_tokens",),
-    }  # fmt: skip
-    EMBED_FIELDS: Mapping[str, str] = {
-        "model": "model", "input": "texts", "dimensions": "output_dimension", "input_type": "input_type",
-    }  # fmt: skip
+    COUNTS = ("usage.tokens.input_tokens", "usage.tokens.output_tokens", "")
+    EMBED_FIELDS = ("texts", "output_dimension")
     INPUT_TYPES: Mapping[str, str] = {"query": "search_query", "document": "search_document"}
-    VECTORS, EMBED_TOKENS = "embeddings.float", ("meta.billed_units.input_tokens",)
+    VECTORS, EMBED_TOKENS = "embeddings.float", "meta.billed_units.input_tokens"
     max_batch = 96
 
     def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
         if request.tools:  # which Cohere does not combine with a schema
             return {}
         return {"response_format": {"type": "json_object", "json_schema": _object_schema(request.schema)}}
-
-    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        return self.read_message(document["message"], document.get("finish_reason"))
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
         message = document.setdefault("message", {})
@@ -5165,9 +5129,8 @@ class OllamaProvider(_ChatCompletions):
     KEY_VARIABLES, URL_VARIABLES = ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
     NEEDS_KEY = False
     FIELDS: Mapping[str, str] = {name: f"options.{'num_predict' if name == 'max_tokens' else name}" for name in _TUNING}
-    PLACES: Mapping[str, str] = {"model": "model", "finish_reason": "done_reason"}
-    COUNTS: Mapping[str, tuple[str, ...]] = {"input_tokens": ("prompt_eval_count",), "output_tokens": ("eval_count",)}
-    VECTORS, EMBED_TOKENS = "embeddings", ("prompt_eval_count",)
+    COUNTS = ("prompt_eval_count", "eval_count", "")
+    VECTORS, EMBED_TOKENS = "embeddings", "prompt_eval_count"
     PLAIN_LINES, OBJECT_SCHEMAS = True, False
 
     def address(self, base_url: str) -> tuple[str, str]:
@@ -5188,21 +5151,9 @@ class OllamaProvider(_ChatCompletions):
     def message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         if message["role"] == "tool":
             return {"role": "tool", "tool_name": message["name"], "content": _as_text(message["content"])}
-        if isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            return message
-        calls = [
-            {"function": {"name": call["name"], "arguments": call["arguments"]}} for call in message.get("tool_calls") or ()
-        ]
-        whole = {"role": message["role"], "content": _joined_text(message.get("content"))}
-        return {**whole, "tool_calls": calls} if calls else whole
-
-    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        return self.read_message(document["message"], document.get("done_reason"))
-
-    def merge(self, document: dict[str, Any], event: Any) -> str:
-        message = document.setdefault("message", {})
-        document.update({key: value for key, value in event.items() if key != "message"})
-        return self.add_delta(message, event.get("message") or {})
+        calls = [{"name": call["name"], "arguments": call["arguments"]} for call in message.get("tool_calls") or ()]
+        whole = {**message, "content": _joined_text(message.get("content"))}  # images are a list beside it
+        return {**whole, "tool_calls": [{"function": call} for call in calls]} if calls else whole
 
 
 class VoyageProvider(Provider):
@@ -5215,14 +5166,10 @@ class VoyageProvider(Provider):
     BASE_URL, PREFIX = "https://api.voyageai.com", "/v1"
     EMBED_PATH = "/embeddings"
     KEY_VARIABLES = ("VOYAGE_API_KEY",)
-    EMBED_FIELDS: Mapping[str, str] = {
-        "model": "model", "input": "input", "dimensions": "output_dimension", "input_type": "input_type",
-    }  # fmt: skip
-    EMBED_TOKENS = ("usage.total_tokens",)
+    EMBED_FIELDS, EMBED_TOKENS = ("input", "output_dimension"), "usage.total_tokens"
+    INPUT_TYPES: Mapping[str, str] = {"query": "query", "document": "document"}
     max_batch = 128
-
-    def default_url(self, key: str) -> str:
-        return "https://ai.mongodb.com" if key.startswith("al-") else self.BASE_URL
+    KEY_URLS: Mapping[str, str] = {"al-": "https://ai.mongodb.com"}
 
 
 class AnthropicProvider(Provider):
@@ -5242,11 +5189,10 @@ class AnthropicProvider(Provider):
     FIELDS: Mapping[str, str] = {
         "temperature": "temperature", "max_tokens": "max_tokens", "top_p": "top_p", "top_k": "top_k", "stop": "stop_sequences",
     }  # fmt: skip
-    PLACES: Mapping[str, str] = {**Provider.PLACES, "finish_reason": "stop_reason"}
-    COUNTS: Mapping[str, tuple[str, ...]] = {
-        "input_tokens": tuple(f"usage.{kind}input_tokens" for kind in ("", "cache_creation_", "cache_read_")),
-        "output_tokens": ("usage.output_tokens",),
-    }
+    PLACES = ("model", "id", "stop_reason")
+    COUNTS = (
+        "usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens", "usage.output_tokens", "",
+    )  # fmt: skip
     _DEFAULT_MAX_TOKENS = 4096
     _ANSWER_TOOL = "give_answer"
 
@@ -5267,10 +5213,7 @@ class AnthropicProvider(Provider):
         body = {"model": request.model, "max_tokens": self._DEFAULT_MAX_TOKENS, **self.tuned(request)}
         body["messages"] = _merged_turns(map(self.message, messages), "content")
         body.update({"system": system} if system else {})
-        tools = [
-            {"name": tool["name"], "description": tool.get("description", ""), "input_schema": _parameters(tool)}
-            for tool in request.tools or ()
-        ]
+        tools = _functions(request, "input_schema")
         if request.schema is not None:
             schema = _object_schema(request.schema)
             if _is_strict(schema):
@@ -5290,23 +5233,21 @@ class AnthropicProvider(Provider):
         if not message.get("tool_calls"):
             return dict(message)
         thinking = [block for call in message["tool_calls"] for block in call.get("thinking") or ()]
-        text = [{"type": "text", "text": message["content"]}] if message.get("content") else []
-        calls = [
-            {"type": "tool_use", "id": call["id"], "name": call["name"],
-             "input": call["arguments"] if isinstance(call["arguments"], dict) else {}}
-            for call in message["tool_calls"]
-        ]  # fmt: skip
-        return {"role": "assistant", "content": [*thinking, *text, *calls]}
+        blocks = [*thinking, {"type": "text", "text": message["content"]}] if message.get("content") else thinking
+        for call in message["tool_calls"]:
+            arguments = call["arguments"] if isinstance(call["arguments"], dict) else {}
+            blocks.append({"type": "tool_use", "id": call["id"], "name": call["name"], "input": arguments})
+        return {"role": "assistant", "content": blocks}
 
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
         blocks = document["content"]
         text = "".join(_joined_text(block["text"]) for block in blocks if block["type"] == "text")
         found = [block for block in blocks if block["type"] == "tool_use"]
         calls = [_tool_call(index, block["id"], block["name"], block["input"]) for index, block in enumerate(found)]
-        answers = [call for call in calls if request.schema is not None and call["name"] == self._ANSWER_TOOL]
-        if answers and len(answers) == len(calls):
-            return {"text": _as_text(answers[0]["arguments"]), "finish_reason": "end_turn"}
-        calls = [call for call in calls if call not in answers]
+        others = [call for call in calls if request.schema is None or call["name"] != self._ANSWER_TOOL]
+        if calls and not others:
+            return {"text": _as_text(calls[0]["arguments"]), "finish_reason": "end_turn"}
+        calls = others
         thinking = [block for block in blocks if block["type"] in ("thinking", "redacted_thinking")]
         if calls and thinking:  # which the next request has to repeat
             calls[0]["thinking"] = thinking
@@ -5350,42 +5291,34 @@ class GeminiProvider(Provider):
     OPTIONS: Mapping[str, str | None] = {"api_version": "GOOGLE_GENAI_API_VERSION"}
     KEY_HEADER = ("x-goog-api-key", "")
     FIELDS: Mapping[str, str] = {
-        "temperature": "generationConfig.temperature", "max_tokens": "generationConfig.maxOutputTokens",
-        "top_p": "generationConfig.topP", "top_k": "generationConfig.topK", "stop": "generationConfig.stopSequences",
-        "seed": "generationConfig.seed", "frequency_penalty": "generationConfig.frequencyPenalty",
-        "presence_penalty": "generationConfig.presencePenalty",
+        name: f"generationConfig.{place}" for name, place in zip(_TUNING, (
+            "temperature", "maxOutputTokens", "topP", "topK", "stopSequences", "seed", "frequencyPenalty", "presencePenalty",
+        ))
     }  # fmt: skip
-    PLACES: Mapping[str, str] = {
-        "model": "modelVersion", "request_id": "responseId", "finish_reason": "candidates.0.finishReason",
-    }  # fmt: skip
-    COUNTS: Mapping[str, tuple[str, ...]] = {
-        "input_tokens": ("usageMetadata.promptTokenCount",), "total_tokens": ("usageMetadata.totalTokenCount",),
-        "output_tokens": ("usageMetadata.candidatesTokenCount", "usageMetadata.thoughtsTokenCount"),
-    }  # fmt: skip
+    PLACES = ("modelVersion", "responseId", "candidates.0.finishReason")
+    COUNTS = (
+        "usageMetadata.promptTokenCount", "usageMetadata.candidatesTokenCount + usageMetadata.thoughtsTokenCount",
+        "usageMetadata.totalTokenCount",
+    )  # fmt: skip
     INPUT_TYPES: Mapping[str, str] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}
     VECTORS, OBJECT_SCHEMAS = "embeddings", False
     max_batch = 100
 
     def address(self, base_url: str) -> tuple[str, str]:
-        version = str(self.options["api_version"] or "v1")
+        version = str(self.options["api_version"] or "v1").replace("beta", "v1beta").replace("v1v1", "v1")
         found = re.search(r"/v\d\w*$", base_url)
-        return base_url[: found.start()] if found else base_url, found[0] if found else f"/{'v1beta' if version == 'beta' else version}"
+        return (base_url[: found.start()], found[0]) if found else (base_url, f"/{version}")
 
     def place(self, path: str, model: str) -> str:
         from urllib.parse import quote
 
-        return f"/{quote(self.full_name(model), safe='/')}:{path}"
-
-    def full_name(self, model: str) -> str:
-        return model if "/" in model else f"models/{model}"
+        return f"/{quote(model if '/' in model else f'models/{model}', safe='/')}:{path}"
 
     def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
         system, messages = _system_apart(request)
-        names = {  # of calls that the vendor gave an id
-            call["id"] for message in messages for call in message.get("tool_calls") or ()
-            if _dig(call, "part.functionCall.id")
-        }  # fmt: skip
-        contents = _merged_turns([self.message(message, names) for message in messages], "parts")
+        calls = [call for message in messages for call in message.get("tool_calls") or ()]
+        named = {call["id"] for call in calls if _dig(call, "part.functionCall.id")}  # by the vendor, not by us
+        contents = _merged_turns([self.message(message, named) for message in messages], "parts")
         body: dict[str, Any] = {"contents": contents, **self.tuned(request)}
         if system:
             body["systemInstruction"] = {"parts": [{"text": system}]}
@@ -5393,18 +5326,13 @@ class GeminiProvider(Provider):
             shape = {"responseMimeType": "application/json", "responseJsonSchema": request.schema}
             body["generationConfig"] = {**body.get("generationConfig", {}), **shape}
         if request.tools:
-            functions = [
-                {"name": tool["name"], "description": tool.get("description", ""), "parametersJsonSchema": _parameters(tool)}
-                for tool in request.tools
-            ]
-            body["tools"] = [{"functionDeclarations": functions}]
+            body["tools"] = [{"functionDeclarations": _functions(request, "parametersJsonSchema")}]
         return self.place("streamGenerateContent?alt=sse" if request.stream else "generateContent", request.model), body
 
-    def message(self, message: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    def message(self, message: Mapping[str, Any], named: Container[str]) -> dict[str, Any]:
         if message["role"] == "tool":
-            answer = {"error" if message.get("is_error") else "output": message["content"]}
-            named = {"id": message["id"]} if message["id"] in names else {}
-            result = {**named, "name": message["name"], "response": answer}
+            result = {"id": message["id"]} if message["id"] in named else {}
+            result.update(name=message["name"], response={"error" if message.get("is_error") else "output": message["content"]})
             return {"role": "user", "parts": [{"functionResponse": result}]}
         content = message.get("content") or []
         parts = [
@@ -5451,7 +5379,8 @@ class GeminiProvider(Provider):
 
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
         kind = self.INPUT_TYPES.get(request.input_type or "", request.input_type)
-        named = {"model": self.full_name(request.model), "taskType": kind, "outputDimensionality": request.dimensions}
+        model = request.model if "/" in request.model else f"models/{request.model}"
+        named = {"model": model, "taskType": kind, "outputDimensionality": request.dimensions}
         named = {name: value for name, value in named.items() if value is not None}
         requests = [{**named, "content": {"parts": [{"text": text}]}} for text in request.input]
         return self.place(self.EMBED_PATH, request.model), {"requests": requests}
@@ -5474,9 +5403,9 @@ class EchoProvider(Provider):
         text = f"echo: {request.prompt}"
         if request.schema is not None:
             try:
-                text = _to_json(_SmallestValue(request.schema).of(request.schema))
-            except (*_SHAPE_ERRORS, ArithmeticError, RecursionError) as error:
-                raise ValidationError(f"{self.name}: no answer fits the schema: {error}") from None
+                text = _to_json(_smallest_value(request.schema, request.schema, iter(range(10_000))))
+            except (*_SHAPE_ERRORS, ArithmeticError, RecursionError, StopIteration) as error:
+                raise ValidationError(f"{self.name}: no answer that fits the schema is known: {error!r}") from None
         on_text = request.on_text if request.stream else None
         for piece in re.findall(r"\s*\S+\s*", text):
             if on_text:
@@ -5524,66 +5453,54 @@ def _word_features(word: str) -> tuple[tuple[int, float], ...]:
     return tuple(hashed)
 
 
-class _SmallestValue:
-    """A small value that fits a JSON Schema: no optional items, texts as short as they may be, numbers near 0.
+def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[str, ...] = ()) -> Any:
+    """A small value that fits a part of a JSON Schema: short texts, numbers near 0, the first of several possibilities.
 
-    A map has its required properties, or all where none is said to be required. A `pattern` needs an `examples`.
+    A map has its required properties, or all where none is said to be required. A `pattern` needs an `examples`. `left`
+    runs out (a ValueError) when the value grows too large; `opened` are the `$ref`s around this part.
     """
-
-    def __init__(self, root: Any) -> None:
-        self.root, self.left = root, 10_000  # how many more values may be made
-
-    def of(self, schema: Any, opened: tuple[str, ...] = ()) -> Any:
-        """The value of a part of the schema, inside these `$ref`s. Raises KeyError and the like if it is malformed."""
-        self.left -= 1
-        if self.left < 0:
-            raise ValueError("no small value fits")
-        if not isinstance(schema, Mapping):
-            return None
-        for key, index in (("const", None), ("enum", 0), ("default", None), ("examples", 0)):
-            if key in schema:
-                return schema[key] if index is None else schema[key][index]
-        place = schema.get("$ref")
-        if place:
-            keys = [key.replace("~1", "/").replace("~0", "~") for key in place.lstrip("#").split("/")[1:]]
-            target = functools.reduce(lambda inner, key: inner[key], keys, self.root)
-            return None if place in opened else self.of(target, (*opened, place))
-        for key in ("anyOf", "oneOf", "allOf"):
-            if schema.get(key):
-                chosen = schema[key] if key == "allOf" else [min(schema[key], key=lambda branch: "$ref" in branch)]
-                rest = {name: value for name, value in schema.items() if name != key}
-                return self.of(functools.reduce(_both_schemas, chosen, rest), opened)
-        kind = (_as_list(schema.get("type")) or ["object" if "properties" in schema else "string"])[0]
-        if kind == "object":
-            properties = schema.get("properties") or {}
-            wanted = schema.get("required") or properties
-            return {name: self.of(properties.get(name, {}), opened) for name in wanted}
-        if kind == "array":
-            return [self.of(schema.get("items", {}), opened) for _ in range(schema.get("minItems", 0))]
-        if kind in ("number", "integer"):
-            return _smallest_number(schema, kind == "integer")
-        self.left -= schema.get("minLength", 0) if kind == "string" else 0
-        return "x" * min(schema.get("minLength", 0), 10_000) if kind == "string" else False if kind == "boolean" else None
-
-
-def _both_schemas(one: Mapping[str, Any], other: Any) -> dict[str, Any]:
-    """The schema of what fits both, as far as `_smallest_value` reads them."""
-    properties = {**one.get("properties", {}), **other.get("properties", {})}
-    joined = {"properties": properties, "required": [*one.get("required", ()), *other.get("required", ())]}
-    return {**one, **other, **{key: value for key, value in joined.items() if value}}
+    if next(left, None) is None:
+        raise ValueError("the smallest answer is too large")
+    for key in ("const", "enum", "default", "examples") if isinstance(schema, Mapping) else ():
+        if key in schema:
+            return schema[key][0] if key in ("enum", "examples") else schema[key]
+    if not isinstance(schema, Mapping) or schema.get("$ref") in opened:
+        return None
+    if "$ref" in schema:
+        keys = [key.replace("~1", "/").replace("~0", "~") for key in schema["$ref"].lstrip("#").split("/")[1:]]
+        target = functools.reduce(lambda inner, key: inner[key], keys, root)
+        return _smallest_value(target, root, left, (*opened, schema["$ref"]))
+    for key in ("anyOf", "oneOf", "allOf"):
+        if schema.get(key):
+            chosen = schema[key] if key == "allOf" else [min(schema[key], key=lambda branch: "$ref" in branch)]
+            whole = {name: value for name, value in schema.items() if name != key}
+            for part in chosen:
+                properties = {**whole.get("properties", {}), **part.get("properties", {})}
+                required = [*whole.get("required", ()), *part.get("required", ())]
+                whole = {**whole, **part, "properties": properties, "required": required}
+            return _smallest_value(whole, root, left, opened)
+    kind = (_as_list(schema.get("type")) or ["object" if schema.get("properties") else "string"])[0]
+    if kind == "object":
+        properties = schema.get("properties") or {}
+        wanted = schema.get("required") or properties
+        return {name: _smallest_value(properties.get(name, {}), root, left, opened) for name in wanted}
+    if kind == "array":
+        return [_smallest_value(schema.get("items", {}), root, left, opened) for _ in range(schema.get("minItems", 0))]
+    if kind == "string":
+        return "x" * sum(1 for _ in zip(range(schema.get("minLength", 0)), left))
+    return _smallest_number(schema, kind == "integer") if kind in ("number", "integer") else None if kind == "null" else False
 
 
 def _smallest_number(schema: Mapping[str, Any], whole: bool) -> float:
     """The number nearest to 0, or nearly so, within a schema's bounds."""
     low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
     above, below = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
-    step = schema.get("multipleOf") or 1
-    floor, roof = max(low, above), min(high, below)
+    step, floor, roof = schema.get("multipleOf") or 1, max(low, above), min(high, below)
     tried: list[float] = [0]
     tried += [math.ceil(floor / step) * step, (math.floor(floor / step) + 1) * step] if floor > -math.inf else []
     tried += [math.floor(roof / step) * step, (math.ceil(roof / step) - 1) * step] if roof < math.inf else []
     tried += [(floor + roof) / 2] if not whole and roof - floor < math.inf else []
-    return next((number for number in tried if low <= number <= high and above < number < below), 0)
+    return next(number for number in tried if low <= number <= high and above < number < below)
 
 
 PROVIDERS: dict[str, type[Provider]] = {
