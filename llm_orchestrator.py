@@ -4545,19 +4545,21 @@ class Provider:
     """
 
     TYPE = BASE_URL = ""
-    KEY_URLS: Mapping[str, str] = {}  # how a key begins -> another base URL for it
     PREFIX = ""  # where the vendor's calls lie below the base URL, which may end with it or with another version
-    CHAT_PATH = EMBED_PATH = ""
+    CHAT_PATH = STREAM_PATH = EMBED_PATH = ""
     KEY_VARIABLES: tuple[str, ...] = ()
+    KEY_URLS: Mapping[str, str] = {}  # how a key begins -> another base URL for it
     URL_VARIABLES: tuple[str, ...] = ()
     NEEDS_KEY = True
     KEY_HEADER = ("Authorization", "Bearer ")
     OPTIONS: Mapping[str, str | None] = {}  # name -> the variable that sets it, or None
     TOKEN_OPTION = ""  # the option that holds a bearer token in place of a key
     FIELDS: Mapping[str, str] = {}  # of a request -> the vendor's place for it ("options.seed": inside a map)
+    STREAMING: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {"stream": True})  # fields of a plain and a streamed call
     PLACES = ("model", "id", "")  # of an answer's model, id and finish reason in a document
     COUNTS = ("", "", "")  # of its input, output and total tokens; " + " for a sum
     EMBED_FIELDS = ("input", "dimensions")  # the vendor's names for these
+    EMBED_EXTRA: Mapping[str, Any] = {}  # further fields of an embedding call
     INPUT_TYPES: Mapping[str, str] = {}  # the vendor's words for query and document, if it asks for them
     VECTORS, EMBED_TOKENS = "data", "usage.prompt_tokens"
     PLAIN_LINES = False  # streams are lines of JSON, not server-sent events
@@ -4616,7 +4618,7 @@ class Provider:
     def complete(self, request: CompletionRequest) -> CompletionResponse:
         """The answer to a request. Raises ValidationError for a request that cannot be written, and errors of the
         ProviderError family."""
-        path, body = self._written(self.completion_call, request)
+        path, body = self._written(self._completion_call, request)
         started, first = time.perf_counter(), None
         if request.stream:
             response, document, first = self._stream(path, body, request)
@@ -4637,16 +4639,32 @@ class Provider:
         return answer
 
     def _written(self, write: Callable[[Any], tuple[str, dict[str, Any]]], request: Any) -> tuple[str, dict[str, Any]]:
-        """(path, body) of a request, with its `params` added; those that are maps are merged into the body's."""
+        """(path, body) of a request, with its `params` added."""
         try:
             path, body = write(request)
-            for key, value in request.params.items():
-                both = isinstance(value, Mapping) and isinstance(body.get(key), Mapping)
-                body[key] = {**body[key], **value} if both else value
+            _add_fields(body, request.params)
         except _SHAPE_ERRORS as error:
             reason = f"{self.name}: the request cannot be written: {type(error).__name__}: {error}"
             raise ValidationError(reason) from None
         return path, body
+
+    def _completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        """(path, body) of a completion, put together from what the vendor says."""
+        if not self.CHAT_PATH:
+            raise ValidationError(f"the provider {self.name!r} makes embeddings only")
+        body = self.conversation(request)
+        for name, place in self.fields(request).items():
+            value = getattr(request, name)
+            if value is not None:
+                value = [value] if name == "stop" and isinstance(value, str) else value
+                outer, _, last = place.rpartition(".")
+                _add_fields(body, {outer: {last: value}} if outer else {last: value})
+        body.update({"tools": self.tools(request)} if request.tools else {})
+        if request.schema is not None and self.native_schema:
+            _add_fields(body, self.schema_fields(request))
+        body.update(self.STREAMING[bool(request.stream)])
+        path = self.STREAM_PATH if request.stream and self.STREAM_PATH else self.CHAT_PATH
+        return self.place(path, request.model), body
 
     def _stream(self, path: str, body: dict[str, Any], request: CompletionRequest) -> tuple[_Response, Any, float | None]:
         """(response, the document that the events built up, when the first text came). A stream that ends before its
@@ -4719,9 +4737,20 @@ class Provider:
 
     # what a vendor says
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        """(path, body) of a completion."""
-        raise ValidationError(f"the provider {self.name!r} makes embeddings only")
+    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
+        return self.FIELDS
+
+    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
+        """The fields of a body for the model, the system text and the messages."""
+        raise NotImplementedError
+
+    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        """The request's tools."""
+        raise NotImplementedError
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        """The fields of a body that ask for an answer by the request's schema."""
+        raise NotImplementedError
 
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
         """What of a response has no fixed place: its text, tool_calls and perhaps more. May raise KeyError and the like."""
@@ -4732,27 +4761,12 @@ class Provider:
         the vendor said that the answer is complete, ["done"] at the end mark."""
         raise NotImplementedError
 
-    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
-        """FIELDS of this request."""
-        return self.FIELDS
-
-    def tuned(self, request: CompletionRequest) -> dict[str, Any]:
-        """A body with the request's settings at the vendor's places."""
-        body: dict[str, Any] = {}
-        for name, place in self.fields(request).items():
-            value = getattr(request, name)
-            if value is not None:
-                outer, _, last = place.rpartition(".")
-                inner = body.setdefault(outer, {}) if outer else body
-                inner[last] = [value] if name == "stop" and isinstance(value, str) else value
-        return body
-
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
         """(path, body) of an embedding call."""
         if not self.EMBED_PATH:
             raise ValidationError(f"the provider {self.name!r} makes no embeddings")
         texts, dimensions = self.EMBED_FIELDS
-        body: dict[str, Any] = {"model": request.model, texts: request.input}
+        body: dict[str, Any] = {"model": request.model, texts: request.input, **self.EMBED_EXTRA}
         if request.dimensions is not None:
             body[dimensions] = request.dimensions
         if self.INPUT_TYPES and request.input_type is not None:
@@ -4771,6 +4785,18 @@ class Provider:
 def _variable(*names: str) -> str | None:
     """The first of these environment variables that is set and not empty."""
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+def _add_fields(body: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Adds fields to a body; a map joins the one that is there."""
+    for key, value in fields.items():
+        both = isinstance(value, Mapping) and isinstance(body.get(key), Mapping)
+        body[key] = {**body[key], **value} if both else value
+
+
+def _as_text(value: Any) -> str:
+    """A text as it is, anything else as JSON: what tools return, and the arguments they are called with."""
+    return value if isinstance(value, str) else _to_json(value)
 
 
 def _system_apart(request: CompletionRequest) -> tuple[str, list[dict[str, Any]]]:
@@ -4860,29 +4886,22 @@ def _is_strict(schema: Any) -> bool:
     return all(map(_is_strict, inner + [schema["items"]] if "items" in schema else inner))
 
 
+def _named_schema(schema: Any) -> dict[str, Any]:
+    """A schema as OpenAI's interfaces want it."""
+    schema = _object_schema(schema)
+    return {"name": "answer", "schema": schema, **({"strict": True} if _is_strict(schema) else {})}
+
+
 class _ChatCompletions(Provider):
     """What speaks Chat Completions, or nearly so: messages of role and content, tool calls with arguments as JSON text."""
 
     CHAT_PATH, EMBED_PATH = "/chat/completions", "/embeddings"
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING if name != "top_k"}
     COUNTS = ("usage.prompt_tokens", "usage.completion_tokens", "usage.total_tokens")
-    STREAM_FIELDS: Mapping[str, Any] = {"stream": True}
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         system = [{"role": "system", "content": request.system}] if request.system else []
-        messages = system + [self.message(message) for message in request.messages]
-        body: dict[str, Any] = {"model": request.model, "messages": messages, **self.tuned(request)}
-        if request.schema is not None and self.native_schema:
-            body.update(self.schema_fields(request))
-        if request.tools:
-            body["tools"] = [{"type": "function", "function": function} for function in _functions(request)]
-        body.update(self.STREAM_FIELDS if request.stream else {})
-        return self.place(self.CHAT_PATH, request.model), body
-
-    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
-        schema = _object_schema(request.schema)
-        shape = {"name": "answer", "schema": schema, **({"strict": True} if _is_strict(schema) else {})}
-        return {"response_format": {"type": "json_schema", "json_schema": shape}}
+        return {"model": request.model, "messages": system + [self.message(message) for message in request.messages]}
 
     def message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         if message["role"] == "tool":
@@ -4894,6 +4913,12 @@ class _ChatCompletions(Provider):
             function = {"name": call["name"], "arguments": _as_text(call["arguments"])}
             turn["tool_calls"].append({"id": call["id"], "type": "function", "function": function})
         return {key: value for key, value in turn.items() if value}
+
+    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        return [{"type": "function", "function": function} for function in _functions(request)]
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        return {"response_format": {"type": "json_schema", "json_schema": _named_schema(request.schema)}}
 
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
         choice = document["choices"][0] if "choices" in document else document
@@ -4924,7 +4949,8 @@ class _ChatCompletions(Provider):
         for part in delta.get("tool_calls") or ():
             index, function = part.get("index"), part.get("function") or {}
             call = opened.get(index)
-            if call is None or (function.get("name") and (index is None or part.get("id") not in (None, "", call["id"]))):
+            other = index is None or part.get("id") not in (None, "", call and call["id"])
+            if call is None or (other and function.get("name")):
                 call = opened[index] = {"id": part.get("id"), "function": {"name": "", "arguments": []}}
                 calls.append(call)
             call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
@@ -4937,28 +4963,16 @@ class _ChatCompletions(Provider):
         return text
 
 
-def _as_text(value: Any) -> str:
-    """A text as it is, anything else as JSON: what tools return, and the arguments they are called with."""
-    return value if isinstance(value, str) else _to_json(value)
-
-
 class OpenAIProvider(_ChatCompletions):
     """OpenAI: Chat Completions, Responses for the models that only it serves (or `api: responses`), Embeddings.
 
     Sources: platform.openai.com/docs/api-reference; openai-python 3.54 (`resources/chat/completions.py`, `_client.py`).
     """
 
-    TYPE = "openai"
-    BASE_URL = "https://api.openai.com/v1"
+    TYPE, BASE_URL = "openai", "https://api.openai.com/v1"
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID", "api": None}
-    STREAM_FIELDS: Mapping[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-    COUNTS = (  # a document has the names of one of the two interfaces
-        "usage.prompt_tokens + usage.input_tokens", "usage.completion_tokens + usage.output_tokens", "usage.total_tokens",
-    )  # fmt: skip
-    _RESPONSES_FIELDS: Mapping[str, str] = {
-        "temperature": "temperature", "top_p": "top_p", "max_tokens": "max_output_tokens", "system": "instructions",
-    }  # fmt: skip
+    STREAMING = ({}, {"stream": True, "stream_options": {"include_usage": True}})
     _NEW_LIMIT = re.compile(r"(.*/)?(ft:)?(o[1-9]|gpt-[5-9]|codex|computer-use)")  # these refuse max_tokens
     _RESPONSES_ONLY = re.compile(r"(.*/)?(o[1-9]-pro|gpt-[5-9][\w.]*-pro|.*codex|.*deep-research|computer-use)")
 
@@ -4966,42 +4980,49 @@ class OpenAIProvider(_ChatCompletions):
         named = {"OpenAI-Organization": self.options.get("organization"), "OpenAI-Project": self.options.get("project")}
         return {header: str(value) for header, value in named.items() if value}
 
-    def uses_responses(self, request: CompletionRequest) -> bool:
-        chosen = self.options.get("api")
-        return chosen == "responses" or (chosen is None and bool(self._RESPONSES_ONLY.match(request.model)))
+    def complete(self, request: CompletionRequest) -> CompletionResponse:
+        chosen = self.options["api"] or ("responses" if self._RESPONSES_ONLY.match(request.model) else "")
+        return _Responses(self).complete(request) if chosen == "responses" else super().complete(request)
 
     def fields(self, request: CompletionRequest) -> Mapping[str, str]:
-        if self.uses_responses(request):
-            return self._RESPONSES_FIELDS
         limit = "max_completion_tokens" if self._NEW_LIMIT.match(request.model) else "max_tokens"
         return {**self.FIELDS, "max_tokens": limit}
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        if not self.uses_responses(request):
-            return super().completion_call(request)
-        items = [item for message in request.messages for item in self.response_items(message)]
-        body: dict[str, Any] = {"model": request.model, "input": items, **self.tuned(request)}
-        if request.schema is not None and self.native_schema:
-            shape = self.schema_fields(request)["response_format"]["json_schema"]
-            body["text"] = {"format": {"type": "json_schema", **shape}}
-        if request.tools:
-            body["tools"] = [{"type": "function", "strict": False, **function} for function in _functions(request)]
-        body.update({"stream": True} if request.stream else {})
-        return self.place("/responses", request.model), body
 
-    def response_items(self, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """A message as the items of the Responses interface."""
-        if message["role"] == "tool":
-            yield {"type": "function_call_output", "call_id": message["id"], "output": _as_text(message["content"])}
-        elif message.get("content"):
-            yield {"role": message["role"], "content": message["content"]}
-        for call in message.get("tool_calls") or ():
-            named = {"call_id": call["id"], "name": call["name"], "arguments": _as_text(call["arguments"])}
-            yield {"type": "function_call", **named}
+class _Responses(Provider):
+    """OpenAI's Responses interface, over the connections of a provider that has it."""
+
+    CHAT_PATH = "/responses"
+    FIELDS: Mapping[str, str] = {"temperature": "temperature", "top_p": "top_p", "max_tokens": "max_output_tokens"}
+    COUNTS = ("usage.input_tokens", "usage.output_tokens", "usage.total_tokens")
+
+    def __init__(self, client: OpenAIProvider) -> None:
+        self.client, self.name, self._rest, self.native_schema = client, client.name, client._rest, client.native_schema
+
+    def place(self, path: str, model: str) -> str:
+        return self.client.place(path, model)
+
+    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
+        items: list[dict[str, Any]] = []
+        for message in request.messages:
+            if message["role"] == "tool":
+                result = {"call_id": message["id"], "output": _as_text(message["content"])}
+                items.append({"type": "function_call_output", **result})
+            elif message.get("content"):
+                items.append({"role": message["role"], "content": message["content"]})
+            for call in message.get("tool_calls") or ():
+                named = {"call_id": call["id"], "name": call["name"], "arguments": _as_text(call["arguments"])}
+                items.append({"type": "function_call", **named})
+        instructions = {"instructions": request.system} if request.system else {}
+        return {"model": request.model, "input": items, **instructions}
+
+    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        return [{"type": "function", "strict": False, **function} for function in _functions(request)]
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        return {"text": {"format": {"type": "json_schema", **_named_schema(request.schema)}}}
 
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        if "choices" in document or "output" not in document:
-            return super().read(document, request)
         if document.get("status") == "failed":
             raise self._rest.error(None, {}, {"error": "the response failed"}, "")
         parts = [part for item in document["output"] if item["type"] == "message" for part in item["content"]]
@@ -5014,13 +5035,10 @@ class OpenAIProvider(_ChatCompletions):
         return {"text": text, "tool_calls": calls, "finish_reason": str(finish), "metadata": refusal}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
-        kind = str(event.get("type", ""))
-        if not kind.startswith("response."):
-            return super().merge(document, event)
         document["begun"] = True
-        if kind in ("response.completed", "response.incomplete", "response.failed"):
+        if event["type"] in ("response.completed", "response.incomplete", "response.failed"):
             document.update(event["response"], done=True)
-        return str(event["delta"]) if kind in ("response.output_text.delta", "response.refusal.delta") else ""
+        return str(event["delta"]) if event["type"] in ("response.output_text.delta", "response.refusal.delta") else ""
 
 
 class OpenAICompatibleProvider(OpenAIProvider):
@@ -5029,17 +5047,15 @@ class OpenAICompatibleProvider(OpenAIProvider):
     `structured: instructions` is for servers without response_format json_schema.
     """
 
-    TYPE = "openai_compatible"
-    BASE_URL = "http://localhost:8000/v1"
+    TYPE, BASE_URL, NEEDS_KEY = "openai_compatible", "http://localhost:8000/v1", False
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_COMPATIBLE_API_KEY",), ("OPENAI_COMPATIBLE_BASE_URL",)
-    NEEDS_KEY = False
     OPTIONS: Mapping[str, str | None] = {"api": None, "structured": None}
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING}
     _NEW_LIMIT = _RESPONSES_ONLY = re.compile("(?!)")
 
-    @property
-    def native_schema(self) -> bool:  # type: ignore[override]
-        return self.options.get("structured") != "instructions"
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.native_schema = self.options["structured"] != "instructions"
 
 
 def _service(kind: str, base_url: str, prefix: str) -> type[Provider]:
@@ -5075,8 +5091,7 @@ class AzureOpenAIProvider(OpenAIProvider):
 class MistralProvider(_ChatCompletions):
     """Mistral. Sources: docs.mistral.ai/api; mistralai 3.7 (`models/chatcompletionrequest.py`)."""
 
-    TYPE = "mistral"
-    BASE_URL, PREFIX = "https://api.mistral.ai", "/v1"
+    TYPE, BASE_URL, PREFIX = "mistral", "https://api.mistral.ai", "/v1"
     KEY_VARIABLES, URL_VARIABLES = ("MISTRAL_API_KEY",), ("MISTRAL_BASE_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "seed": "random_seed"}
     EMBED_FIELDS = ("input", "output_dimension")
@@ -5085,50 +5100,41 @@ class MistralProvider(_ChatCompletions):
 class CohereProvider(_ChatCompletions):
     """Cohere v2 chat and embed. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
 
-    TYPE = "cohere"
-    BASE_URL, PREFIX = "https://api.cohere.com", "/v2"
+    TYPE, BASE_URL, PREFIX = "cohere", "https://api.cohere.com", "/v2"
     CHAT_PATH, EMBED_PATH = "/chat", "/embed"
     KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
     COUNTS = ("usage.tokens.input_tokens", "usage.tokens.output_tokens", "")
-    EMBED_FIELDS = ("texts", "output_dimension")
+    EMBED_FIELDS, EMBED_EXTRA = ("texts", "output_dimension"), {"input_type": "search_document", "embedding_types": ["float"]}
     INPUT_TYPES: Mapping[str, str] = {"query": "search_query", "document": "search_document"}
-    VECTORS, EMBED_TOKENS = "embeddings.float", "meta.billed_units.input_tokens"
-    max_batch = 96
+    VECTORS, EMBED_TOKENS, max_batch = "embeddings.float", "meta.billed_units.input_tokens", 96
 
     def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
-        if request.tools:  # which Cohere does not combine with a schema
-            return {}
-        return {"response_format": {"type": "json_object", "json_schema": _object_schema(request.schema)}}
+        shape = {"response_format": {"type": "json_object", "json_schema": _object_schema(request.schema)}}
+        return {} if request.tools else shape  # it does not combine the two
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
-        message = document.setdefault("message", {})
-        kind, delta = event["type"], event.get("delta") or {}
+        message, kind, delta = document.setdefault("message", {}), event["type"], event.get("delta") or {}
         part = delta.get("message") or {}
         if kind == "message-start":
             document["id"] = event.get("id")
         elif kind == "message-end":
             document.update(delta, done=True)
-        elif kind == "content-delta" and part["content"].get("text") is not None:  # not the text of its thinking
-            return self.add_delta(message, {"content": part["content"]["text"]})
+        elif kind == "content-delta":
+            return self.add_delta(message, {"content": part["content"].get("text")})  # null where it is thinking
         elif kind in ("tool-call-start", "tool-call-delta"):
             self.add_delta(message, {"tool_calls": [{"index": event.get("index", 0), **part["tool_calls"]}]})
         return ""
-
-    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        path, body = super().embedding_call(request)
-        return path, {"input_type": "search_document", "embedding_types": ["float"], **body}
 
 
 class OllamaProvider(_ChatCompletions):
     """Ollama's own API, which needs no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
 
-    TYPE = "ollama"
-    BASE_URL, PREFIX = "http://127.0.0.1:11434", "/api"
+    TYPE, BASE_URL, PREFIX, NEEDS_KEY = "ollama", "http://127.0.0.1:11434", "/api", False
     CHAT_PATH, EMBED_PATH = "/chat", "/embed"
     KEY_VARIABLES, URL_VARIABLES = ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
-    NEEDS_KEY = False
     FIELDS: Mapping[str, str] = {name: f"options.{'num_predict' if name == 'max_tokens' else name}" for name in _TUNING}
+    STREAMING = ({"stream": False}, {"stream": True})  # which is true where it is not said
     COUNTS = ("prompt_eval_count", "eval_count", "")
     VECTORS, EMBED_TOKENS = "embeddings", "prompt_eval_count"
     PLAIN_LINES, OBJECT_SCHEMAS = True, False
@@ -5140,10 +5146,6 @@ class OllamaProvider(_ChatCompletions):
         host = f"127.0.0.1{host}" if host[:1] in ("", ":") else host
         port = "" if scheme or re.search(r":\d+$", host) else ":11434"
         return super().address(f"{scheme or 'http'}://{host}{port}{slash}{path}".rstrip("/"))
-
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        path, body = super().completion_call(request)
-        return path, {**body, "stream": request.stream}  # which is true where it is not said
 
     def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
         return {"format": request.schema}
@@ -5162,14 +5164,10 @@ class VoyageProvider(Provider):
     Sources: docs.voyageai.com/reference/embeddings-api; voyageai 0.5 (`client.py`, `util.py`).
     """
 
-    TYPE = "voyage"
-    BASE_URL, PREFIX = "https://api.voyageai.com", "/v1"
-    EMBED_PATH = "/embeddings"
-    KEY_VARIABLES = ("VOYAGE_API_KEY",)
-    EMBED_FIELDS, EMBED_TOKENS = ("input", "output_dimension"), "usage.total_tokens"
-    INPUT_TYPES: Mapping[str, str] = {"query": "query", "document": "document"}
-    max_batch = 128
-    KEY_URLS: Mapping[str, str] = {"al-": "https://ai.mongodb.com"}
+    TYPE, BASE_URL, PREFIX = "voyage", "https://api.voyageai.com", "/v1"
+    KEY_VARIABLES, KEY_URLS = ("VOYAGE_API_KEY",), {"al-": "https://ai.mongodb.com"}
+    EMBED_PATH, EMBED_FIELDS, EMBED_TOKENS = "/embeddings", ("input", "output_dimension"), "usage.total_tokens"
+    INPUT_TYPES, max_batch = {"query": "query", "document": "document"}, 128
 
 
 class AnthropicProvider(Provider):
@@ -5179,8 +5177,7 @@ class AnthropicProvider(Provider):
     Sources: docs.anthropic.com/en/api/messages, /api/errors, /api/versioning; anthropic-sdk-python 2.12.
     """
 
-    TYPE = "anthropic"
-    BASE_URL, PREFIX = "https://api.anthropic.com", "/v1"
+    TYPE, BASE_URL, PREFIX, CHAT_PATH = "anthropic", "https://api.anthropic.com", "/v1", "/messages"
     KEY_VARIABLES, URL_VARIABLES = ("ANTHROPIC_API_KEY",), ("ANTHROPIC_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {
         "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS",
@@ -5208,23 +5205,10 @@ class AnthropicProvider(Provider):
         removed = ("temperature", "top_p", "top_k") if self.version() >= "2026-10-21" else ()
         return {name: place for name, place in self.FIELDS.items() if name not in removed}
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         system, messages = _system_apart(request)
-        body = {"model": request.model, "max_tokens": self._DEFAULT_MAX_TOKENS, **self.tuned(request)}
-        body["messages"] = _merged_turns(map(self.message, messages), "content")
-        body.update({"system": system} if system else {})
-        tools = _functions(request, "input_schema")
-        if request.schema is not None:
-            schema = _object_schema(request.schema)
-            if _is_strict(schema):
-                body["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
-            else:
-                forced = {"type": "any"} if tools else {"type": "tool", "name": self._ANSWER_TOOL}
-                tools.append({"name": self._ANSWER_TOOL, "description": "Gives the answer.", "input_schema": schema})
-                body["tool_choice"] = forced
-        body.update({"tools": tools} if tools else {})
-        body.update({"stream": True} if request.stream else {})
-        return self.place("/messages", request.model), body
+        body = {"model": request.model, "max_tokens": self._DEFAULT_MAX_TOKENS, **({"system": system} if system else {})}
+        return {**body, "messages": _merged_turns(map(self.message, messages), "content")}
 
     def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         if message["role"] == "tool":
@@ -5239,6 +5223,17 @@ class AnthropicProvider(Provider):
             blocks.append({"type": "tool_use", "id": call["id"], "name": call["name"], "input": arguments})
         return {"role": "assistant", "content": blocks}
 
+    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        return _functions(request, "input_schema")
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        schema = _object_schema(request.schema)
+        if _is_strict(schema):
+            return {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+        answer = {"name": self._ANSWER_TOOL, "description": "Gives the answer.", "input_schema": schema}
+        choice = {"type": "any"} if request.tools else {"type": "tool", "name": self._ANSWER_TOOL}
+        return {"tools": [*self.tools(request), answer], "tool_choice": choice}
+
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
         blocks = document["content"]
         text = "".join(_joined_text(block["text"]) for block in blocks if block["type"] == "text")
@@ -5247,11 +5242,9 @@ class AnthropicProvider(Provider):
         others = [call for call in calls if request.schema is None or call["name"] != self._ANSWER_TOOL]
         if calls and not others:
             return {"text": _as_text(calls[0]["arguments"]), "finish_reason": "end_turn"}
-        calls = others
-        thinking = [block for block in blocks if block["type"] in ("thinking", "redacted_thinking")]
-        if calls and thinking:  # which the next request has to repeat
-            calls[0]["thinking"] = thinking
-        return {"text": text, "tool_calls": calls}
+        for call in others[:1]:  # whose results the vendor takes only with the thinking that led to them
+            call["thinking"] = [block for block in blocks if block["type"] in ("thinking", "redacted_thinking")]
+        return {"text": text, "tool_calls": others}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
         kind = event["type"]
@@ -5273,8 +5266,7 @@ class AnthropicProvider(Provider):
             for block in document["content"]:
                 for field, texts in block.pop("pieces").items():
                     block[field] = (block.get(field) or "") + "".join(texts)
-                if "partial_json" in block:
-                    block["input"] = _load_arguments(block.pop("partial_json"))
+                block["input"] = _load_arguments(block.pop("partial_json", block.get("input")))
         return ""
 
 
@@ -5284,9 +5276,8 @@ class GeminiProvider(Provider):
     Sources: ai.google.dev/api/generate-content, /api/embeddings; google-genai 3.4 (`models.py`, `_api_client.py`).
     """
 
-    TYPE = "gemini"
-    BASE_URL = "https://generativelanguage.googleapis.com"
-    EMBED_PATH = "batchEmbedContents"
+    TYPE, BASE_URL = "gemini", "https://generativelanguage.googleapis.com"
+    CHAT_PATH, STREAM_PATH, EMBED_PATH = "generateContent", "streamGenerateContent?alt=sse", "batchEmbedContents"
     KEY_VARIABLES, URL_VARIABLES = ("GOOGLE_API_KEY", "GEMINI_API_KEY"), ("GOOGLE_GEMINI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"api_version": "GOOGLE_GENAI_API_VERSION"}
     KEY_HEADER = ("x-goog-api-key", "")
@@ -5295,39 +5286,31 @@ class GeminiProvider(Provider):
             "temperature", "maxOutputTokens", "topP", "topK", "stopSequences", "seed", "frequencyPenalty", "presencePenalty",
         ))
     }  # fmt: skip
+    STREAMING = ({}, {})
     PLACES = ("modelVersion", "responseId", "candidates.0.finishReason")
     COUNTS = (
         "usageMetadata.promptTokenCount", "usageMetadata.candidatesTokenCount + usageMetadata.thoughtsTokenCount",
         "usageMetadata.totalTokenCount",
     )  # fmt: skip
     INPUT_TYPES: Mapping[str, str] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}
-    VECTORS, OBJECT_SCHEMAS = "embeddings", False
-    max_batch = 100
+    VECTORS, OBJECT_SCHEMAS, max_batch = "embeddings", False, 100
 
     def address(self, base_url: str) -> tuple[str, str]:
-        version = str(self.options["api_version"] or "v1").replace("beta", "v1beta").replace("v1v1", "v1")
+        version = str(self.options["api_version"] or "v1")
         found = re.search(r"/v\d\w*$", base_url)
-        return (base_url[: found.start()], found[0]) if found else (base_url, f"/{version}")
+        return (base_url[: found.start()], found[0]) if found else (base_url, "/v1beta" if version == "beta" else f"/{version}")
 
     def place(self, path: str, model: str) -> str:
         from urllib.parse import quote
 
         return f"/{quote(model if '/' in model else f'models/{model}', safe='/')}:{path}"
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         system, messages = _system_apart(request)
         calls = [call for message in messages for call in message.get("tool_calls") or ()]
         named = {call["id"] for call in calls if _dig(call, "part.functionCall.id")}  # by the vendor, not by us
         contents = _merged_turns([self.message(message, named) for message in messages], "parts")
-        body: dict[str, Any] = {"contents": contents, **self.tuned(request)}
-        if system:
-            body["systemInstruction"] = {"parts": [{"text": system}]}
-        if request.schema is not None:
-            shape = {"responseMimeType": "application/json", "responseJsonSchema": request.schema}
-            body["generationConfig"] = {**body.get("generationConfig", {}), **shape}
-        if request.tools:
-            body["tools"] = [{"functionDeclarations": _functions(request, "parametersJsonSchema")}]
-        return self.place("streamGenerateContent?alt=sse" if request.stream else "generateContent", request.model), body
+        return {"contents": contents, **({"systemInstruction": {"parts": [{"text": system}]}} if system else {})}
 
     def message(self, message: Mapping[str, Any], named: Container[str]) -> dict[str, Any]:
         if message["role"] == "tool":
@@ -5345,11 +5328,17 @@ class GeminiProvider(Provider):
         ]
         return {"role": "model" if message["role"] == "assistant" else "user", "parts": parts}
 
+    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        return [{"functionDeclarations": _functions(request, "parametersJsonSchema")}]
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        return {"generationConfig": {"responseMimeType": "application/json", "responseJsonSchema": request.schema}}
+
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
         blocked = not document.get("candidates") and _dig(document, "promptFeedback.blockReason")
         candidate: Any = {"finishReason": blocked} if blocked else document["candidates"][0]
-        parts, finish = (candidate.get("content") or {}).get("parts") or [], candidate.get("finishReason")
-        if finish in (None, "STOP") and "content" not in candidate:
+        parts = (candidate.get("content") or {}).get("parts") or []
+        if candidate.get("finishReason") in (None, "STOP") and "content" not in candidate:
             raise ValueError("no content")
         found = [(part, part["functionCall"]) for part in parts if "functionCall" in part]
         calls = [

@@ -451,7 +451,8 @@ def test_anthropic_takes_a_bearer_token_and_custom_headers(vendors: MockVendors,
     ],
 )
 def test_azure_has_deployment_and_v1_paths_keys_and_tokens(vendors: MockVendors, options: Any, path: str, header: str) -> None:
-    vendors.always(compact(route("openai").plain(Answer("ok"), "m")).encode())
+    plain = ROUTES["openai"][1 if "api" in options else 0].plain
+    vendors.always(compact(plain(Answer("ok"), "m")).encode())
     provider(vendors, "azure", **options).complete(CompletionRequest("a-model", HELLO))
     assert vendors.requests[-1].path == path
     assert [name for name in ("api-key", "authorization") if name in vendors.requests[-1].headers] == [header]
