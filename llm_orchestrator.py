@@ -4253,11 +4253,11 @@ class CompletionRequest:
     """
 
     def __init__(
-        self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, temperature: float | None = None,
-        max_tokens: int | None = None, top_p: float | None = None, top_k: int | None = None, stop: Any = None,
-        seed: int | None = None, frequency_penalty: float | None = None, presence_penalty: float | None = None,
-        stream: bool = False, params: Mapping[str, Any] | None = None, schema: Any = None,
-        tools: list[dict[str, Any]] | None = None, on_text: Callable[[str], None] | None = None,
+        self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, stop: Any = None,
+        temperature: float | None = None, max_tokens: int | None = None, top_p: float | None = None,
+        top_k: int | None = None, seed: int | None = None, frequency_penalty: float | None = None,
+        presence_penalty: float | None = None, stream: bool = False, params: Mapping[str, Any] | None = None,
+        schema: Any = None, tools: list[dict[str, Any]] | None = None, on_text: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.messages, self.system, self.stop, self.seed = model, messages, system, stop, seed
         self.temperature, self.max_tokens, self.top_p, self.top_k = temperature, max_tokens, top_p, top_k
@@ -4327,18 +4327,18 @@ def _joined_text(content: Any) -> str:
 
 def _dig(document: Any, place: str) -> Any:
     """The value at a place such as "choices.0.message"; None where there is none."""
-    for key in place.split("."):
-        try:
+    with contextlib.suppress(*_SHAPE_ERRORS):
+        for key in place.split("."):
             document = document[int(key) if isinstance(document, list) else key]
-        except _SHAPE_ERRORS:
-            return None
-    return document
+        return document
+    return None
 
 
 def _total(document: Any, places: str) -> int | None:
     """The sum of the token counts at places such as "usage.a + usage.b"; None if there is none."""
-    found = [value for place in places.split(" + ") if type(value := _dig(document, place)) in (int, float) and value >= 0]
-    return int(sum(found)) if found else None
+    values = [_dig(document, place) for place in places.split(" + ")]
+    counts = [value for value in values if type(value) in (int, float) and value >= 0]
+    return int(sum(counts)) if counts else None
 
 
 # ---- From a bad answer to an error -----------------------------------------------------------------------------------
@@ -4354,10 +4354,10 @@ _WORD_ERRORS: tuple[tuple[type[ProviderError], frozenset[int | None], Any], ...]
     )),
     (ContextLengthError, frozenset((400, 413, 422, 500, None)), re.compile(
         r"context[_ ](length|window|size|limit)|string_above_max_length|(prompt|input) is too long|prompt too long"
-        r"|too many (input )?tokens|token count .{0,40}exceeds|too large for model|maximum model length|reduce the length"
-        r"|max allowed tokens per|must have less than \d+ tokens|`inputs` tokens \+ `max_new_tokens`"
+        r"|too many (input )?tokens|token count .{0,40}exceeds|too large for model|maximum model length"
+        r"|reduce the length|max allowed tokens per|must have less than \d+ tokens|`inputs` tokens \+ `max_new_tokens`"
     )),
-    (AuthenticationError, frozenset((400,)), re.compile(r"api[_ ]key[_ ](not[_ ]valid|invalid)|invalid[_ ]api[_ ](key|token)")),
+    (AuthenticationError, frozenset((400,)), re.compile(r"api[_ ]key[_ ](not[_ ]valid|invalid)|invalid[_ ]api[_ ]key")),
 )  # fmt: skip
 _TYPE_STATUSES = {  # of errors inside an answer that began as a 200
     "overloaded_error": 529, "rate_limit_error": 429, "rate_limit_exceeded": 429, "slow_down": 429, "api_error": 500,
@@ -4367,6 +4367,7 @@ _TYPE_STATUSES = {  # of errors inside an answer that began as a 200
     "context_length_exceeded": 400, "request_too_large": 413,
 }  # fmt: skip
 _SECRET_HEADER = re.compile("auth|key|token|secret|cookie|password|credential|signature", re.I)
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\xa0-\xff]*")
 _USER_AGENT = f"llm_orchestrator/{__version__}"
 
 
@@ -4385,19 +4386,23 @@ class _RestClient:
     """JSON calls to one server: its address, its headers, and one way from a bad answer to an error without secrets."""
 
     def __init__(
-        self, name: str, base_url: str, headers: Mapping[str, str] | None = None, *, timeout_seconds: float | None = None,
-        proxy: str | None = None,
+        self, name: str, base_url: str, headers: Mapping[str, str] | None = None, *, proxy: str | None = None,
+        timeout_seconds: float | None = None,
     ) -> None:  # fmt: skip
         self.name, self.base_url = name, base_url.rstrip("/")
         usual = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": _USER_AGENT}
-        given = [(str(header), str(value).strip()) for header, value in (*usual.items(), *(headers or {}).items())]
-        for header, value in given:
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header) or not re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value):
-                kind: type[OrchestratorError] = AuthenticationError if _SECRET_HEADER.search(header) else ValidationError
-                raise kind(f"{name}: the header {header!r} holds characters that no header can carry")
-        self.headers = dict({header.lower(): (header, value) for header, value in given}.values())  # the last one counts
-        hidden = {part for header, value in given if _SECRET_HEADER.search(header) for part in (value, value.split(" ")[-1])}
-        self.secrets = sorted((value for value in hidden if len(value) > 3), key=len, reverse=True)
+        given: dict[str, tuple[str, str]] = {}  # by its name in lower case: the last one counts
+        self.secrets: list[str] = []
+        for header, value in {**usual, **(headers or {})}.items():
+            header, value = str(header), str(value).strip()
+            secret = bool(_SECRET_HEADER.search(header))
+            if not _HEADER.fullmatch(f"{header}: {value}"):
+                reason = f"{name}: the header {header!r} holds characters that no header can carry"
+                raise AuthenticationError(reason) if secret else ValidationError(reason)
+            given[header.lower()] = (header, value)
+            self.secrets += [part for part in {value, value.split(" ")[-1]} if secret and len(part) > 3]
+        self.headers = dict(given.values())
+        self.secrets.sort(key=len, reverse=True)
         self.http = _HttpClient(name, proxy=proxy, timeout_seconds=timeout_seconds)
 
     def send(
@@ -4532,7 +4537,8 @@ class _Events:
 
 _TRUNCATED = frozenset(("length", "max_tokens", "model_length", "max_output_tokens", "model_context_window_exceeded"))
 _NORMAL_ENDS = _TRUNCATED | frozenset((
-    "none", "", "stop", "end_turn", "stop_sequence", "complete", "eos", "eos_token", "tool_calls", "tool_use", "pause_turn", "load",
+    "none", "", "stop", "end_turn", "stop_sequence", "complete", "eos", "eos_token", "tool_calls", "tool_use", "load",
+    "pause_turn",
 ))  # fmt: skip  # an answer without text that ended otherwise was stopped
 
 
@@ -4555,7 +4561,7 @@ class Provider:
     OPTIONS: Mapping[str, str | None] = {}  # name -> the variable that sets it, or None
     TOKEN_OPTION = ""  # the option that holds a bearer token in place of a key
     FIELDS: Mapping[str, str] = {}  # of a request -> the vendor's place for it ("options.seed": inside a map)
-    STREAMING: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {"stream": True})  # fields of a plain and a streamed call
+    STREAMING: tuple[dict[str, Any], dict[str, Any]] = {}, {"stream": True}  # fields of a plain and of a streamed call
     PLACES = ("model", "id", "")  # of an answer's model, id and finish reason in a document
     COUNTS = ("", "", "")  # of its input, output and total tokens; " + " for a sum
     EMBED_FIELDS = ("input", "dimensions")  # the vendor's names for these
@@ -4566,6 +4572,14 @@ class Provider:
     OBJECT_SCHEMAS = True  # a schema has to be that of a map, so that others are wrapped
     native_schema = True
     max_batch = 2048  # texts in one embedding call
+
+    # What a vendor says. The readers may raise KeyError and the like for nonsense.
+    conversation: Callable[[CompletionRequest], dict[str, Any]]  # the body's fields of model, system text and messages
+    tools: Callable[[CompletionRequest], list[dict[str, Any]]]
+    schema_fields: Callable[[CompletionRequest], dict[str, Any]]  # the body's fields that ask for an answer by a schema
+    read: Callable[[Any, CompletionRequest], dict[str, Any]]  # a document's text, tool_calls and what has no PLACE
+    merge: Callable[[dict[str, Any], Any], str]  # adds a stream's event to the document that `read` gets; returns its
+    # text; sets document["finished"] when the vendor said that the answer is complete, ["done"] at the end mark
 
     def __init__(
         self, *, api_key: str | None = None, base_url: str | None = None, headers: Mapping[str, str] | None = None,
@@ -4582,7 +4596,8 @@ class Provider:
         own = {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key} if key else own
         self.base_url, prefix = self.address((base_url or self.KEY_URLS.get(key[:3], self.BASE_URL)).rstrip("/"))
         headers = {**own, **self.extra_headers(), **(headers or {})}
-        self._rest = _RestClient(self.name, self.base_url + prefix, headers, timeout_seconds=timeout_seconds, proxy=proxy)
+        url = self.base_url + prefix
+        self._rest = _RestClient(self.name, url, headers, timeout_seconds=timeout_seconds, proxy=proxy)
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Any:
@@ -4666,7 +4681,7 @@ class Provider:
         path = self.STREAM_PATH if request.stream and self.STREAM_PATH else self.CHAT_PATH
         return self.place(path, request.model), body
 
-    def _stream(self, path: str, body: dict[str, Any], request: CompletionRequest) -> tuple[_Response, Any, float | None]:
+    def _stream(self, path: str, body: Any, request: CompletionRequest) -> tuple[_Response, Any, float | None]:
         """(response, the document that the events built up, when the first text came). A stream that ends before its
         end mark is a lost connection."""
         events, document = _Events(self.PLAIN_LINES), {}  # type: tuple[_Events, dict[str, Any]]
@@ -4733,33 +4748,12 @@ class Provider:
             sizes, kinds = {len(row) for row in rows}, {type(number) for row in rows for number in row}
             if len(rows) != len(request.input) or len(sizes) != 1 or not kinds or not kinds <= {int, float}:
                 raise ValueError
-            return EmbeddingResponse(rows, str(_dig(document, "model") or request.model), _total(document, self.EMBED_TOKENS))
-
-    # what a vendor says
+            model = str(_dig(document, "model") or request.model)
+            return EmbeddingResponse(rows, model, _total(document, self.EMBED_TOKENS))
 
     def fields(self, request: CompletionRequest) -> Mapping[str, str]:
+        """FIELDS of this request."""
         return self.FIELDS
-
-    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
-        """The fields of a body for the model, the system text and the messages."""
-        raise NotImplementedError
-
-    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
-        """The request's tools."""
-        raise NotImplementedError
-
-    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
-        """The fields of a body that ask for an answer by the request's schema."""
-        raise NotImplementedError
-
-    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        """What of a response has no fixed place: its text, tool_calls and perhaps more. May raise KeyError and the like."""
-        raise NotImplementedError
-
-    def merge(self, document: dict[str, Any], event: Any) -> str:
-        """Adds a stream's event to the document that `read` will read; returns its text. Sets document["finished"] when
-        the vendor said that the answer is complete, ["done"] at the end mark."""
-        raise NotImplementedError
 
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
         """(path, body) of an embedding call."""
@@ -4822,9 +4816,9 @@ def _functions(request: CompletionRequest, parameters: str = "parameters") -> li
     """The tools of a request, with the vendor's name for the schema of their parameters."""
     nothing = {"type": "object", "properties": {}}
     return [
-        {"name": tool["name"], "description": tool.get("description") or "", parameters: tool.get("parameters") or nothing}
-        for tool in request.tools or ()
-    ]
+        {"name": tool["name"], "description": tool.get("description") or "",
+         parameters: tool.get("parameters") or nothing} for tool in request.tools or ()
+    ]  # fmt: skip
 
 
 def _load_arguments(arguments: Any) -> Any:
@@ -4838,11 +4832,14 @@ def _load_arguments(arguments: Any) -> Any:
     return arguments
 
 
-def _tool_call(index: int, id: Any, name: Any, arguments: Any) -> dict[str, Any]:
-    """A call of a CompletionResponse. Raises ValueError for one without a name."""
-    if not (isinstance(name, str) and name):
-        raise ValueError("a tool call without a name")
-    return {"id": str(id or f"call_{index}"), "name": name, "arguments": _load_arguments(arguments)}
+def _tool_calls(found: Iterable[tuple[Any, Any, Any]]) -> list[dict[str, Any]]:
+    """The tool calls of a CompletionResponse from (id or None, name, arguments). Raises ValueError for no name."""
+    calls = []
+    for index, (id, name, arguments) in enumerate(found):
+        if not (isinstance(name, str) and name):
+            raise ValueError("a tool call without a name")
+        calls.append({"id": str(id or f"call_{index}"), "name": name, "arguments": _load_arguments(arguments)})
+    return calls
 
 
 def _object_schema(schema: Any) -> Any:
@@ -4866,14 +4863,15 @@ def _unwrapped(text: str, schema: Any) -> str:
 
 
 _STRICT_KEYS = frozenset((
-    "type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "$ref", "$defs", "description", "title",
+    "type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "$ref", "$defs",
+    "title", "description",
 ))  # fmt: skip
 
 
 def _is_strict(schema: Any) -> bool:
     """Whether the strict modes of OpenAI and Anthropic take a schema: maps are closed, and nothing in them is optional.
 
-    Sources: platform.openai.com/docs/guides/structured-outputs; docs.anthropic.com/en/docs/build-with-claude/structured-outputs.
+    Sources: "Structured outputs" in platform.openai.com/docs/guides and docs.anthropic.com/en/docs/build-with-claude.
     """
     if not isinstance(schema, Mapping) or not _STRICT_KEYS.issuperset(schema):
         return False
@@ -4893,7 +4891,7 @@ def _named_schema(schema: Any) -> dict[str, Any]:
 
 
 class _ChatCompletions(Provider):
-    """What speaks Chat Completions, or nearly so: messages of role and content, tool calls with arguments as JSON text."""
+    """What speaks Chat Completions, or nearly so: messages of role and content, arguments of tools as JSON text."""
 
     CHAT_PATH, EMBED_PATH = "/chat/completions", "/embeddings"
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING if name != "top_k"}
@@ -4926,11 +4924,12 @@ class _ChatCompletions(Provider):
         message, finish = choice["message"], choice.get("finish_reason") or choice.get("done_reason")
         content, refusal = message.get("content"), message.get("refusal")
         found = [(call.get("id"), call["function"]) for call in message.get("tool_calls") or ()]
-        calls = [_tool_call(index, id, call["name"], call.get("arguments")) for index, (id, call) in enumerate(found)]
+        calls = _tool_calls((id, function["name"], function.get("arguments")) for id, function in found)
         if content is None and not (calls or refusal) and str(finish or "stop").lower() in _NORMAL_ENDS - _TRUNCATED:
             raise ValueError("no content, and no reason for it")
-        answer = {"text": _joined_text(content or refusal), "tool_calls": calls, "finish_reason": finish and str(finish)}
-        return {**answer, "metadata": {"refusal": True}} if refusal and not content else answer
+        marked = {"refusal": True} if refusal and not content else None
+        text, finish = _joined_text(content or refusal), finish and str(finish)
+        return {"text": text, "tool_calls": calls, "finish_reason": finish, "metadata": marked}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
         document.update({key: value for key, value in event.items() if value and key not in ("choices", "message")})
@@ -5027,8 +5026,8 @@ class _Responses(Provider):
             raise self._rest.error(None, {}, {"error": "the response failed"}, "")
         parts = [part for item in document["output"] if item["type"] == "message" for part in item["content"]]
         found = [item for item in document["output"] if item["type"] == "function_call"]
-        calls = [_tool_call(index, item["call_id"], item["name"], item["arguments"]) for index, item in enumerate(found)]
-        text = _joined_text([part["text"] if part["type"] == "output_text" else part.get("refusal", "") for part in parts])
+        calls = _tool_calls((item["call_id"], item["name"], item["arguments"]) for item in found)
+        text = _joined_text([part["text" if part["type"] == "output_text" else "refusal"] for part in parts])
         reason = (document.get("incomplete_details") or {}).get("reason")
         finish = {"max_output_tokens": "length", None: "tool_calls" if calls else "stop"}.get(reason, reason)
         refusal = {"refusal": True} if any(part["type"] == "refusal" for part in parts) else None
@@ -5098,14 +5097,15 @@ class MistralProvider(_ChatCompletions):
 
 
 class CohereProvider(_ChatCompletions):
-    """Cohere v2 chat and embed. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
+    """Cohere v2. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
 
     TYPE, BASE_URL, PREFIX = "cohere", "https://api.cohere.com", "/v2"
     CHAT_PATH, EMBED_PATH = "/chat", "/embed"
     KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
     COUNTS = ("usage.tokens.input_tokens", "usage.tokens.output_tokens", "")
-    EMBED_FIELDS, EMBED_EXTRA = ("texts", "output_dimension"), {"input_type": "search_document", "embedding_types": ["float"]}
+    EMBED_FIELDS = ("texts", "output_dimension")
+    EMBED_EXTRA: Mapping[str, Any] = {"input_type": "search_document", "embedding_types": ["float"]}
     INPUT_TYPES: Mapping[str, str] = {"query": "search_query", "document": "search_document"}
     VECTORS, EMBED_TOKENS, max_batch = "embeddings.float", "meta.billed_units.input_tokens", 96
 
@@ -5128,7 +5128,7 @@ class CohereProvider(_ChatCompletions):
 
 
 class OllamaProvider(_ChatCompletions):
-    """Ollama's own API, which needs no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
+    """Ollama's own interface; no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
 
     TYPE, BASE_URL, PREFIX, NEEDS_KEY = "ollama", "http://127.0.0.1:11434", "/api", False
     CHAT_PATH, EMBED_PATH = "/chat", "/embed"
@@ -5183,13 +5183,10 @@ class AnthropicProvider(Provider):
         "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS",
     }  # fmt: skip
     TOKEN_OPTION, KEY_HEADER = "auth_token", ("x-api-key", "")
-    FIELDS: Mapping[str, str] = {
-        "temperature": "temperature", "max_tokens": "max_tokens", "top_p": "top_p", "top_k": "top_k", "stop": "stop_sequences",
-    }  # fmt: skip
+    FIELDS: Mapping[str, str] = {**{name: name for name in _TUNING[:4]}, "stop": "stop_sequences"}
     PLACES = ("model", "id", "stop_reason")
-    COUNTS = (
-        "usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens", "usage.output_tokens", "",
-    )  # fmt: skip
+    _INPUT_TOKENS = "usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens"
+    COUNTS = (_INPUT_TOKENS, "usage.output_tokens", "")
     _DEFAULT_MAX_TOKENS = 4096
     _ANSWER_TOOL = "give_answer"
 
@@ -5207,8 +5204,9 @@ class AnthropicProvider(Provider):
 
     def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         system, messages = _system_apart(request)
-        body = {"model": request.model, "max_tokens": self._DEFAULT_MAX_TOKENS, **({"system": system} if system else {})}
-        return {**body, "messages": _merged_turns(map(self.message, messages), "content")}
+        turns = _merged_turns(map(self.message, messages), "content")
+        body = {"model": request.model, "max_tokens": self._DEFAULT_MAX_TOKENS, "messages": turns}
+        return {**body, "system": system} if system else body
 
     def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         if message["role"] == "tool":
@@ -5238,7 +5236,7 @@ class AnthropicProvider(Provider):
         blocks = document["content"]
         text = "".join(_joined_text(block["text"]) for block in blocks if block["type"] == "text")
         found = [block for block in blocks if block["type"] == "tool_use"]
-        calls = [_tool_call(index, block["id"], block["name"], block["input"]) for index, block in enumerate(found)]
+        calls = _tool_calls((block["id"], block["name"], block["input"]) for block in found)
         others = [call for call in calls if request.schema is None or call["name"] != self._ANSWER_TOOL]
         if calls and not others:
             return {"text": _as_text(calls[0]["arguments"]), "finish_reason": "end_turn"}
@@ -5283,7 +5281,8 @@ class GeminiProvider(Provider):
     KEY_HEADER = ("x-goog-api-key", "")
     FIELDS: Mapping[str, str] = {
         name: f"generationConfig.{place}" for name, place in zip(_TUNING, (
-            "temperature", "maxOutputTokens", "topP", "topK", "stopSequences", "seed", "frequencyPenalty", "presencePenalty",
+            "temperature", "maxOutputTokens", "topP", "topK", "stopSequences", "seed", "frequencyPenalty",
+            "presencePenalty",
         ))
     }  # fmt: skip
     STREAMING = ({}, {})
@@ -5296,9 +5295,10 @@ class GeminiProvider(Provider):
     VECTORS, OBJECT_SCHEMAS, max_batch = "embeddings", False, 100
 
     def address(self, base_url: str) -> tuple[str, str]:
-        version = str(self.options["api_version"] or "v1")
-        found = re.search(r"/v\d\w*$", base_url)
-        return (base_url[: found.start()], found[0]) if found else (base_url, "/v1beta" if version == "beta" else f"/{version}")
+        found, version = re.search(r"/v\d\w*$", base_url), str(self.options["api_version"] or "v1")
+        if found:
+            return base_url[: found.start()], found[0]
+        return base_url, "/v1beta" if version == "beta" else f"/{version}"
 
     def place(self, path: str, model: str) -> str:
         from urllib.parse import quote
@@ -5314,8 +5314,9 @@ class GeminiProvider(Provider):
 
     def message(self, message: Mapping[str, Any], named: Container[str]) -> dict[str, Any]:
         if message["role"] == "tool":
-            result = {"id": message["id"]} if message["id"] in named else {}
-            result.update(name=message["name"], response={"error" if message.get("is_error") else "output": message["content"]})
+            answer = {"error" if message.get("is_error") else "output": message["content"]}
+            result: dict[str, Any] = {"id": message["id"]} if message["id"] in named else {}
+            result.update(name=message["name"], response=answer)
             return {"role": "user", "parts": [{"functionResponse": result}]}
         content = message.get("content") or []
         parts = [
@@ -5340,11 +5341,11 @@ class GeminiProvider(Provider):
         parts = (candidate.get("content") or {}).get("parts") or []
         if candidate.get("finishReason") in (None, "STOP") and "content" not in candidate:
             raise ValueError("no content")
-        found = [(part, part["functionCall"]) for part in parts if "functionCall" in part]
-        calls = [
-            {**_tool_call(index, call.get("id"), call["name"], call.get("args")), "part": part}  # for its signature
-            for index, (part, call) in enumerate(found)
-        ]
+        found = [part for part in parts if "functionCall" in part]
+        named = [part["functionCall"] for part in found]
+        calls = _tool_calls((call.get("id"), call["name"], call.get("args")) for call in named)
+        for call, part in zip(calls, found):
+            call["part"] = part  # its signature has to come back
         answer = {"text": self.text_of(parts), "tool_calls": calls}
         return {**answer, "finish_reason": str(blocked)} if blocked else answer
 
@@ -5411,7 +5412,8 @@ class EchoProvider(Provider):
         return EmbeddingResponse(vectors, request.model, sum(len(text.split()) for text in request.input))
 
 
-_ECHO_WORD = re.compile("[^\x00-/:-@\\[-`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+")  # no tables that grow with Unicode
+# Not \w, which knows more letters in newer Pythons: everything but ASCII's and the common other punctuation.
+_ECHO_WORD = re.compile("[^\x00-/:-@\\[-`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+")
 
 
 def _hashed_features(text: str, size: int) -> list[float]:
@@ -5477,27 +5479,29 @@ def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[s
         return [_smallest_value(schema.get("items", {}), root, left, opened) for _ in range(schema.get("minItems", 0))]
     if kind == "string":
         return "x" * sum(1 for _ in zip(range(schema.get("minLength", 0)), left))
-    return _smallest_number(schema, kind == "integer") if kind in ("number", "integer") else None if kind == "null" else False
+    if kind in ("number", "integer"):
+        return _smallest_number(schema, kind == "integer")
+    return None if kind == "null" else False
 
 
 def _smallest_number(schema: Mapping[str, Any], whole: bool) -> float:
-    """The number nearest to 0, or nearly so, within a schema's bounds."""
+    """A number near 0 within a schema's bounds."""
     low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
     above, below = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
     step, floor, roof = schema.get("multipleOf") or 1, max(low, above), min(high, below)
-    tried: list[float] = [0]
-    tried += [math.ceil(floor / step) * step, (math.floor(floor / step) + 1) * step] if floor > -math.inf else []
-    tried += [math.floor(roof / step) * step, (math.ceil(roof / step) - 1) * step] if roof < math.inf else []
-    tried += [(floor + roof) / 2] if not whole and roof - floor < math.inf else []
+    bounds = [bound for bound in (floor, roof) if math.isfinite(bound)]
+    tried: list[float] = [0, *(math.floor(bound / step + shift) * step for bound in bounds for shift in (0, 1, -1))]
+    tried += [sum(bounds) / 2] if not whole and len(bounds) == 2 else []
     return next(number for number in tried if low <= number <= high and above < number < below)
 
 
 PROVIDERS: dict[str, type[Provider]] = {
     provider.TYPE: provider
     for provider in (
-        OpenAIProvider, AnthropicProvider, AzureOpenAIProvider, GeminiProvider, CohereProvider, MistralProvider, OllamaProvider,
-        VoyageProvider, OpenAICompatibleProvider, EchoProvider, _service("groq", "https://api.groq.com", "/openai/v1"),
-        _service("together", "https://api.together.ai", "/v1"), _service("openrouter", "https://openrouter.ai", "/api/v1"),
+        OpenAIProvider, AnthropicProvider, AzureOpenAIProvider, GeminiProvider, CohereProvider, MistralProvider,
+        OllamaProvider, VoyageProvider, OpenAICompatibleProvider, EchoProvider,
+        _service("groq", "https://api.groq.com", "/openai/v1"), _service("together", "https://api.together.ai", "/v1"),
+        _service("openrouter", "https://openrouter.ai", "/api/v1"),
     )
 }  # fmt: skip
 
