@@ -4556,24 +4556,23 @@ class CompletionRequest:
     """What a step asks of a language model.
 
     `messages` are maps of role and content: {role: user | system, content}, {role: assistant, content, tool_calls},
-    {role: tool, id, name, content, is_error?}; the tool calls are those of a CompletionResponse, passed back as they are.
-    A content is a text, or a list of the vendor's own parts. `params` go to the vendor as they are. `schema` is a JSON
-    Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called with
-    each piece of text of a streamed answer as it arrives, in the thread that makes the call.
+    {role: tool, id, name, content, is_error?}; tool calls are those of a CompletionResponse, passed back as they are. A
+    content is a text, or a list of the vendor's own parts. `params` go to the vendor as they are. `schema` is a JSON
+    Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called
+    with each piece of text of a streamed answer as it arrives, in the thread that makes the call.
     """
 
     def __init__(
-        self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, temperature: float | None = None,
-        max_tokens: int | None = None, top_p: float | None = None, top_k: int | None = None, stop: Any = None,
-        seed: int | None = None, frequency_penalty: float | None = None, presence_penalty: float | None = None,
-        stream: bool = False, params: Mapping[str, Any] | None = None, schema: Any = None,
-        tools: list[dict[str, Any]] | None = None, on_text: Callable[[str], None] | None = None,
+        self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, stop: Any = None,
+        temperature: float | None = None, max_tokens: int | None = None, top_p: float | None = None,
+        top_k: int | None = None, seed: int | None = None, frequency_penalty: float | None = None,
+        presence_penalty: float | None = None, stream: bool = False, params: Mapping[str, Any] | None = None,
+        schema: Any = None, tools: list[dict[str, Any]] | None = None, on_text: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.messages, self.system, self.stop, self.seed = model, messages, system, stop, seed
         self.temperature, self.max_tokens, self.top_p, self.top_k = temperature, max_tokens, top_p, top_k
-        self.frequency_penalty, self.presence_penalty = frequency_penalty, presence_penalty
+        self.frequency_penalty, self.presence_penalty, self.on_text = frequency_penalty, presence_penalty, on_text
         self.stream, self.params, self.schema, self.tools = stream, dict(params or {}), schema, tools
-        self.on_text = on_text
 
     @property
     def prompt(self) -> str:
@@ -4638,18 +4637,18 @@ def _joined_text(content: Any) -> str:
 
 def _dig(document: Any, place: str) -> Any:
     """The value at a place such as "choices.0.message"; None where there is none."""
-    for key in place.split("."):
-        try:
+    with contextlib.suppress(*_SHAPE_ERRORS):
+        for key in place.split("."):
             document = document[int(key) if isinstance(document, list) else key]
-        except _SHAPE_ERRORS:
-            return None
-    return document
+        return document
+    return None
 
 
-def _total(document: Any, places: Iterable[str]) -> int | None:
-    """The sum of the token counts at these places; None if there is none."""
-    found = [value for place in places if type(value := _dig(document, place)) in (int, float) and value >= 0]
-    return int(sum(found)) if found else None
+def _total(document: Any, places: str) -> int | None:
+    """The sum of the token counts at places such as "usage.a + usage.b"; None if there is none."""
+    values = [_dig(document, place) for place in places.split(" + ")]
+    counts = [value for value in values if type(value) in (int, float) and value >= 0]
+    return int(sum(counts)) if counts else None
 
 
 # ---- From a bad answer to an error -----------------------------------------------------------------------------------
@@ -4665,10 +4664,10 @@ _WORD_ERRORS: tuple[tuple[type[ProviderError], frozenset[int | None], Any], ...]
     )),
     (ContextLengthError, frozenset((400, 413, 422, 500, None)), re.compile(
         r"context[_ ](length|window|size|limit)|string_above_max_length|(prompt|input) is too long|prompt too long"
-        r"|too many (input )?tokens|token count .{0,40}exceeds|too large for model|maximum model length|reduce the length"
-        r"|max allowed tokens per|must have less than \d+ tokens|`inputs` tokens \+ `max_new_tokens`"
+        r"|too many (input )?tokens|token count .{0,40}exceeds|too large for model|maximum model length"
+        r"|reduce the length|max allowed tokens per|must have less than \d+ tokens|`inputs` tokens \+ `max_new_tokens`"
     )),
-    (AuthenticationError, frozenset((400,)), re.compile(r"api[_ ]key[_ ](not[_ ]valid|invalid)|invalid[_ ]api[_ ](key|token)")),
+    (AuthenticationError, frozenset((400,)), re.compile(r"api[_ ]key[_ ](not[_ ]valid|invalid)|invalid[_ ]api[_ ]key")),
 )  # fmt: skip
 _TYPE_STATUSES = {  # of errors inside an answer that began as a 200
     "overloaded_error": 529, "rate_limit_error": 429, "rate_limit_exceeded": 429, "slow_down": 429, "api_error": 500,
@@ -4678,6 +4677,7 @@ _TYPE_STATUSES = {  # of errors inside an answer that began as a 200
     "context_length_exceeded": 400, "request_too_large": 413,
 }  # fmt: skip
 _SECRET_HEADER = re.compile("auth|key|token|secret|cookie|password|credential|signature", re.I)
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\xa0-\xff]*")
 _USER_AGENT = f"llm_orchestrator/{__version__}"
 
 
@@ -4696,19 +4696,23 @@ class _RestClient:
     """JSON calls to one server: its address, its headers, and one way from a bad answer to an error without secrets."""
 
     def __init__(
-        self, name: str, base_url: str, headers: Mapping[str, str] | None = None, *, timeout_seconds: float | None = None,
-        proxy: str | None = None,
+        self, name: str, base_url: str, headers: Mapping[str, str] | None = None, *, proxy: str | None = None,
+        timeout_seconds: float | None = None,
     ) -> None:  # fmt: skip
         self.name, self.base_url = name, base_url.rstrip("/")
         usual = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": _USER_AGENT}
-        given = [(str(header), str(value).strip()) for header, value in (*usual.items(), *(headers or {}).items())]
-        for header, value in given:
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header) or not re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value):
-                kind: type[OrchestratorError] = AuthenticationError if _SECRET_HEADER.search(header) else ValidationError
-                raise kind(f"{name}: the header {header!r} holds characters that no header can carry")
-        self.headers = dict({header.lower(): (header, value) for header, value in given}.values())  # the last one counts
-        hidden = {part for header, value in given if _SECRET_HEADER.search(header) for part in (value, value.split(" ")[-1])}
-        self.secrets = sorted((value for value in hidden if len(value) > 3), key=len, reverse=True)
+        given: dict[str, tuple[str, str]] = {}  # by its name in lower case: the last one counts
+        self.secrets: list[str] = []
+        for header, value in {**usual, **(headers or {})}.items():
+            header, value = str(header), str(value).strip()
+            secret = bool(_SECRET_HEADER.search(header))
+            if not _HEADER.fullmatch(f"{header}: {value}"):
+                reason = f"{name}: the header {header!r} holds characters that no header can carry"
+                raise AuthenticationError(reason) if secret else ValidationError(reason)
+            given[header.lower()] = (header, value)
+            self.secrets += [part for part in {value, value.split(" ")[-1]} if secret and len(part) > 3]
+        self.headers = dict(given.values())
+        self.secrets.sort(key=len, reverse=True)
         self.http = _HttpClient(name, proxy=proxy, timeout_seconds=timeout_seconds)
 
     def send(
@@ -4843,7 +4847,8 @@ class _Events:
 
 _TRUNCATED = frozenset(("length", "max_tokens", "model_length", "max_output_tokens", "model_context_window_exceeded"))
 _NORMAL_ENDS = _TRUNCATED | frozenset((
-    "none", "", "stop", "end_turn", "stop_sequence", "complete", "eos", "eos_token", "tool_calls", "tool_use", "pause_turn", "load",
+    "none", "", "stop", "end_turn", "stop_sequence", "complete", "eos", "eos_token", "tool_calls", "tool_use", "load",
+    "pause_turn",
 ))  # fmt: skip  # an answer without text that ended otherwise was stopped
 
 
@@ -4855,26 +4860,36 @@ class Provider:
     `native_schema` says whether `schema` is sent to the vendor; where it is not, the prompt has to ask for it.
     """
 
-    TYPE = ""
-    BASE_URL = ""
+    TYPE = BASE_URL = ""
     PREFIX = ""  # where the vendor's calls lie below the base URL, which may end with it or with another version
-    CHAT_PATH = EMBED_PATH = ""
+    CHAT_PATH = STREAM_PATH = EMBED_PATH = ""
     KEY_VARIABLES: tuple[str, ...] = ()
+    KEY_URLS: Mapping[str, str] = {}  # how a key begins -> another base URL for it
     URL_VARIABLES: tuple[str, ...] = ()
     NEEDS_KEY = True
     KEY_HEADER = ("Authorization", "Bearer ")
     OPTIONS: Mapping[str, str | None] = {}  # name -> the variable that sets it, or None
     TOKEN_OPTION = ""  # the option that holds a bearer token in place of a key
     FIELDS: Mapping[str, str] = {}  # of a request -> the vendor's place for it ("options.seed": inside a map)
-    PLACES: Mapping[str, str] = {"model": "model", "request_id": "id"}  # of a response -> where it is in the document
-    COUNTS: Mapping[str, tuple[str, ...]] = {}  # token counts of a response -> the places whose sum they are
-    EMBED_FIELDS: Mapping[str, str] = {"model": "model", "input": "input", "dimensions": "dimensions"}
-    INPUT_TYPES: Mapping[str, str] = {}  # the vendor's words for query and document
-    VECTORS, EMBED_TOKENS = "data", ("usage.prompt_tokens",)
+    STREAMING: tuple[dict[str, Any], dict[str, Any]] = {}, {"stream": True}  # fields of a plain and of a streamed call
+    PLACES = ("model", "id", "")  # of an answer's model, id and finish reason in a document
+    COUNTS = ("", "", "")  # of its input, output and total tokens; " + " for a sum
+    EMBED_FIELDS = ("input", "dimensions")  # the vendor's names for these
+    EMBED_EXTRA: Mapping[str, Any] = {}  # further fields of an embedding call
+    INPUT_TYPES: Mapping[str, str] = {}  # the vendor's words for query and document, if it asks for them
+    VECTORS, EMBED_TOKENS = "data", "usage.prompt_tokens"
     PLAIN_LINES = False  # streams are lines of JSON, not server-sent events
     OBJECT_SCHEMAS = True  # a schema has to be that of a map, so that others are wrapped
     native_schema = True
     max_batch = 2048  # texts in one embedding call
+
+    # What a vendor says. The readers may raise KeyError and the like for nonsense.
+    conversation: Callable[[CompletionRequest], dict[str, Any]]  # the body's fields of model, system text and messages
+    tools: Callable[[CompletionRequest], list[dict[str, Any]]]
+    schema_fields: Callable[[CompletionRequest], dict[str, Any]]  # the body's fields that ask for an answer by a schema
+    read: Callable[[Any, CompletionRequest], dict[str, Any]]  # a document's text, tool_calls and what has no PLACE
+    merge: Callable[[dict[str, Any], Any], str]  # adds a stream's event to the document that `read` gets; returns its
+    # text; sets document["finished"] when the vendor said that the answer is complete, ["done"] at the end mark
 
     def __init__(
         self, *, api_key: str | None = None, base_url: str | None = None, headers: Mapping[str, str] | None = None,
@@ -4889,38 +4904,33 @@ class Provider:
         key, token = (str(secret or "").strip() for secret in (api_key, options.get(self.TOKEN_OPTION)))
         own = {"Authorization": f"Bearer {token}"} if token and not key else {}
         own = {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key} if key else own
-        self.base_url, prefix = self.address((base_url or self.default_url(key)).rstrip("/"))
-        all_headers = {**own, **self.extra_headers(), **(headers or {})}
-        self._rest = _RestClient(self.name, self.base_url + prefix, all_headers, timeout_seconds=timeout_seconds, proxy=proxy)
+        self.base_url, prefix = self.address((base_url or self.KEY_URLS.get(key[:3], self.BASE_URL)).rstrip("/"))
+        headers = {**own, **self.extra_headers(), **(headers or {})}
+        url = self.base_url + prefix
+        self._rest = _RestClient(self.name, url, headers, timeout_seconds=timeout_seconds, proxy=proxy)
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Any:
         """A client set up by the environment. AuthenticationError names the variable of a key that is missing."""
-        settings = {name: value for name, value in overrides.items() if value is not None}
-        settings.setdefault("base_url", _variable(*cls.URL_VARIABLES))
-        if not settings.get("api_key") and not settings.get(cls.TOKEN_OPTION):
-            settings["api_key"] = _variable(*cls.KEY_VARIABLES)
+        given = {name: value for name, value in overrides.items() if value is not None}
+        given.setdefault("base_url", _variable(*cls.URL_VARIABLES))
+        if not given.get("api_key") and not given.get(cls.TOKEN_OPTION):
+            given["api_key"] = _variable(*cls.KEY_VARIABLES)
         for option, variable in cls.OPTIONS.items():
-            if variable and (option != cls.TOKEN_OPTION or not settings.get("api_key")):
-                settings.setdefault(option, _variable(variable))
-        missing = cls.missing_settings(settings)
+            if variable and (option != cls.TOKEN_OPTION or not given.get("api_key")):
+                given.setdefault(option, _variable(variable))
+        missing = () if given["base_url"] or cls.BASE_URL else cls.URL_VARIABLES
+        if not missing and cls.NEEDS_KEY and not given.get("api_key") and not given.get(cls.TOKEN_OPTION):
+            missing = cls.KEY_VARIABLES
         if missing:
-            raise AuthenticationError(f"set {missing} in the environment", provider=settings.get("name") or cls.TYPE)
-        return cls(**settings)
-
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        """Which variable has to be set, if one has to."""
-        given = settings.get("api_key") or settings.get(cls.TOKEN_OPTION) or not cls.NEEDS_KEY
-        return "" if given else " or ".join(cls.KEY_VARIABLES)
-
-    def default_url(self, key: str) -> str:
-        return self.BASE_URL
+            reason = f"set {' or '.join(missing)} in the environment"
+            raise AuthenticationError(reason, provider=given.get("name") or cls.TYPE)
+        return cls(**given)
 
     def address(self, base_url: str) -> tuple[str, str]:
         """(the base URL, the path below it where the calls lie) of a base URL, which may hold that path already."""
         if self.PREFIX:
-            base_url = re.sub(rf"({re.escape(self.PREFIX)}|/v\d\w*)$", "", base_url)
+            base_url = re.sub(rf"({re.escape(self.PREFIX)})?(/v\d\w*)?$", "", base_url, count=1)
         return base_url, self.PREFIX
 
     def extra_headers(self) -> dict[str, str]:
@@ -4933,7 +4943,7 @@ class Provider:
     def complete(self, request: CompletionRequest) -> CompletionResponse:
         """The answer to a request. Raises ValidationError for a request that cannot be written, and errors of the
         ProviderError family."""
-        path, body = self._written(self.completion_call, request)
+        path, body = self._written(self._completion_call, request)
         started, first = time.perf_counter(), None
         if request.stream:
             response, document, first = self._stream(path, body, request)
@@ -4954,18 +4964,34 @@ class Provider:
         return answer
 
     def _written(self, write: Callable[[Any], tuple[str, dict[str, Any]]], request: Any) -> tuple[str, dict[str, Any]]:
-        """(path, body) of a request, with its `params` added; those that are maps are merged into the body's."""
+        """(path, body) of a request, with its `params` added."""
         try:
             path, body = write(request)
-            for key, value in request.params.items():
-                both = isinstance(value, Mapping) and isinstance(body.get(key), Mapping)
-                body[key] = {**body[key], **value} if both else value
+            _add_fields(body, request.params)
         except _SHAPE_ERRORS as error:
             reason = f"{self.name}: the request cannot be written: {type(error).__name__}: {error}"
             raise ValidationError(reason) from None
         return path, body
 
-    def _stream(self, path: str, body: dict[str, Any], request: CompletionRequest) -> tuple[_Response, Any, float | None]:
+    def _completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        """(path, body) of a completion, put together from what the vendor says."""
+        if not self.CHAT_PATH:
+            raise ValidationError(f"the provider {self.name!r} makes embeddings only")
+        body = self.conversation(request)
+        for name, place in self.fields(request).items():
+            value = getattr(request, name)
+            if value is not None:
+                value = [value] if name == "stop" and isinstance(value, str) else value
+                outer, _, last = place.rpartition(".")
+                _add_fields(body, {outer: {last: value}} if outer else {last: value})
+        body.update({"tools": self.tools(request)} if request.tools else {})
+        if request.schema is not None and self.native_schema:
+            _add_fields(body, self.schema_fields(request))
+        body.update(self.STREAMING[bool(request.stream)])
+        path = self.STREAM_PATH if request.stream and self.STREAM_PATH else self.CHAT_PATH
+        return self.place(path, request.model), body
+
+    def _stream(self, path: str, body: Any, request: CompletionRequest) -> tuple[_Response, Any, float | None]:
         """(response, the document that the events built up, when the first text came). A stream that ends before its
         end mark is a lost connection."""
         events, document = _Events(self.PLAIN_LINES), {}  # type: tuple[_Events, dict[str, Any]]
@@ -5010,10 +5036,12 @@ class Provider:
 
     def answer(self, document: Any, request: CompletionRequest) -> CompletionResponse:
         """The response that a document is. May raise KeyError and the like for nonsense."""
-        facts: dict[str, Any] = {name: _dig(document, place) for name, place in self.PLACES.items()}
+        model, request_id, finish = (_dig(document, place) for place in self.PLACES)
+        facts = {"model": model or request.model, "request_id": request_id, "finish_reason": finish}
         facts = {name: str(value) for name, value in facts.items() if isinstance(value, (str, int))}
-        facts.update({name: _total(document, places) for name, places in self.COUNTS.items()})
-        response = CompletionResponse(**{"model": request.model, **facts, **self.read(document, request)})
+        counts = zip(("input_tokens", "output_tokens", "total_tokens"), self.COUNTS)
+        facts.update({name: _total(document, places) for name, places in counts})
+        response = CompletionResponse(**{**facts, **self.read(document, request)})
         if request.schema is not None and self.OBJECT_SCHEMAS:
             response.text = _unwrapped(response.text, request.schema)
         return response
@@ -5030,48 +5058,23 @@ class Provider:
             sizes, kinds = {len(row) for row in rows}, {type(number) for row in rows for number in row}
             if len(rows) != len(request.input) or len(sizes) != 1 or not kinds or not kinds <= {int, float}:
                 raise ValueError
-            return EmbeddingResponse(rows, str(_dig(document, "model") or request.model), _total(document, self.EMBED_TOKENS))
-
-    # what a vendor says
-
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        """(path, body) of a completion."""
-        raise ValidationError(f"the provider {self.name!r} makes embeddings only")
-
-    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        """The text of the answer in a document, its tool calls, and what else of a response has no fixed place."""
-        raise NotImplementedError
-
-    def merge(self, document: dict[str, Any], event: Any) -> str:
-        """Adds a stream's event to the document that the plain answer would have been; returns its text.
-
-        Sets document["finished"] when the vendor said that the answer is complete, ["done"] at the end mark.
-        """
-        raise NotImplementedError
+            model = str(_dig(document, "model") or request.model)
+            return EmbeddingResponse(rows, model, _total(document, self.EMBED_TOKENS))
 
     def fields(self, request: CompletionRequest) -> Mapping[str, str]:
         """FIELDS of this request."""
         return self.FIELDS
 
-    def tuned(self, request: CompletionRequest) -> dict[str, Any]:
-        """A body with the request's settings at the vendor's places."""
-        body: dict[str, Any] = {}
-        for name, place in self.fields(request).items():
-            value = getattr(request, name)
-            if value is not None:
-                outer, _, last = place.rpartition(".")
-                inner = body.setdefault(outer, {}) if outer else body
-                inner[last] = [value] if name == "stop" and isinstance(value, str) else value
-        return body
-
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
         """(path, body) of an embedding call."""
         if not self.EMBED_PATH:
             raise ValidationError(f"the provider {self.name!r} makes no embeddings")
-        body = {place: getattr(request, name) for name, place in self.EMBED_FIELDS.items()}
-        body = {place: value for place, value in body.items() if value is not None}
-        if self.INPUT_TYPES and "input_type" in body:
-            body["input_type"] = self.INPUT_TYPES.get(body["input_type"], body["input_type"])
+        texts, dimensions = self.EMBED_FIELDS
+        body: dict[str, Any] = {"model": request.model, texts: request.input, **self.EMBED_EXTRA}
+        if request.dimensions is not None:
+            body[dimensions] = request.dimensions
+        if self.INPUT_TYPES and request.input_type is not None:
+            body["input_type"] = self.INPUT_TYPES.get(request.input_type, request.input_type)
         return self.place(self.EMBED_PATH, request.model), body
 
     def close(self) -> None:
@@ -5086,6 +5089,18 @@ class Provider:
 def _variable(*names: str) -> str | None:
     """The first of these environment variables that is set and not empty."""
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+def _add_fields(body: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Adds fields to a body; a map joins the one that is there."""
+    for key, value in fields.items():
+        both = isinstance(value, Mapping) and isinstance(body.get(key), Mapping)
+        body[key] = {**body[key], **value} if both else value
+
+
+def _as_text(value: Any) -> str:
+    """A text as it is, anything else as JSON: what tools return, and the arguments they are called with."""
+    return value if isinstance(value, str) else _to_json(value)
 
 
 def _system_apart(request: CompletionRequest) -> tuple[str, list[dict[str, Any]]]:
@@ -5107,8 +5122,13 @@ def _merged_turns(messages: Iterable[dict[str, Any]], parts: str) -> list[dict[s
     return merged
 
 
-def _parameters(tool: Mapping[str, Any]) -> Any:
-    return tool.get("parameters") or {"type": "object", "properties": {}}
+def _functions(request: CompletionRequest, parameters: str = "parameters") -> list[dict[str, Any]]:
+    """The tools of a request, with the vendor's name for the schema of their parameters."""
+    nothing = {"type": "object", "properties": {}}
+    return [
+        {"name": tool["name"], "description": tool.get("description") or "",
+         parameters: tool.get("parameters") or nothing} for tool in request.tools or ()
+    ]  # fmt: skip
 
 
 def _load_arguments(arguments: Any) -> Any:
@@ -5122,11 +5142,14 @@ def _load_arguments(arguments: Any) -> Any:
     return arguments
 
 
-def _tool_call(index: int, id: Any, name: Any, arguments: Any) -> dict[str, Any]:
-    """A call of a CompletionResponse. Raises ValueError for one without a name."""
-    if not (isinstance(name, str) and name):
-        raise ValueError("a tool call without a name")
-    return {"id": str(id or f"call_{index}"), "name": name, "arguments": _load_arguments(arguments)}
+def _tool_calls(found: Iterable[tuple[Any, Any, Any]]) -> list[dict[str, Any]]:
+    """The tool calls of a CompletionResponse from (id or None, name, arguments). Raises ValueError for no name."""
+    calls = []
+    for index, (id, name, arguments) in enumerate(found):
+        if not (isinstance(name, str) and name):
+            raise ValueError("a tool call without a name")
+        calls.append({"id": str(id or f"call_{index}"), "name": name, "arguments": _load_arguments(arguments)})
+    return calls
 
 
 def _object_schema(schema: Any) -> Any:
@@ -5150,14 +5173,15 @@ def _unwrapped(text: str, schema: Any) -> str:
 
 
 _STRICT_KEYS = frozenset((
-    "type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "$ref", "$defs", "description", "title",
+    "type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "$ref", "$defs",
+    "title", "description",
 ))  # fmt: skip
 
 
 def _is_strict(schema: Any) -> bool:
     """Whether the strict modes of OpenAI and Anthropic take a schema: maps are closed, and nothing in them is optional.
 
-    Sources: platform.openai.com/docs/guides/structured-outputs; docs.anthropic.com/en/docs/build-with-claude/structured-outputs.
+    Sources: "Structured outputs" in platform.openai.com/docs/guides and docs.anthropic.com/en/docs/build-with-claude.
     """
     if not isinstance(schema, Mapping) or not _STRICT_KEYS.issuperset(schema):
         return False
@@ -5170,74 +5194,62 @@ def _is_strict(schema: Any) -> bool:
     return all(map(_is_strict, inner + [schema["items"]] if "items" in schema else inner))
 
 
+def _named_schema(schema: Any) -> dict[str, Any]:
+    """A schema as OpenAI's interfaces want it."""
+    schema = _object_schema(schema)
+    return {"name": "answer", "schema": schema, **({"strict": True} if _is_strict(schema) else {})}
+
+
 class _ChatCompletions(Provider):
-    """What speaks Chat Completions, or nearly so: messages of role and content, tool calls with arguments as JSON text."""
+    """What speaks Chat Completions, or nearly so: messages of role and content, arguments of tools as JSON text."""
 
     CHAT_PATH, EMBED_PATH = "/chat/completions", "/embeddings"
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING if name != "top_k"}
-    PLACES: Mapping[str, str] = {**Provider.PLACES, "finish_reason": "choices.0.finish_reason"}
-    COUNTS: Mapping[str, tuple[str, ...]] = {
-        "input_tokens": ("usage.prompt_tokens",), "output_tokens": ("usage.completion_tokens",),
-        "total_tokens": ("usage.total_tokens",),
-    }  # fmt: skip
-    STREAM_FIELDS: Mapping[str, Any] = {"stream": True}
+    COUNTS = ("usage.prompt_tokens", "usage.completion_tokens", "usage.total_tokens")
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         system = [{"role": "system", "content": request.system}] if request.system else []
-        messages = system + [self.message(message) for message in request.messages]
-        body: dict[str, Any] = {"model": request.model, "messages": messages, **self.tuned(request)}
-        if request.schema is not None and self.native_schema:
-            body.update(self.schema_fields(request))
-        if request.tools:
-            body["tools"] = [
-                {"type": "function", "function": {**tool, "parameters": _parameters(tool)}} for tool in request.tools
-            ]
-        if request.stream:
-            body.update(self.STREAM_FIELDS)
-        return self.place(self.CHAT_PATH, request.model), body
-
-    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
-        schema = _object_schema(request.schema)
-        shape = {"name": "answer", "schema": schema, **({"strict": True} if _is_strict(schema) else {})}
-        return {"response_format": {"type": "json_schema", "json_schema": shape}}
+        return {"model": request.model, "messages": system + [self.message(message) for message in request.messages]}
 
     def message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         if message["role"] == "tool":
             return {"role": "tool", "tool_call_id": message["id"], "content": _as_text(message["content"])}
         if not message.get("tool_calls"):
             return message
-        calls = [
-            {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": _as_text(call["arguments"])}}
-            for call in message["tool_calls"]
-        ]
-        text = {"content": message["content"]} if message.get("content") else {}
-        return {"role": "assistant", **text, "tool_calls": calls}
+        turn: dict[str, Any] = {"role": "assistant", "content": message.get("content"), "tool_calls": []}
+        for call in message["tool_calls"]:
+            function = {"name": call["name"], "arguments": _as_text(call["arguments"])}
+            turn["tool_calls"].append({"id": call["id"], "type": "function", "function": function})
+        return {key: value for key, value in turn.items() if value}
+
+    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        return [{"type": "function", "function": function} for function in _functions(request)]
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        return {"response_format": {"type": "json_schema", "json_schema": _named_schema(request.schema)}}
 
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        choice = document["choices"][0]
+        choice = document["choices"][0] if "choices" in document else document
         self._rest.check({}, choice)  # OpenRouter's errors once the generation began
-        return self.read_message(choice["message"], choice.get("finish_reason"))
-
-    def read_message(self, message: Any, finish: Any) -> dict[str, Any]:
-        """The answer in a message, plain or built by `add_delta`. An answer without a content needs a reason for it."""
+        message, finish = choice["message"], choice.get("finish_reason") or choice.get("done_reason")
         content, refusal = message.get("content"), message.get("refusal")
         found = [(call.get("id"), call["function"]) for call in message.get("tool_calls") or ()]
-        calls = [_tool_call(index, id, call["name"], call.get("arguments")) for index, (id, call) in enumerate(found)]
+        calls = _tool_calls((id, function["name"], function.get("arguments")) for id, function in found)
         if content is None and not (calls or refusal) and str(finish or "stop").lower() in _NORMAL_ENDS - _TRUNCATED:
-            raise ValueError("no content")
-        answer = {"text": _joined_text(content or refusal), "tool_calls": calls}
-        return {**answer, "metadata": {"refusal": True}} if refusal and not content else answer
+            raise ValueError("no content, and no reason for it")
+        marked = {"refusal": True} if refusal and not content else None
+        text, finish = _joined_text(content or refusal), finish and str(finish)
+        return {"text": text, "tool_calls": calls, "finish_reason": finish, "metadata": marked}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
-        document.update({key: event[key] for key in ("id", "model", "usage") if event.get(key)})
-        text = ""
-        for choice in event.get("choices") or ():
+        document.update({key: value for key, value in event.items() if value and key not in ("choices", "message")})
+        text, message = "", document.setdefault("message", {})
+        for choice in event.get("choices") or ([event] if "message" in event else ()):
             if choice.get("index", 0) == 0:
                 self._rest.check({}, choice)
-                whole = document.setdefault("choices", [{"message": {}}])[0]
-                text += self.add_delta(whole["message"], choice.get("delta") or {})
+                text += self.add_delta(message, choice.get("delta") or choice.get("message") or {})
                 if choice.get("finish_reason"):
-                    whole["finish_reason"] = document["finished"] = choice["finish_reason"]
+                    document["finish_reason"] = document["finished"] = choice["finish_reason"]
         return text
 
     def add_delta(self, message: dict[str, Any], delta: Any) -> str:
@@ -5246,7 +5258,8 @@ class _ChatCompletions(Provider):
         for part in delta.get("tool_calls") or ():
             index, function = part.get("index"), part.get("function") or {}
             call = opened.get(index)
-            if call is None or (function.get("name") and (index is None or part.get("id") not in (None, "", call["id"]))):
+            other = index is None or part.get("id") not in (None, "", call and call["id"])
+            if call is None or (other and function.get("name")):
                 call = opened[index] = {"id": part.get("id"), "function": {"name": "", "arguments": []}}
                 calls.append(call)
             call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
@@ -5259,29 +5272,16 @@ class _ChatCompletions(Provider):
         return text
 
 
-def _as_text(value: Any) -> str:
-    """A text as it is, anything else as JSON: what tools return, and the arguments they are called with."""
-    return value if isinstance(value, str) else _to_json(value)
-
-
 class OpenAIProvider(_ChatCompletions):
     """OpenAI: Chat Completions, Responses for the models that only it serves (or `api: responses`), Embeddings.
 
     Sources: platform.openai.com/docs/api-reference; openai-python 3.54 (`resources/chat/completions.py`, `_client.py`).
     """
 
-    TYPE = "openai"
-    BASE_URL = "https://api.openai.com/v1"
+    TYPE, BASE_URL = "openai", "https://api.openai.com/v1"
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID", "api": None}
-    STREAM_FIELDS: Mapping[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-    COUNTS: Mapping[str, tuple[str, ...]] = {  # a document has the names of one of the two interfaces
-        "input_tokens": ("usage.prompt_tokens", "usage.input_tokens"), "total_tokens": ("usage.total_tokens",),
-        "output_tokens": ("usage.completion_tokens", "usage.output_tokens"),
-    }  # fmt: skip
-    _RESPONSES_FIELDS: Mapping[str, str] = {
-        "temperature": "temperature", "top_p": "top_p", "max_tokens": "max_output_tokens", "system": "instructions",
-    }  # fmt: skip
+    STREAMING = ({}, {"stream": True, "stream_options": {"include_usage": True}})
     _NEW_LIMIT = re.compile(r"(.*/)?(ft:)?(o[1-9]|gpt-[5-9]|codex|computer-use)")  # these refuse max_tokens
     _RESPONSES_ONLY = re.compile(r"(.*/)?(o[1-9]-pro|gpt-[5-9][\w.]*-pro|.*codex|.*deep-research|computer-use)")
 
@@ -5289,64 +5289,65 @@ class OpenAIProvider(_ChatCompletions):
         named = {"OpenAI-Organization": self.options.get("organization"), "OpenAI-Project": self.options.get("project")}
         return {header: str(value) for header, value in named.items() if value}
 
-    def uses_responses(self, request: CompletionRequest) -> bool:
-        chosen = self.options.get("api")
-        return chosen == "responses" or (chosen is None and bool(self._RESPONSES_ONLY.match(request.model)))
+    def complete(self, request: CompletionRequest) -> CompletionResponse:
+        chosen = self.options["api"] or ("responses" if self._RESPONSES_ONLY.match(request.model) else "")
+        return _Responses(self).complete(request) if chosen == "responses" else super().complete(request)
 
     def fields(self, request: CompletionRequest) -> Mapping[str, str]:
-        if self.uses_responses(request):
-            return self._RESPONSES_FIELDS
         limit = "max_completion_tokens" if self._NEW_LIMIT.match(request.model) else "max_tokens"
         return {**self.FIELDS, "max_tokens": limit}
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        if not self.uses_responses(request):
-            return super().completion_call(request)
-        items = [item for message in request.messages for item in self.response_items(message)]
-        body: dict[str, Any] = {"model": request.model, "input": items, **self.tuned(request)}
-        if request.schema is not None and self.native_schema:
-            shape = self.schema_fields(request)["response_format"]["json_schema"]
-            body["text"] = {"format": {"type": "json_schema", **shape}}
-        if request.tools:
-            body["tools"] = [
-                {"type": "function", "strict": False, **tool, "parameters": _parameters(tool)} for tool in request.tools
-            ]
-        if request.stream:
-            body["stream"] = True
-        return self.place("/responses", request.model), body
 
-    def response_items(self, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """A message as the items of the Responses interface."""
-        if message["role"] == "tool":
-            yield {"type": "function_call_output", "call_id": message["id"], "output": _as_text(message["content"])}
-        elif message.get("content"):
-            yield {"role": message["role"], "content": message["content"]}
-        for call in message.get("tool_calls") or ():
-            named = {"call_id": call["id"], "name": call["name"], "arguments": _as_text(call["arguments"])}
-            yield {"type": "function_call", **named}
+class _Responses(Provider):
+    """OpenAI's Responses interface, over the connections of a provider that has it."""
+
+    CHAT_PATH = "/responses"
+    FIELDS: Mapping[str, str] = {"temperature": "temperature", "top_p": "top_p", "max_tokens": "max_output_tokens"}
+    COUNTS = ("usage.input_tokens", "usage.output_tokens", "usage.total_tokens")
+
+    def __init__(self, client: OpenAIProvider) -> None:
+        self.client, self.name, self._rest, self.native_schema = client, client.name, client._rest, client.native_schema
+
+    def place(self, path: str, model: str) -> str:
+        return self.client.place(path, model)
+
+    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
+        items: list[dict[str, Any]] = []
+        for message in request.messages:
+            if message["role"] == "tool":
+                result = {"call_id": message["id"], "output": _as_text(message["content"])}
+                items.append({"type": "function_call_output", **result})
+            elif message.get("content"):
+                items.append({"role": message["role"], "content": message["content"]})
+            for call in message.get("tool_calls") or ():
+                named = {"call_id": call["id"], "name": call["name"], "arguments": _as_text(call["arguments"])}
+                items.append({"type": "function_call", **named})
+        instructions = {"instructions": request.system} if request.system else {}
+        return {"model": request.model, "input": items, **instructions}
+
+    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        return [{"type": "function", "strict": False, **function} for function in _functions(request)]
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        return {"text": {"format": {"type": "json_schema", **_named_schema(request.schema)}}}
 
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        if "choices" in document or "output" not in document:
-            return super().read(document, request)
         if document.get("status") == "failed":
             raise self._rest.error(None, {}, {"error": "the response failed"}, "")
         parts = [part for item in document["output"] if item["type"] == "message" for part in item["content"]]
         found = [item for item in document["output"] if item["type"] == "function_call"]
-        calls = [_tool_call(index, item["call_id"], item["name"], item["arguments"]) for index, item in enumerate(found)]
-        text = _joined_text([part["text"] if part["type"] == "output_text" else part.get("refusal", "") for part in parts])
+        calls = _tool_calls((item["call_id"], item["name"], item["arguments"]) for item in found)
+        text = _joined_text([part["text" if part["type"] == "output_text" else "refusal"] for part in parts])
         reason = (document.get("incomplete_details") or {}).get("reason")
         finish = {"max_output_tokens": "length", None: "tool_calls" if calls else "stop"}.get(reason, reason)
         refusal = {"refusal": True} if any(part["type"] == "refusal" for part in parts) else None
         return {"text": text, "tool_calls": calls, "finish_reason": str(finish), "metadata": refusal}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
-        kind = str(event.get("type", ""))
-        if not kind.startswith("response."):
-            return super().merge(document, event)
         document["begun"] = True
-        if kind in ("response.completed", "response.incomplete", "response.failed"):
+        if event["type"] in ("response.completed", "response.incomplete", "response.failed"):
             document.update(event["response"], done=True)
-        return str(event["delta"]) if kind in ("response.output_text.delta", "response.refusal.delta") else ""
+        return str(event["delta"]) if event["type"] in ("response.output_text.delta", "response.refusal.delta") else ""
 
 
 class OpenAICompatibleProvider(OpenAIProvider):
@@ -5355,22 +5356,15 @@ class OpenAICompatibleProvider(OpenAIProvider):
     `structured: instructions` is for servers without response_format json_schema.
     """
 
-    TYPE = "openai_compatible"
-    BASE_URL = "http://localhost:8000/v1"
+    TYPE, BASE_URL, NEEDS_KEY = "openai_compatible", "http://localhost:8000/v1", False
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_COMPATIBLE_API_KEY",), ("OPENAI_COMPATIBLE_BASE_URL",)
-    NEEDS_KEY = False
     OPTIONS: Mapping[str, str | None] = {"api": None, "structured": None}
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING}
+    _NEW_LIMIT = _RESPONSES_ONLY = re.compile("(?!)")
 
-    def uses_responses(self, request: CompletionRequest) -> bool:
-        return self.options.get("api") == "responses"
-
-    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
-        return self._RESPONSES_FIELDS if self.uses_responses(request) else self.FIELDS
-
-    @property
-    def native_schema(self) -> bool:  # type: ignore[override]
-        return self.options.get("structured") != "instructions"
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.native_schema = self.options["structured"] != "instructions"
 
 
 def _service(kind: str, base_url: str, prefix: str) -> type[Provider]:
@@ -5386,19 +5380,12 @@ class AzureOpenAIProvider(OpenAIProvider):
     Sources: learn.microsoft.com/azure/ai-services/openai/reference; openai-python 3.54 (`lib/azure.py`).
     """
 
-    TYPE = "azure"
+    TYPE, BASE_URL, PREFIX = "azure", "", "/openai"
     KEY_VARIABLES, URL_VARIABLES = ("AZURE_OPENAI_API_KEY",), ("AZURE_OPENAI_ENDPOINT",)
     OPTIONS: Mapping[str, str | None] = {
         "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None,
     }  # fmt: skip
     TOKEN_OPTION, KEY_HEADER = "ad_token", ("api-key", "")
-
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        return super().missing_settings(settings) if settings.get("base_url") else "AZURE_OPENAI_ENDPOINT"
-
-    def address(self, base_url: str) -> tuple[str, str]:
-        return re.sub(r"/openai(/v1)?$", "", base_url), "/openai"
 
     def place(self, path: str, model: str) -> str:
         version = str(self.options["api_version"] or "v1")
@@ -5413,71 +5400,53 @@ class AzureOpenAIProvider(OpenAIProvider):
 class MistralProvider(_ChatCompletions):
     """Mistral. Sources: docs.mistral.ai/api; mistralai 3.7 (`models/chatcompletionrequest.py`)."""
 
-    TYPE = "mistral"
-    BASE_URL, PREFIX = "https://api.mistral.ai", "/v1"
+    TYPE, BASE_URL, PREFIX = "mistral", "https://api.mistral.ai", "/v1"
     KEY_VARIABLES, URL_VARIABLES = ("MISTRAL_API_KEY",), ("MISTRAL_BASE_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "seed": "random_seed"}
-    EMBED_FIELDS: Mapping[str, str] = {"model": "model", "input": "input", "dimensions": "output_dimension"}
+    EMBED_FIELDS = ("input", "output_dimension")
 
 
 class CohereProvider(_ChatCompletions):
-    """Cohere v2 chat and embed. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
+    """Cohere v2. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
 
-    TYPE = "cohere"
-    BASE_URL, PREFIX = "https://api.cohere.com", "/v2"
+    TYPE, BASE_URL, PREFIX = "cohere", "https://api.cohere.com", "/v2"
     CHAT_PATH, EMBED_PATH = "/chat", "/embed"
     KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
-    PLACES: Mapping[str, str] = {"request_id": "id", "finish_reason": "finish_reason"}
-    COUNTS: Mapping[str, tuple[str, ...]] = {
-        "input_tokens": ("usage.tokens.input_tokens",), "output_tokens": ("usage.tokens.output_tokens",),
-    }  # fmt: skip
-    EMBED_FIELDS: Mapping[str, str] = {
-        "model": "model", "input": "texts", "dimensions": "output_dimension", "input_type": "input_type",
-    }  # fmt: skip
+    COUNTS = ("usage.tokens.input_tokens", "usage.tokens.output_tokens", "")
+    EMBED_FIELDS = ("texts", "output_dimension")
+    EMBED_EXTRA: Mapping[str, Any] = {"input_type": "search_document", "embedding_types": ["float"]}
     INPUT_TYPES: Mapping[str, str] = {"query": "search_query", "document": "search_document"}
-    VECTORS, EMBED_TOKENS = "embeddings.float", ("meta.billed_units.input_tokens",)
-    max_batch = 96
+    VECTORS, EMBED_TOKENS, max_batch = "embeddings.float", "meta.billed_units.input_tokens", 96
 
     def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
-        if request.tools:  # which Cohere does not combine with a schema
-            return {}
-        return {"response_format": {"type": "json_object", "json_schema": _object_schema(request.schema)}}
-
-    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        return self.read_message(document["message"], document.get("finish_reason"))
+        shape = {"response_format": {"type": "json_object", "json_schema": _object_schema(request.schema)}}
+        return {} if request.tools else shape  # it does not combine the two
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
-        message = document.setdefault("message", {})
-        kind, delta = event["type"], event.get("delta") or {}
+        message, kind, delta = document.setdefault("message", {}), event["type"], event.get("delta") or {}
         part = delta.get("message") or {}
         if kind == "message-start":
             document["id"] = event.get("id")
         elif kind == "message-end":
             document.update(delta, done=True)
-        elif kind == "content-delta" and part["content"].get("text") is not None:  # not the text of its thinking
-            return self.add_delta(message, {"content": part["content"]["text"]})
+        elif kind == "content-delta":
+            return self.add_delta(message, {"content": part["content"].get("text")})  # null where it is thinking
         elif kind in ("tool-call-start", "tool-call-delta"):
             self.add_delta(message, {"tool_calls": [{"index": event.get("index", 0), **part["tool_calls"]}]})
         return ""
 
-    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        path, body = super().embedding_call(request)
-        return path, {"input_type": "search_document", "embedding_types": ["float"], **body}
-
 
 class OllamaProvider(_ChatCompletions):
-    """Ollama's own API, which needs no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
+    """Ollama's own interface; no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
 
-    TYPE = "ollama"
-    BASE_URL, PREFIX = "http://127.0.0.1:11434", "/api"
+    TYPE, BASE_URL, PREFIX, NEEDS_KEY = "ollama", "http://127.0.0.1:11434", "/api", False
     CHAT_PATH, EMBED_PATH = "/chat", "/embed"
     KEY_VARIABLES, URL_VARIABLES = ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
-    NEEDS_KEY = False
     FIELDS: Mapping[str, str] = {name: f"options.{'num_predict' if name == 'max_tokens' else name}" for name in _TUNING}
-    PLACES: Mapping[str, str] = {"model": "model", "finish_reason": "done_reason"}
-    COUNTS: Mapping[str, tuple[str, ...]] = {"input_tokens": ("prompt_eval_count",), "output_tokens": ("eval_count",)}
-    VECTORS, EMBED_TOKENS = "embeddings", ("prompt_eval_count",)
+    STREAMING = ({"stream": False}, {"stream": True})  # which is true where it is not said
+    COUNTS = ("prompt_eval_count", "eval_count", "")
+    VECTORS, EMBED_TOKENS = "embeddings", "prompt_eval_count"
     PLAIN_LINES, OBJECT_SCHEMAS = True, False
 
     def address(self, base_url: str) -> tuple[str, str]:
@@ -5488,31 +5457,15 @@ class OllamaProvider(_ChatCompletions):
         port = "" if scheme or re.search(r":\d+$", host) else ":11434"
         return super().address(f"{scheme or 'http'}://{host}{port}{slash}{path}".rstrip("/"))
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        path, body = super().completion_call(request)
-        return path, {**body, "stream": request.stream}  # which is true where it is not said
-
     def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
         return {"format": request.schema}
 
     def message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         if message["role"] == "tool":
             return {"role": "tool", "tool_name": message["name"], "content": _as_text(message["content"])}
-        if isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            return message
-        calls = [
-            {"function": {"name": call["name"], "arguments": call["arguments"]}} for call in message.get("tool_calls") or ()
-        ]
-        whole = {"role": message["role"], "content": _joined_text(message.get("content"))}
-        return {**whole, "tool_calls": calls} if calls else whole
-
-    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        return self.read_message(document["message"], document.get("done_reason"))
-
-    def merge(self, document: dict[str, Any], event: Any) -> str:
-        message = document.setdefault("message", {})
-        document.update({key: value for key, value in event.items() if key != "message"})
-        return self.add_delta(message, event.get("message") or {})
+        calls = [{"name": call["name"], "arguments": call["arguments"]} for call in message.get("tool_calls") or ()]
+        whole = {**message, "content": _joined_text(message.get("content"))}  # images are a list beside it
+        return {**whole, "tool_calls": [{"function": call} for call in calls]} if calls else whole
 
 
 class VoyageProvider(Provider):
@@ -5521,18 +5474,10 @@ class VoyageProvider(Provider):
     Sources: docs.voyageai.com/reference/embeddings-api; voyageai 0.5 (`client.py`, `util.py`).
     """
 
-    TYPE = "voyage"
-    BASE_URL, PREFIX = "https://api.voyageai.com", "/v1"
-    EMBED_PATH = "/embeddings"
-    KEY_VARIABLES = ("VOYAGE_API_KEY",)
-    EMBED_FIELDS: Mapping[str, str] = {
-        "model": "model", "input": "input", "dimensions": "output_dimension", "input_type": "input_type",
-    }  # fmt: skip
-    EMBED_TOKENS = ("usage.total_tokens",)
-    max_batch = 128
-
-    def default_url(self, key: str) -> str:
-        return "https://ai.mongodb.com" if key.startswith("al-") else self.BASE_URL
+    TYPE, BASE_URL, PREFIX = "voyage", "https://api.voyageai.com", "/v1"
+    KEY_VARIABLES, KEY_URLS = ("VOYAGE_API_KEY",), {"al-": "https://ai.mongodb.com"}
+    EMBED_PATH, EMBED_FIELDS, EMBED_TOKENS = "/embeddings", ("input", "output_dimension"), "usage.total_tokens"
+    INPUT_TYPES, max_batch = {"query": "query", "document": "document"}, 128
 
 
 class AnthropicProvider(Provider):
@@ -5542,21 +5487,16 @@ class AnthropicProvider(Provider):
     Sources: docs.anthropic.com/en/api/messages, /api/errors, /api/versioning; anthropic-sdk-python 2.12.
     """
 
-    TYPE = "anthropic"
-    BASE_URL, PREFIX = "https://api.anthropic.com", "/v1"
+    TYPE, BASE_URL, PREFIX, CHAT_PATH = "anthropic", "https://api.anthropic.com", "/v1", "/messages"
     KEY_VARIABLES, URL_VARIABLES = ("ANTHROPIC_API_KEY",), ("ANTHROPIC_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {
         "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS",
     }  # fmt: skip
     TOKEN_OPTION, KEY_HEADER = "auth_token", ("x-api-key", "")
-    FIELDS: Mapping[str, str] = {
-        "temperature": "temperature", "max_tokens": "max_tokens", "top_p": "top_p", "top_k": "top_k", "stop": "stop_sequences",
-    }  # fmt: skip
-    PLACES: Mapping[str, str] = {**Provider.PLACES, "finish_reason": "stop_reason"}
-    COUNTS: Mapping[str, tuple[str, ...]] = {
-        "input_tokens": tuple(f"usage.{kind}input_tokens" for kind in ("", "cache_creation_", "cache_read_")),
-        "output_tokens": ("usage.output_tokens",),
-    }
+    FIELDS: Mapping[str, str] = {**{name: name for name in _TUNING[:4]}, "stop": "stop_sequences"}
+    PLACES = ("model", "id", "stop_reason")
+    _INPUT_TOKENS = "usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens"
+    COUNTS = (_INPUT_TOKENS, "usage.output_tokens", "")
     _DEFAULT_MAX_TOKENS = 4096
     _ANSWER_TOOL = "give_answer"
 
@@ -5572,26 +5512,11 @@ class AnthropicProvider(Provider):
         removed = ("temperature", "top_p", "top_k") if self.version() >= "2026-10-21" else ()
         return {name: place for name, place in self.FIELDS.items() if name not in removed}
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         system, messages = _system_apart(request)
-        body = {"model": request.model, "max_tokens": self._DEFAULT_MAX_TOKENS, **self.tuned(request)}
-        body["messages"] = _merged_turns(map(self.message, messages), "content")
-        body.update({"system": system} if system else {})
-        tools = [
-            {"name": tool["name"], "description": tool.get("description", ""), "input_schema": _parameters(tool)}
-            for tool in request.tools or ()
-        ]
-        if request.schema is not None:
-            schema = _object_schema(request.schema)
-            if _is_strict(schema):
-                body["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
-            else:
-                forced = {"type": "any"} if tools else {"type": "tool", "name": self._ANSWER_TOOL}
-                tools.append({"name": self._ANSWER_TOOL, "description": "Gives the answer.", "input_schema": schema})
-                body["tool_choice"] = forced
-        body.update({"tools": tools} if tools else {})
-        body.update({"stream": True} if request.stream else {})
-        return self.place("/messages", request.model), body
+        turns = _merged_turns(map(self.message, messages), "content")
+        body = {"model": request.model, "max_tokens": self._DEFAULT_MAX_TOKENS, "messages": turns}
+        return {**body, "system": system} if system else body
 
     def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         if message["role"] == "tool":
@@ -5600,27 +5525,34 @@ class AnthropicProvider(Provider):
         if not message.get("tool_calls"):
             return dict(message)
         thinking = [block for call in message["tool_calls"] for block in call.get("thinking") or ()]
-        text = [{"type": "text", "text": message["content"]}] if message.get("content") else []
-        calls = [
-            {"type": "tool_use", "id": call["id"], "name": call["name"],
-             "input": call["arguments"] if isinstance(call["arguments"], dict) else {}}
-            for call in message["tool_calls"]
-        ]  # fmt: skip
-        return {"role": "assistant", "content": [*thinking, *text, *calls]}
+        blocks = [*thinking, {"type": "text", "text": message["content"]}] if message.get("content") else thinking
+        for call in message["tool_calls"]:
+            arguments = call["arguments"] if isinstance(call["arguments"], dict) else {}
+            blocks.append({"type": "tool_use", "id": call["id"], "name": call["name"], "input": arguments})
+        return {"role": "assistant", "content": blocks}
+
+    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        return _functions(request, "input_schema")
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        schema = _object_schema(request.schema)
+        if _is_strict(schema):
+            return {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+        answer = {"name": self._ANSWER_TOOL, "description": "Gives the answer.", "input_schema": schema}
+        choice = {"type": "any"} if request.tools else {"type": "tool", "name": self._ANSWER_TOOL}
+        return {"tools": [*self.tools(request), answer], "tool_choice": choice}
 
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
         blocks = document["content"]
         text = "".join(_joined_text(block["text"]) for block in blocks if block["type"] == "text")
         found = [block for block in blocks if block["type"] == "tool_use"]
-        calls = [_tool_call(index, block["id"], block["name"], block["input"]) for index, block in enumerate(found)]
-        answers = [call for call in calls if request.schema is not None and call["name"] == self._ANSWER_TOOL]
-        if answers and len(answers) == len(calls):
-            return {"text": _as_text(answers[0]["arguments"]), "finish_reason": "end_turn"}
-        calls = [call for call in calls if call not in answers]
-        thinking = [block for block in blocks if block["type"] in ("thinking", "redacted_thinking")]
-        if calls and thinking:  # which the next request has to repeat
-            calls[0]["thinking"] = thinking
-        return {"text": text, "tool_calls": calls}
+        calls = _tool_calls((block["id"], block["name"], block["input"]) for block in found)
+        others = [call for call in calls if request.schema is None or call["name"] != self._ANSWER_TOOL]
+        if calls and not others:
+            return {"text": _as_text(calls[0]["arguments"]), "finish_reason": "end_turn"}
+        for call in others[:1]:  # whose results the vendor takes only with the thinking that led to them
+            call["thinking"] = [block for block in blocks if block["type"] in ("thinking", "redacted_thinking")]
+        return {"text": text, "tool_calls": others}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
         kind = event["type"]
@@ -5642,8 +5574,7 @@ class AnthropicProvider(Provider):
             for block in document["content"]:
                 for field, texts in block.pop("pieces").items():
                     block[field] = (block.get(field) or "") + "".join(texts)
-                if "partial_json" in block:
-                    block["input"] = _load_arguments(block.pop("partial_json"))
+                block["input"] = _load_arguments(block.pop("partial_json", block.get("input")))
         return ""
 
 
@@ -5653,68 +5584,49 @@ class GeminiProvider(Provider):
     Sources: ai.google.dev/api/generate-content, /api/embeddings; google-genai 3.4 (`models.py`, `_api_client.py`).
     """
 
-    TYPE = "gemini"
-    BASE_URL = "https://generativelanguage.googleapis.com"
-    EMBED_PATH = "batchEmbedContents"
+    TYPE, BASE_URL = "gemini", "https://generativelanguage.googleapis.com"
+    CHAT_PATH, STREAM_PATH, EMBED_PATH = "generateContent", "streamGenerateContent?alt=sse", "batchEmbedContents"
     KEY_VARIABLES, URL_VARIABLES = ("GOOGLE_API_KEY", "GEMINI_API_KEY"), ("GOOGLE_GEMINI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"api_version": "GOOGLE_GENAI_API_VERSION"}
     KEY_HEADER = ("x-goog-api-key", "")
     FIELDS: Mapping[str, str] = {
-        "temperature": "generationConfig.temperature", "max_tokens": "generationConfig.maxOutputTokens",
-        "top_p": "generationConfig.topP", "top_k": "generationConfig.topK", "stop": "generationConfig.stopSequences",
-        "seed": "generationConfig.seed", "frequency_penalty": "generationConfig.frequencyPenalty",
-        "presence_penalty": "generationConfig.presencePenalty",
+        name: f"generationConfig.{place}" for name, place in zip(_TUNING, (
+            "temperature", "maxOutputTokens", "topP", "topK", "stopSequences", "seed", "frequencyPenalty",
+            "presencePenalty",
+        ))
     }  # fmt: skip
-    PLACES: Mapping[str, str] = {
-        "model": "modelVersion", "request_id": "responseId", "finish_reason": "candidates.0.finishReason",
-    }  # fmt: skip
-    COUNTS: Mapping[str, tuple[str, ...]] = {
-        "input_tokens": ("usageMetadata.promptTokenCount",), "total_tokens": ("usageMetadata.totalTokenCount",),
-        "output_tokens": ("usageMetadata.candidatesTokenCount", "usageMetadata.thoughtsTokenCount"),
-    }  # fmt: skip
+    STREAMING = ({}, {})
+    PLACES = ("modelVersion", "responseId", "candidates.0.finishReason")
+    COUNTS = (
+        "usageMetadata.promptTokenCount", "usageMetadata.candidatesTokenCount + usageMetadata.thoughtsTokenCount",
+        "usageMetadata.totalTokenCount",
+    )  # fmt: skip
     INPUT_TYPES: Mapping[str, str] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}
-    VECTORS, OBJECT_SCHEMAS = "embeddings", False
-    max_batch = 100
+    VECTORS, OBJECT_SCHEMAS, max_batch = "embeddings", False, 100
 
     def address(self, base_url: str) -> tuple[str, str]:
-        version = str(self.options["api_version"] or "v1")
-        found = re.search(r"/v\d\w*$", base_url)
-        return base_url[: found.start()] if found else base_url, found[0] if found else f"/{'v1beta' if version == 'beta' else version}"
+        found, version = re.search(r"/v\d\w*$", base_url), str(self.options["api_version"] or "v1")
+        if found:
+            return base_url[: found.start()], found[0]
+        return base_url, "/v1beta" if version == "beta" else f"/{version}"
 
     def place(self, path: str, model: str) -> str:
         from urllib.parse import quote
 
-        return f"/{quote(self.full_name(model), safe='/')}:{path}"
+        return f"/{quote(model if '/' in model else f'models/{model}', safe='/')}:{path}"
 
-    def full_name(self, model: str) -> str:
-        return model if "/" in model else f"models/{model}"
-
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         system, messages = _system_apart(request)
-        names = {  # of calls that the vendor gave an id
-            call["id"] for message in messages for call in message.get("tool_calls") or ()
-            if _dig(call, "part.functionCall.id")
-        }  # fmt: skip
-        contents = _merged_turns([self.message(message, names) for message in messages], "parts")
-        body: dict[str, Any] = {"contents": contents, **self.tuned(request)}
-        if system:
-            body["systemInstruction"] = {"parts": [{"text": system}]}
-        if request.schema is not None:
-            shape = {"responseMimeType": "application/json", "responseJsonSchema": request.schema}
-            body["generationConfig"] = {**body.get("generationConfig", {}), **shape}
-        if request.tools:
-            functions = [
-                {"name": tool["name"], "description": tool.get("description", ""), "parametersJsonSchema": _parameters(tool)}
-                for tool in request.tools
-            ]
-            body["tools"] = [{"functionDeclarations": functions}]
-        return self.place("streamGenerateContent?alt=sse" if request.stream else "generateContent", request.model), body
+        calls = [call for message in messages for call in message.get("tool_calls") or ()]
+        named = {call["id"] for call in calls if _dig(call, "part.functionCall.id")}  # by the vendor, not by us
+        contents = _merged_turns([self.message(message, named) for message in messages], "parts")
+        return {"contents": contents, **({"systemInstruction": {"parts": [{"text": system}]}} if system else {})}
 
-    def message(self, message: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    def message(self, message: Mapping[str, Any], named: Container[str]) -> dict[str, Any]:
         if message["role"] == "tool":
             answer = {"error" if message.get("is_error") else "output": message["content"]}
-            named = {"id": message["id"]} if message["id"] in names else {}
-            result = {**named, "name": message["name"], "response": answer}
+            result: dict[str, Any] = {"id": message["id"]} if message["id"] in named else {}
+            result.update(name=message["name"], response=answer)
             return {"role": "user", "parts": [{"functionResponse": result}]}
         content = message.get("content") or []
         parts = [
@@ -5727,17 +5639,23 @@ class GeminiProvider(Provider):
         ]
         return {"role": "model" if message["role"] == "assistant" else "user", "parts": parts}
 
+    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        return [{"functionDeclarations": _functions(request, "parametersJsonSchema")}]
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        return {"generationConfig": {"responseMimeType": "application/json", "responseJsonSchema": request.schema}}
+
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
         blocked = not document.get("candidates") and _dig(document, "promptFeedback.blockReason")
         candidate: Any = {"finishReason": blocked} if blocked else document["candidates"][0]
-        parts, finish = (candidate.get("content") or {}).get("parts") or [], candidate.get("finishReason")
-        if finish in (None, "STOP") and "content" not in candidate:
+        parts = (candidate.get("content") or {}).get("parts") or []
+        if candidate.get("finishReason") in (None, "STOP") and "content" not in candidate:
             raise ValueError("no content")
-        found = [(part, part["functionCall"]) for part in parts if "functionCall" in part]
-        calls = [
-            {**_tool_call(index, call.get("id"), call["name"], call.get("args")), "part": part}  # for its signature
-            for index, (part, call) in enumerate(found)
-        ]
+        found = [part for part in parts if "functionCall" in part]
+        named = [part["functionCall"] for part in found]
+        calls = _tool_calls((call.get("id"), call["name"], call.get("args")) for call in named)
+        for call, part in zip(calls, found):
+            call["part"] = part  # its signature has to come back
         answer = {"text": self.text_of(parts), "tool_calls": calls}
         return {**answer, "finish_reason": str(blocked)} if blocked else answer
 
@@ -5761,7 +5679,8 @@ class GeminiProvider(Provider):
 
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
         kind = self.INPUT_TYPES.get(request.input_type or "", request.input_type)
-        named = {"model": self.full_name(request.model), "taskType": kind, "outputDimensionality": request.dimensions}
+        model = request.model if "/" in request.model else f"models/{request.model}"
+        named = {"model": model, "taskType": kind, "outputDimensionality": request.dimensions}
         named = {name: value for name, value in named.items() if value is not None}
         requests = [{**named, "content": {"parts": [{"text": text}]}} for text in request.input]
         return self.place(self.EMBED_PATH, request.model), {"requests": requests}
@@ -5784,9 +5703,9 @@ class EchoProvider(Provider):
         text = f"echo: {request.prompt}"
         if request.schema is not None:
             try:
-                text = _to_json(_SmallestValue(request.schema).of(request.schema))
-            except (*_SHAPE_ERRORS, ArithmeticError, RecursionError) as error:
-                raise ValidationError(f"{self.name}: no answer fits the schema: {error}") from None
+                text = _to_json(_smallest_value(request.schema, request.schema, iter(range(10_000))))
+            except (*_SHAPE_ERRORS, ArithmeticError, RecursionError, StopIteration) as error:
+                raise ValidationError(f"{self.name}: no answer that fits the schema is known: {error!r}") from None
         on_text = request.on_text if request.stream else None
         for piece in re.findall(r"\s*\S+\s*", text):
             if on_text:
@@ -5803,7 +5722,8 @@ class EchoProvider(Provider):
         return EmbeddingResponse(vectors, request.model, sum(len(text.split()) for text in request.input))
 
 
-_ECHO_WORD = re.compile("[^\x00-/:-@\\[-`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+")  # no tables that grow with Unicode
+# Not \w, which knows more letters in newer Pythons: everything but ASCII's and the common other punctuation.
+_ECHO_WORD = re.compile("[^\x00-/:-@\\[-`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+")
 
 
 def _hashed_features(text: str, size: int) -> list[float]:
@@ -5834,74 +5754,64 @@ def _word_features(word: str) -> tuple[tuple[int, float], ...]:
     return tuple(hashed)
 
 
-class _SmallestValue:
-    """A small value that fits a JSON Schema: no optional items, texts as short as they may be, numbers near 0.
+def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[str, ...] = ()) -> Any:
+    """A small value that fits a part of a JSON Schema: short texts, numbers near 0, the first of several possibilities.
 
-    A map has its required properties, or all where none is said to be required. A `pattern` needs an `examples`.
+    A map has its required properties, or all where none is said to be required. A `pattern` needs an `examples`. `left`
+    runs out (a ValueError) when the value grows too large; `opened` are the `$ref`s around this part.
     """
-
-    def __init__(self, root: Any) -> None:
-        self.root, self.left = root, 10_000  # how many more values may be made
-
-    def of(self, schema: Any, opened: tuple[str, ...] = ()) -> Any:
-        """The value of a part of the schema, inside these `$ref`s. Raises KeyError and the like if it is malformed."""
-        self.left -= 1
-        if self.left < 0:
-            raise ValueError("no small value fits")
-        if not isinstance(schema, Mapping):
-            return None
-        for key, index in (("const", None), ("enum", 0), ("default", None), ("examples", 0)):
-            if key in schema:
-                return schema[key] if index is None else schema[key][index]
-        place = schema.get("$ref")
-        if place:
-            keys = [key.replace("~1", "/").replace("~0", "~") for key in place.lstrip("#").split("/")[1:]]
-            target = functools.reduce(lambda inner, key: inner[key], keys, self.root)
-            return None if place in opened else self.of(target, (*opened, place))
-        for key in ("anyOf", "oneOf", "allOf"):
-            if schema.get(key):
-                chosen = schema[key] if key == "allOf" else [min(schema[key], key=lambda branch: "$ref" in branch)]
-                rest = {name: value for name, value in schema.items() if name != key}
-                return self.of(functools.reduce(_both_schemas, chosen, rest), opened)
-        kind = (_as_list(schema.get("type")) or ["object" if "properties" in schema else "string"])[0]
-        if kind == "object":
-            properties = schema.get("properties") or {}
-            wanted = schema.get("required") or properties
-            return {name: self.of(properties.get(name, {}), opened) for name in wanted}
-        if kind == "array":
-            return [self.of(schema.get("items", {}), opened) for _ in range(schema.get("minItems", 0))]
-        if kind in ("number", "integer"):
-            return _smallest_number(schema, kind == "integer")
-        self.left -= schema.get("minLength", 0) if kind == "string" else 0
-        return "x" * min(schema.get("minLength", 0), 10_000) if kind == "string" else False if kind == "boolean" else None
-
-
-def _both_schemas(one: Mapping[str, Any], other: Any) -> dict[str, Any]:
-    """The schema of what fits both, as far as `_smallest_value` reads them."""
-    properties = {**one.get("properties", {}), **other.get("properties", {})}
-    joined = {"properties": properties, "required": [*one.get("required", ()), *other.get("required", ())]}
-    return {**one, **other, **{key: value for key, value in joined.items() if value}}
+    if next(left, None) is None:
+        raise ValueError("the smallest answer is too large")
+    for key in ("const", "enum", "default", "examples") if isinstance(schema, Mapping) else ():
+        if key in schema:
+            return schema[key][0] if key in ("enum", "examples") else schema[key]
+    if not isinstance(schema, Mapping) or schema.get("$ref") in opened:
+        return None
+    if "$ref" in schema:
+        keys = [key.replace("~1", "/").replace("~0", "~") for key in schema["$ref"].lstrip("#").split("/")[1:]]
+        target = functools.reduce(lambda inner, key: inner[key], keys, root)
+        return _smallest_value(target, root, left, (*opened, schema["$ref"]))
+    for key in ("anyOf", "oneOf", "allOf"):
+        if schema.get(key):
+            chosen = schema[key] if key == "allOf" else [min(schema[key], key=lambda branch: "$ref" in branch)]
+            whole = {name: value for name, value in schema.items() if name != key}
+            for part in chosen:
+                properties = {**whole.get("properties", {}), **part.get("properties", {})}
+                required = [*whole.get("required", ()), *part.get("required", ())]
+                whole = {**whole, **part, "properties": properties, "required": required}
+            return _smallest_value(whole, root, left, opened)
+    kind = (_as_list(schema.get("type")) or ["object" if schema.get("properties") else "string"])[0]
+    if kind == "object":
+        properties = schema.get("properties") or {}
+        wanted = schema.get("required") or properties
+        return {name: _smallest_value(properties.get(name, {}), root, left, opened) for name in wanted}
+    if kind == "array":
+        return [_smallest_value(schema.get("items", {}), root, left, opened) for _ in range(schema.get("minItems", 0))]
+    if kind == "string":
+        return "x" * sum(1 for _ in zip(range(schema.get("minLength", 0)), left))
+    if kind in ("number", "integer"):
+        return _smallest_number(schema, kind == "integer")
+    return None if kind == "null" else False
 
 
 def _smallest_number(schema: Mapping[str, Any], whole: bool) -> float:
-    """The number nearest to 0, or nearly so, within a schema's bounds."""
+    """A number near 0 within a schema's bounds."""
     low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
     above, below = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
-    step = schema.get("multipleOf") or 1
-    floor, roof = max(low, above), min(high, below)
-    tried: list[float] = [0]
-    tried += [math.ceil(floor / step) * step, (math.floor(floor / step) + 1) * step] if floor > -math.inf else []
-    tried += [math.floor(roof / step) * step, (math.ceil(roof / step) - 1) * step] if roof < math.inf else []
-    tried += [(floor + roof) / 2] if not whole and roof - floor < math.inf else []
-    return next((number for number in tried if low <= number <= high and above < number < below), 0)
+    step, floor, roof = schema.get("multipleOf") or 1, max(low, above), min(high, below)
+    bounds = [bound for bound in (floor, roof) if math.isfinite(bound)]
+    tried: list[float] = [0, *(math.floor(bound / step + shift) * step for bound in bounds for shift in (0, 1, -1))]
+    tried += [sum(bounds) / 2] if not whole and len(bounds) == 2 else []
+    return next(number for number in tried if low <= number <= high and above < number < below)
 
 
 PROVIDERS: dict[str, type[Provider]] = {
     provider.TYPE: provider
     for provider in (
-        OpenAIProvider, AnthropicProvider, AzureOpenAIProvider, GeminiProvider, CohereProvider, MistralProvider, OllamaProvider,
-        VoyageProvider, OpenAICompatibleProvider, EchoProvider, _service("groq", "https://api.groq.com", "/openai/v1"),
-        _service("together", "https://api.together.ai", "/v1"), _service("openrouter", "https://openrouter.ai", "/api/v1"),
+        OpenAIProvider, AnthropicProvider, AzureOpenAIProvider, GeminiProvider, CohereProvider, MistralProvider,
+        OllamaProvider, VoyageProvider, OpenAICompatibleProvider, EchoProvider,
+        _service("groq", "https://api.groq.com", "/openai/v1"), _service("together", "https://api.together.ai", "/v1"),
+        _service("openrouter", "https://openrouter.ai", "/api/v1"),
     )
 }  # fmt: skip
 
