@@ -6045,6 +6045,10 @@ class PineconeStore(_RemoteVectorStore):
     def extra_headers(self) -> dict[str, str]:
         return {"X-Pinecone-Api-Version": "2026-07"}
 
+    def close(self) -> None:
+        for client in (self._rest, *self.indexes.values()):
+            client.close()
+
     def at(self, host: str) -> PineconeStore:
         """A client with the same settings for another host."""
         settings = {"headers": self._rest.headers, "timeout_seconds": self.timeout_seconds}
@@ -6053,8 +6057,8 @@ class PineconeStore(_RemoteVectorStore):
     def ask(self, place: _Place, path: str, body: dict[str, Any]) -> Any:
         """The answer of the host that serves the index."""
         if not self.base_url and place[0] not in self.indexes:
-            controller = self.at(self.options["controller_host"] or "https://api.pinecone.io")
-            self.indexes[place[0]] = self.at(controller.call("GET", "/indexes/{}", place[:1])["host"])
+            with contextlib.closing(self.at(self.options["controller_host"] or "https://api.pinecone.io")) as controller:
+                self.indexes[place[0]] = self.at(controller.call("GET", "/indexes/{}", place[:1])["host"])
         client = self if self.base_url else self.indexes[place[0]]
         return client.call("POST", path, (), {**body, "namespace": place[1]})
 
