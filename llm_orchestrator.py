@@ -5819,37 +5819,29 @@ PROVIDERS: dict[str, type[Provider]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 # 11. Vector stores
 # Records {id, vector, metadata} come in, the nearest go out, best first; one protocol and one filter language for all.
-# A filter is {field: value}, {field: {operator: value}}, {"$and": [..]}, {"$or": [..]} or {"$not": {..}}; several are an
-# and. A list in the metadata fits where one of its items does. A missing field fits only $ne, $nin and $not.
+# A filter is {field: value}, {field: {operator: value}}, {"$and": [..]}, {"$or": [..]} or {"$not": {..}}; several are
+# an and. A list in the metadata fits where one of its items does. A missing field fits only $ne, $nin and $not.
 # ---------------------------------------------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
     _Place = tuple[str, str]  # index and namespace
     _Record = tuple[str, list[float], dict[str, Any]]  # id, vector, metadata
     _Predicate = Callable[[Mapping[str, Any]], bool]
-    _Maker = Callable[..., Any]
+    _Make = Callable[..., Any]
 
-_FILTER_TESTS: dict[str, Callable[[Any, Any], bool]] = {
-    "$in": lambda item, value: item == value, "$gt": lambda item, value: item > value,
-    "$gte": lambda item, value: item >= value, "$lt": lambda item, value: item < value,
-    "$lte": lambda item, value: item <= value,
-}  # fmt: skip
+_FILTER_TESTS = {"$in": "eq", "$gt": "gt", "$gte": "ge", "$lt": "lt", "$lte": "le"}  # what `operator` calls them
 _FILTER_ALIASES = {"$eq": "$in", "$ne": "$in", "$nin": "$in"}
 _PLAIN_TYPES = {str: "text", bool: "boolean", int: "number", float: "number"}
 _METRICS = {  # as Qdrant, Chroma and Weaviate call them
     "cosine": ("Cosine", "cosine", "cosine"), "dot": ("Dot", "ip", "dot"), "euclidean": ("Euclid", "l2", "l2-squared"),
 }  # fmt: skip
-_SCORES: dict[str, Callable[[float], float]] = {  # from a vendor's distance; the larger, the nearer
-    "cosine": lambda distance: 1 - distance, "ip": lambda distance: 1 - distance, "dot": lambda distance: -distance,
-    "l2": lambda squared: 1 / (1 + math.sqrt(squared)), "l2-squared": lambda squared: 1 / (1 + math.sqrt(squared)),
-}  # fmt: skip
 
 
-def _filtered(source: Any, joined: _Maker, test: _Maker, negated: bool = False, deep: int = 0) -> Any:
-    """A filter in another language, made by two functions: `joined` of "and" or "or" and the parts; `test` of a field, a key
-    of _FILTER_TESTS, values of which one must fit, and whether none may. ValidationError for what is no filter."""
+def _filtered(source: Any, joined: _Make, test: _Make, negated: bool = False, deep: int = 0) -> Any:
+    """A filter in another language, made by `joined` of "and" or "or" and parts, and by `test` of a field, a key of
+    _FILTER_TESTS, values one of which must fit, and whether none may. ExecutionError for what is no filter."""
     if not isinstance(source, Mapping) or deep > 50:
-        raise ValidationError(f"a filter must be a map of field: value, at most 50 deep, not {_shown(source)}")
+        raise ExecutionError(f"a filter must be a map of field: value, at most 50 deep, not {_shown(source)}")
     parts = []
     for key, wanted in source.items():
         if key in ("$and", "$or") and isinstance(wanted, list) and wanted:
@@ -5858,36 +5850,43 @@ def _filtered(source: Any, joined: _Maker, test: _Maker, negated: bool = False, 
         elif key == "$not":
             parts.append(_filtered(wanted, joined, test, not negated, deep + 1))
         elif not isinstance(key, str) or key.startswith("$"):
-            near = _suggestion(key, ("$and", "$or", "$not")) + ", with a list of filters"
-            raise ValidationError(f"unknown filter operator {key!r}{near}; other operators belong to a field")
+            near = _suggestion(key, ("$and", "$or", "$not"))
+            raise ExecutionError(f"unknown filter operator {key!r} of {_shown(wanted)}{near} (of a list of filters)")
         else:
-            for operator, value in (wanted if isinstance(wanted, Mapping) else {"$eq": wanted}).items():
-                name = _FILTER_ALIASES.get(operator, operator)
-                if name not in _FILTER_TESTS:
-                    near = _suggestion(operator, (*_FILTER_TESTS, *_FILTER_ALIASES))
-                    raise ValidationError(f"{key}: unknown filter operator {operator!r}{near}")
-                values, kinds = value if operator in ("$in", "$nin") else [value], (str, bool) if name == "$in" else (str,)
-                if not isinstance(values, list) or not all(_is_number(each) or isinstance(each, kinds) for each in values):
-                    expected = f"{'a list of ' * (values is value)}text or a number{' or a boolean' * (bool in kinds)}"
-                    raise ValidationError(f"{key}: {operator} must be {expected}, not {_shown(value)}")
-                parts.append(test(key, name, values, negated != (operator in ("$ne", "$nin"))))
+            tests = wanted if isinstance(wanted, Mapping) else {"$eq": wanted}
+            parts += [test(key, *_field_test(key, operator, value, negated)) for operator, value in tests.items()]
     return parts[0] if len(parts) == 1 else joined("or" if negated else "and", parts)
+
+
+def _field_test(field: str, operator: str, value: Any, negated: bool) -> tuple[str, list[Any], bool]:
+    name = _FILTER_ALIASES.get(operator, operator)
+    if name not in _FILTER_TESTS:
+        near = _suggestion(operator, (*_FILTER_TESTS, *_FILTER_ALIASES))
+        raise ExecutionError(f"{field}: unknown filter operator {operator!r}{near}")
+    listed, kinds = operator in ("$in", "$nin"), (str, bool) if name == "$in" else (str,)
+    values = value if listed else [value]
+    if not isinstance(values, list) or not all(_is_number(each) or isinstance(each, kinds) for each in values):
+        expected = f"{'a list of ' * listed}text or a number{' or a boolean' * (bool in kinds)}"
+        raise ExecutionError(f"{field}: {operator} must be {expected}, not {_shown(value)}")
+    return name, values, negated != (operator in ("$ne", "$nin"))
 
 
 def _predicate(source: Any) -> _Predicate:
     """A filter as a function of a record's metadata. Text never equals a number nor true 1, but 1 is 1.0."""
+    import operator
 
     def joined(joint: str, parts: list[_Predicate]) -> _Predicate:
         combine = all if joint == "and" else any
         return lambda metadata: combine(part(metadata) for part in parts)
 
-    def test(field: str, operator: str, values: list[Any], negated: bool) -> _Predicate:
-        fits, wanted = _FILTER_TESTS[operator], [(_PLAIN_TYPES.get(type(value)), value) for value in values]
+    def test(field: str, name: str, values: list[Any], negated: bool) -> _Predicate:
+        fits, kinds = getattr(operator, _FILTER_TESTS[name]), _PLAIN_TYPES
+        wanted = [(kinds.get(type(value)), value) for value in values]
 
         def decide(metadata: Mapping[str, Any]) -> bool:
             found = metadata.get(field)
-            items = [(_PLAIN_TYPES.get(type(item)), item) for item in (found if isinstance(found, list) else [found])]
-            return negated != any(kind == other and fits(item, value) for kind, item in items for other, value in wanted)
+            items = [(kinds.get(type(item)), item) for item in (found if isinstance(found, list) else [found])]
+            return negated != any(one == other and fits(item, value) for one, item in items for other, value in wanted)
 
         return decide
 
@@ -5900,50 +5899,54 @@ def _mongo_filter(source: Any) -> Any:
 
     def test(field: str, operator: str, values: list[Any], negated: bool) -> Any:
         if operator != "$in":
-            return {field: {operator: values[0]}} if not negated else _not_negatable(field, operator)
+            return {field: {_not_negated(field, operator, negated): values[0]}}
         if len(set(map(type, values))) > 1:
             return {"$and" if negated else "$or": [test(field, operator, [value], negated) for value in values]}
-        one = len(values) == 1
-        return {field: {("$ne" if one else "$nin") if negated else "$eq" if one else "$in": values[0] if one else values}}
+        if len(values) == 1:
+            return {field: {"$ne" if negated else "$eq": values[0]}}
+        return {field: {"$nin" if negated else "$in": values}}
 
     return _filtered(source, lambda joint, parts: {f"${joint}": parts}, test)
 
 
-def _not_negatable(field: str, operator: str) -> Any:
-    raise ValidationError(f"{field}: this database cannot negate {operator}; write the opposite comparison")
+def _not_negated(field: str, operator: str, negated: bool) -> str:
+    """The operator, for databases that cannot say "not greater, or not there"."""
+    if negated:
+        raise ExecutionError(f"{field}: this database cannot negate {operator}; write the opposite comparison")
+    return operator
 
 
 def _checked_vector(vector: Any) -> list[float]:
-    kinds = set(map(type, vector)) if isinstance(vector, (list, tuple)) else {None}
-    if bool in kinds or not all(isinstance(kind, type) and issubclass(kind, (int, float)) for kind in kinds):
-        raise ValidationError(f"a vector must be a list of numbers, not {_shown(vector)}")
-    if not 0 < len(vector) <= 65_536 or not all(-1e100 < number < 1e100 for number in vector):
-        raise ValidationError("a vector must hold 1 to 65536 numbers, finite and below 1e100")
+    kinds = set(map(type, vector)) if isinstance(vector, (list, tuple)) else {type(None)}
+    if bool in kinds or not all(issubclass(kind, (int, float)) for kind in kinds):
+        raise ExecutionError(f"a vector must be a list of numbers, not {_shown(vector)}")
+    if not 0 < len(vector) <= 65_536 or not sum(map(abs, vector)) < 1e100:  # false for nan
+        raise ExecutionError("a vector must hold 1 to 65536 numbers, finite and below 1e100")
     return list(map(float, vector))
 
 
 def _checked_id(identifier: Any) -> str:
     text = str(identifier) if _is_integer(identifier) else identifier
     if not isinstance(text, str) or not text or re.search("[\ud800-\udfff]", text):
-        raise ValidationError(f"an id must be text, not {_shown(identifier)}")
+        raise ExecutionError(f"an id must be text, not {_shown(identifier)}")
     return text
 
 
 def _checked_records(records: Any) -> list[_Record]:
-    """The records, of those with the same id the last. ValidationError says which one is wrong."""
+    """The records, of those with the same id the last. ExecutionError says which one is wrong."""
     checked: dict[str, _Record] = {}
     for position, record in enumerate(records if isinstance(records, (list, tuple)) else [records]):
         try:
             if not isinstance(record, Mapping) or not {"id", "vector"} <= set(record) <= {"id", "vector", "metadata"}:
-                raise ValidationError(f"it must be {{id, vector, metadata}}, not {_shown(record)}")
+                raise ExecutionError(f"it must be {{id, vector, metadata}}, not {_shown(record)}")
             entry = _checked_id(record["id"]), _checked_vector(record["vector"]), dict(record.get("metadata") or {})
             json.dumps(entry[2], allow_nan=False)
             checked[entry[0]] = entry
             if len(entry[1]) != len(next(iter(checked.values()))[1]):
-                raise ValidationError(f"it has {len(entry[1])} dimensions, unlike those before")
-        except (ValidationError, TypeError, ValueError, RecursionError) as error:
-            what = error if isinstance(error, ValidationError) else f"its metadata is no map with a JSON form: {error}"
-            raise ValidationError(f"record {position}: {what}") from None
+                raise ExecutionError(f"it has {len(entry[1])} dimensions, unlike those before")
+        except (ExecutionError, TypeError, ValueError, RecursionError) as error:
+            what = error if isinstance(error, ExecutionError) else f"its metadata is no map with a JSON form: {error}"
+            raise ExecutionError(f"record {position}: {what}") from None
     return list(checked.values())
 
 
@@ -5972,13 +5975,13 @@ class VectorStore:
     ) -> list[dict[str, Any]]:  # fmt: skip
         """The `top_k` nearest records that pass the filter, best first: {id, score, metadata, vector}."""
         if not _is_integer(top_k) or top_k < 1:
-            raise ValidationError(f"top_k must be a whole number of at least 1, not {_shown(top_k)}")
+            raise ExecutionError(f"top_k must be a whole number of at least 1, not {_shown(top_k)}")
         place, query, results = (index, namespace or ""), _checked_vector(vector), []
         with self._answers():
             for key, score, metadata, values in self._nearest(place, query, top_k, filter, include_vectors):
-                record = {"id": str(key), "score": score + 0.0, "metadata": metadata or {}, "vector": values}
-                hidden = {"metadata": not include_metadata, "vector": not include_vectors}
-                results.append({name: value for name, value in record.items() if not hidden.get(name)})
+                results.append({"id": str(key), "score": score + 0.0})
+                results[-1].update({"metadata": metadata or {}} if include_metadata else {})
+                results[-1].update({"vector": values} if include_vectors else {})
         return results
 
     def delete(
@@ -5988,10 +5991,10 @@ class VectorStore:
         """Deletes the records with these ids, or those that pass the filter; without both, the whole namespace. Returns
         how many, or None where the vendor does not say."""
         if ids is not None and (filter is not None or not isinstance(ids, (list, tuple))):
-            raise ValidationError("delete takes a list of ids, or a filter, not both")
+            raise ExecutionError("delete takes a list of ids, or a filter, not both")
+        checked = None if ids is None else list(map(_checked_id, ids))
         with self._answers():
-            place, checked = (index, namespace or ""), None if ids is None else list(map(_checked_id, ids))
-            count: int | None = 0 if checked == [] else self._remove(place, checked, filter or None)
+            count: int | None = 0 if checked == [] else self._remove((index, namespace or ""), checked, filter or None)
             return count
 
     @contextlib.contextmanager
@@ -6112,10 +6115,10 @@ class LocalVectorStore(VectorStore):
 
 class _Matrix:
     """The records of one namespace in memory. A search compares the query with all vectors roughly, and then exactly
-    with those that may be among the nearest. For the rough part each vector is rounded to whole numbers (codes) from -127 to
-    127 times its `step`, and each dimension is one large integer with 32 bits for each vector: these integers times the
-    query's numbers, rounded too, add up to the dot products with all vectors, in C. How far they can be off is known, so
-    that none is missed."""
+    with those that may be among the nearest. For the rough part each vector is rounded to whole numbers (codes) from
+    -127 to 127 times its `step`, and each dimension is one large integer with 32 bits for each vector: these integers
+    times the query's numbers, rounded too, add up to the dot products with all vectors, in C. How far they can be off
+    is known, so that none is missed."""
 
     def __init__(self, rows: list[tuple[Any, ...]], metric: str) -> None:
         every: Any = zip(*rows) if rows else ((),) * 8
@@ -6137,8 +6140,6 @@ class _Matrix:
         return columns
 
     def nearest(self, query: list[float], top_k: int, holds: _Predicate | None) -> Iterator[Any]:
-        import heapq
-        import operator
         import struct
 
         unpack, length = struct.Struct(f"<{self.dimensions}d").unpack, math.hypot(*query)
@@ -6148,7 +6149,7 @@ class _Matrix:
         def nearness(row: int) -> float:
             if self.metric == "euclidean":
                 return -math.dist(unpack(self.vectors[row]), query)
-            product = math.fsum(map(operator.mul, unpack(self.vectors[row]), query))
+            product = math.fsum(map(float.__mul__, unpack(self.vectors[row]), query))
             if self.metric == "dot":
                 return product
             return max(-1.0, min(1.0, product / self.lengths[row])) if self.lengths[row] > 1e-100 else 0.0
@@ -6158,14 +6159,13 @@ class _Matrix:
             rows = [row for row in rows if holds(self.metadata[row])]
         if len(rows) > max(200, top_k):
             rows = self.likely(query, top_k, rows)
-        for order, key, row in heapq.nsmallest(top_k, [(-nearness(row), self.ids[row], row) for row in rows]):
+        for order, key, row in sorted([(-nearness(row), self.ids[row], row) for row in rows])[:top_k]:
             score = 1 / (1 + order) if self.metric == "euclidean" else -order
             yield key, score, json.loads(self.texts[row]), list(unpack(self.vectors[row]))
 
     def likely(self, query: list[float], top_k: int, rows: Sequence[int]) -> Sequence[int]:
         """The rows that may be among the `top_k` nearest. Nearness is x.q / |x|, x.q or 2 x.q - |x| ** 2 here."""
         import heapq
-        import operator
         import struct
 
         count, peak = len(self.ids), max(map(abs, query))
@@ -6173,7 +6173,7 @@ class _Matrix:
             return rows
         scale = (2**31 - 1) // (127 * self.dimensions) / peak  # no sum leaves its 32 bits
         middle = int.from_bytes(b"\0\0\0\x80" * count, "little")  # keeps the sums positive
-        total = sum(map(operator.mul, self.columns, [round(number * scale) for number in query]), middle)
+        total = sum(map(int.__mul__, self.columns, [round(number * scale) for number in query]), middle)
         products = struct.unpack(f"<{count}I", total.to_bytes(4 * count, "little"))
         steps, longest, squares = self.steps, max(self.lengths), [0.0] * count
         if self.metric == "cosine":
@@ -6189,8 +6189,8 @@ class _Matrix:
 
 
 class _RemoteVectorStore(Provider, VectorStore):
-    """Base of the vendors' clients: the settings of a provider, and the `metric` of the collections that it creates. Where
-    the vendor has no namespaces, one is a collection of its own, INDEX__NAMESPACE."""
+    """Base of the vendors' clients: the settings of a provider, and the `metric` of the collections that it creates.
+    Where the vendor has no namespaces, one is a collection of its own, INDEX__NAMESPACE."""
 
     max_batch = VectorStore.max_batch
     OPTIONS: Mapping[str, str | None] = {"metric": None}
@@ -6208,19 +6208,25 @@ class _RemoteVectorStore(Provider, VectorStore):
     def address(self, base_url: str) -> str:
         """An address without a scheme is https, but http with a port or for this machine."""
         if base_url and "://" not in base_url:
-            base_url = f"http{'' if ':' in base_url else 's'}://{base_url}" if base_url != "localhost" else self.BASE_URL
+            scheme = "http" if ":" in base_url else "https"
+            base_url = self.BASE_URL if base_url == "localhost" else f"{scheme}://{base_url}"
         return base_url.rstrip("/")
 
-    def call(self, method: str, path: str, names: Iterable[str], payload: Any = None, expected: int | None = None) -> Any:
-        """The answer at a path with quoted names in it; None if the status is an error that was expected."""
+    def call(self, method: str, path: str, names: Iterable[str], payload: Any = None, expected: int = 0) -> Any:
+        """The answer at a path with these names in it; None if its status is the error that was expected."""
         from urllib.parse import quote
 
         try:
             return self._rest.call(method, path.format(*(quote(name, safe="") for name in names)), payload)
         except ProviderError as error:
-            if expected is None or error.status != expected:
+            if error.status != expected:
                 raise
             return None
+
+    def score(self, distance: float, metric: str) -> float:
+        """A vendor's distance as a number that is the larger, the nearer a record is."""
+        known = {"cosine": 1 - distance, "ip": 1 - distance, "dot": -distance}
+        return known[metric] if metric in known else 1 / (1 + math.sqrt(abs(distance)))  # the l2 of both is squared
 
 
 def _collection(place: _Place) -> list[str]:
@@ -6243,8 +6249,8 @@ def _without_nulls(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class QdrantStore(_RemoteVectorStore):
-    """Qdrant (https://api.qdrant.tech). Ids that are neither whole numbers nor UUIDs become UUIDs, and the payload keeps
-    them as `_id`. The score is Qdrant's."""
+    """Qdrant (https://api.qdrant.tech). Ids that are neither whole numbers nor UUIDs become UUIDs, and the payload
+    keeps them as `_id`. The score is Qdrant's."""
 
     TYPE, BASE_URL, KEY_HEADER = "qdrant", "http://localhost:6333", ("api-key", "")
     KEY_VARIABLES, URL_VARIABLES = ("QDRANT_API_KEY",), ("QDRANT_URL",)
@@ -6256,11 +6262,10 @@ class QdrantStore(_RemoteVectorStore):
         def test(field: str, operator: str, values: list[Any], negated: bool) -> dict[str, Any]:
             key, tests = field if re.fullmatch(r"[\w-]+", field) else f'"{field}"', []
             for value in values:
-                if operator != "$in" or isinstance(value, float):  # to match, integers must be integers
-                    bounds = ("gte", "lte") if operator == "$in" else (operator[1:],)
-                    tests.append({"key": key, "range": dict.fromkeys(bounds, value)})
-                else:
-                    tests.append({"key": key, "match": {"value": value}})
+                bounds = ("gte", "lte") if operator == "$in" else (operator[1:],)
+                exact = operator == "$in" and not isinstance(value, float)  # to match, integers must be integers
+                fits = {"match": {"value": value}} if exact else {"range": dict.fromkeys(bounds, value)}
+                tests.append({"key": key, **fits})
             return {"must_not": tests} if negated else tests[0] if len(tests) == 1 else {"should": tests}
 
         joints = {"and": "must", "or": "should"}
@@ -6310,6 +6315,10 @@ class PineconeStore(_RemoteVectorStore):
     def extra_headers(self) -> dict[str, str]:
         return {"X-Pinecone-Api-Version": "2026-07"}
 
+    def close(self) -> None:
+        for client in (self._rest, *self.indexes.values()):
+            client.close()
+
     def at(self, host: str) -> PineconeStore:
         """A client with the same settings for another host."""
         settings = {"headers": self._rest.headers, "timeout_seconds": self.timeout_seconds}
@@ -6318,8 +6327,8 @@ class PineconeStore(_RemoteVectorStore):
     def ask(self, place: _Place, path: str, body: dict[str, Any]) -> Any:
         """The answer of the host that serves the index."""
         if not self.base_url and place[0] not in self.indexes:
-            controller = self.at(self.options["controller_host"] or "https://api.pinecone.io")
-            self.indexes[place[0]] = self.at(controller.call("GET", "/indexes/{}", place[:1])["host"])
+            with contextlib.closing(self.at(self.options["controller_host"] or "https://api.pinecone.io")) as controller:
+                self.indexes[place[0]] = self.at(controller.call("GET", "/indexes/{}", place[:1])["host"])
         client = self if self.base_url else self.indexes[place[0]]
         return client.call("POST", path, (), {**body, "namespace": place[1]})
 
@@ -6335,8 +6344,7 @@ class PineconeStore(_RemoteVectorStore):
 
     def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> None:
         wanted: dict[str, Any] = {"filter": _mongo_filter(filter)} if filter else {"deleteAll": True}
-        chosen = wanted if ids is None else {"ids": ids}
-        self.ask(place, "/vectors/delete", chosen)
+        self.ask(place, "/vectors/delete", wanted if ids is None else {"ids": ids})
 
 
 class ChromaStore(_RemoteVectorStore):
@@ -6362,9 +6370,9 @@ class ChromaStore(_RemoteVectorStore):
         return answer, (settings.get("hnsw") or settings.get("spann") or {}).get("space", "l2")
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
+        ids, vectors, every = [list(column) for column in zip(*records)]
         texts = [metadata["text"] if isinstance(metadata.get("text"), str) else None for _, _, metadata in records]
-        ids, vectors, metadatas = [list(column) for column in zip(*records)]
-        body = {"ids": ids, "embeddings": vectors, "metadatas": list(map(_without_nulls, metadatas)), "documents": texts}
+        body = {"ids": ids, "embeddings": vectors, "documents": texts, "metadatas": list(map(_without_nulls, every))}
         self.ask(place, "upsert", body, create=True)
 
     def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
@@ -6376,7 +6384,7 @@ class ChromaStore(_RemoteVectorStore):
         columns = [(answer.get(name) or nothing)[0] for name in ("ids", *include[:3], "embeddings")]
         for key, distance, metadata, document, values in zip(*columns):
             text = {} if document is None else {"text": document}
-            yield key, _SCORES[metric](distance), {**text, **(metadata or {})}, values
+            yield key, self.score(distance, metric), {**text, **(metadata or {})}, values
 
     def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int | None:
         where = _mongo_filter(filter) if filter else {"_": {"$ne": ""}}  # the last is true of everything
@@ -6385,11 +6393,12 @@ class ChromaStore(_RemoteVectorStore):
 
 
 class WeaviateStore(_RemoteVectorStore):
-    """Weaviate's REST and GraphQL API (https://docs.weaviate.io). Its ids are UUIDs; the property `record` keeps the real
-    id and metadata as JSON. The score is 1 - distance for cosine, -distance for dot, 1 / (1 + its root) for l2-squared."""
+    """Weaviate's REST and GraphQL API (https://docs.weaviate.io). Its ids are UUIDs; the property `record` keeps the
+    real id and metadata as JSON. The score is 1 - distance for cosine, -distance for dot, else 1 / (1 + its root)."""
 
     TYPE, BASE_URL = "weaviate", "http://localhost:8080"
     KEY_VARIABLES, URL_VARIABLES = ("WEAVIATE_API_KEY",), ("WEAVIATE_URL",)
+    PROPERTY = re.compile("(?!(id|record)$)[A-Za-z_][A-Za-z0-9_]{0,200}")
     OPERATORS: Mapping[str, str] = {
         "$in": "Equal", "$gt": "GreaterThan", "$gte": "GreaterThanEqual", "$lt": "LessThan", "$lte": "LessThanEqual",
     }  # fmt: skip
@@ -6398,7 +6407,7 @@ class WeaviateStore(_RemoteVectorStore):
         """(name, metric, types of the properties) of a collection."""
         name = _collection(place)[0]
         if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name):
-            raise ValidationError(f"the names of Weaviate's collections are letters, digits and _, not {name!r}")
+            raise ExecutionError(f"the names of Weaviate's collections are letters, digits and _, not {name!r}")
         name = name[0].upper() + name[1:]
         found = self.call("GET", "/v1/schema/{}", [name], expected=404)
         if found is None:
@@ -6415,7 +6424,7 @@ class WeaviateStore(_RemoteVectorStore):
             properties = {"record": json.dumps({"id": key, "metadata": metadata})}
             for field, value in metadata.items():
                 kinds = {_PLAIN_TYPES.get(type(item), "") for item in (value if isinstance(value, list) else [value])}
-                if len(kinds) == 1 and kinds != {""} and re.fullmatch("(?!(id|record)$)[A-Za-z_][A-Za-z0-9_]{,200}", field):
+                if len(kinds) == 1 and "" not in kinds and self.PROPERTY.fullmatch(field):
                     properties[field] = value  # what filters can test
             objects.append({"class": name, "id": _as_uuid(key), "vector": vector, "properties": properties})
             for field, value in properties.items():
@@ -6438,9 +6447,9 @@ class WeaviateStore(_RemoteVectorStore):
             return {"operator": joint.capitalize(), "operands": parts}
 
         def test(field: str, operator: str, values: list[Any], negated: bool) -> dict[str, Any]:
-            if negated and operator != "$in":
-                _not_negatable(field, operator)
-            word, tests = "NotEqual" if negated else self.OPERATORS[operator], []
+            word, tests = "NotEqual", []
+            if operator != "$in" or not negated:
+                word = self.OPERATORS[_not_negated(field, operator, negated)]
             for value in values:
                 kind = types.get(field, _PLAIN_TYPES.get(type(value), "text")).replace("[]", "").capitalize()
                 tests.append({"path": [field], "operator": word, f"value{kind}": value})
@@ -6460,7 +6469,7 @@ class WeaviateStore(_RemoteVectorStore):
         for found in answer["data"]["Get"][name]:
             extra, record = found.pop("_additional"), found.get("record")
             ours = json.loads(record) if record else {"id": extra["id"], "metadata": _without_nulls(found)}
-            yield ours["id"], _SCORES[metric](extra["distance"]), ours["metadata"], extra.get("vector")
+            yield ours["id"], self.score(extra["distance"], metric), ours["metadata"], extra.get("vector")
 
     def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int:
         name, _, types = self.opened(place)
