@@ -60,7 +60,7 @@ def test_all_problems_are_reported_in_document_order() -> None:
         (steps("{id: a, type: llm, model: m, prompt: x}"), "provider is missing"),
         (steps("{id: a, type: llm, provider: openai, model: m}"), "prompt is missing"),
         (steps("{id: a, type: llm, provider: openai, model: m, prompt: x, messages: [{role: user, content: x}]}"), "not both"),
-        (steps("{id: a, type: llm, provider: openai, model: m, messages: [{role: user}]}"), "role"),
+        (steps("{id: a, type: llm, provider: openai, model: m, messages: [{role: user}]}"), "content is missing"),
         (steps("{id: a, type: transform}"), "function is missing"),
         (steps("{id: a, type: action}"), "action is missing"),
         (steps(LLM[:-1] + ", max_tokens: 0}"), "at least 1"),
