@@ -29,6 +29,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import gc
 import json
 import math
 import os
@@ -2515,8 +2516,8 @@ def _type_name(value: Any) -> str:
     """What a reader calls the type of a value: text, a number, a list ..."""
     if isinstance(value, bool):
         return "a boolean"
-    names = ((str, "text"), (int, "a number"), (float, "a number"), (Mapping, "a map"), ((list, tuple), "a list"))
-    return "null" if value is None else next((name for kind, name in names if isinstance(value, kind)), "something else")
+    named = ((str, "text"), (int, "a number"), (float, "a number"), (Mapping, "a map"), ((list, tuple), "a list"))
+    return "null" if value is None else next((name for kind, name in named if isinstance(value, kind)), "an object")
 
 
 def _shown(value: Any) -> str:
@@ -2651,9 +2652,11 @@ class _List:
 
 def _faults(check: _Check, value: Any, key: Any, name: str) -> Iterator[tuple[_Path, str]]:
     """What a check finds wrong with the value of a key, under the path and the name of that key."""
-    found = check.faults(value) if isinstance(check, (_Map, _List)) else (((), fault) for fault in (check(value),) if fault)
-    for path, fault in found:
-        yield (key, *path), f"{name}{' ' if fault.startswith('must ') else ': '}{fault}"
+    if isinstance(check, (_Map, _List)):
+        for path, inner in check.faults(value):
+            yield (key, *path), f"{name}{' ' if inner.startswith('must ') else ': '}{inner}"
+    elif fault := check(value):
+        yield (key,), f"{name} {fault}"
 
 
 _text = _must_be_text("text", lambda value: True)
@@ -2663,7 +2666,7 @@ _boolean = _must("true or false", lambda value: isinstance(value, bool))
 _mapping = _must("a map", lambda value: isinstance(value, Mapping))
 _anything = _must("a value", lambda value: True)
 _steps = _List(_anything, "a list of steps")
-_condition = _must("a condition", lambda value: isinstance(value, (str, bool, int)))
+_condition = _must("a condition", lambda value: isinstance(value, (str, bool)))
 _timeout = _must("a number of seconds above 0", lambda value: _seconds(value, "s"))
 _vector_or_text = _must("text or a list of numbers", lambda value: isinstance(value, str) or _is_vector(value))
 _message = _Map(
@@ -2897,6 +2900,8 @@ class Workflow:
 
     def __init__(self, name: str, steps: Iterable[Step | Mapping[str, Any]] = (), **keys: Any) -> None:
         self._document: dict[str, Any] = _plain({"name": name, **keys})
+        if not hasattr(steps, "__iter__"):
+            raise ValidationError(f"steps must be a list of steps, not {_shown(steps)}")
         self.steps = [step if isinstance(step, Step) else Step.from_dict(step) for step in steps]
         self._loaded: dict[str, Workflow] = {}  # sub-workflows by real path, shared by all that call each other
 
@@ -3098,6 +3103,7 @@ class _Node:
     continue_on_error = False
     limit: int | None = None
     output_names: tuple[str, ...] = ()
+    known: dict[str, _Node | None] | None = None
 
     def __init__(self, document: Mapping[str, Any], path: _Path, position: int) -> None:
         self.document, self.path, self.position = document, path, position
@@ -3115,18 +3121,15 @@ class _Node:
         """The graphs of its children, if it is a container."""
         return [*([self.children] if self.children is not None else ()), *self.branches.values()]
 
-    def child(self, step_id: str) -> _Node | None:
-        """A step inside this one."""
-        graphs = self.graphs()
-        if self.workflow is not None and self.workflow._compiled is not None:  # None yet if it is calling itself
-            graphs.append(self.workflow._compiled[1].graph)
-        return next((graph.by_id[step_id] for graph in graphs if step_id in graph.by_id), None)
-
-    def names(self) -> list[str]:
-        """What may follow `steps.ID.`, as far as it is known before a run."""
-        children = [child.id for graph in self.graphs() for child in graph.nodes]
-        called = [str(step.id) for step in self.workflow.steps if isinstance(step, Step)] if self.workflow else []
-        return list(dict.fromkeys((*self.output_names, *children, *called)))
+    def names(self) -> dict[str, _Node | None]:
+        """What may follow `steps.ID.`, so far as it is known before a run: outputs, and steps inside this one."""
+        if self.known is None:
+            graphs = self.graphs()
+            if self.workflow is not None and self.workflow._compiled is not None:
+                graphs.append(self.workflow._compiled[1].graph)
+            self.known = dict.fromkeys(self.output_names)
+            self.known.update((step_id, node) for graph in graphs for step_id, node in graph.by_id.items())
+        return self.known
 
 
 class _Graph:
@@ -3206,6 +3209,16 @@ class _Compiler:
         self.graphs: list[_Graph] = []
 
     def compile(self) -> _Plan:
+        """Compiles all. The garbage collector pauses: what is made here stays, and looking it over takes long."""
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return self.plan()
+        finally:
+            if collects:
+                gc.enable()
+
+    def plan(self) -> _Plan:
         self.check(_WORKFLOW, self.document, ())
         inputs = {name: entry if isinstance(entry, dict) else {} for name, entry in self.section("inputs").items()}
         for name, entry in inputs.items():
@@ -3214,7 +3227,7 @@ class _Compiler:
         self.defaults = {kind: keys for kind, keys in self.section("defaults").items() if isinstance(keys, dict)}
         self.partials.update((name, text) for name, text in self.section("partials").items() if isinstance(text, str))
         for name, text in list(self.partials.items()):
-            self.guarded(("partials", name), Template, text, True, self.partials)
+            self.guarded(("partials", name), f"partials: {_shown(name)}", Template, text, True, self.partials)
         graph = _Graph(inputs=inputs if isinstance(self.document.get("inputs"), dict) else None)
         self.steps(self.document.get("steps"), ("steps",), graph)
         for siblings in self.graphs:
@@ -3244,22 +3257,22 @@ class _Compiler:
         self.misshapen = True
         self.problem(path, message, inside=inside)
 
-    def near(self, name: str, known: Iterable[str]) -> str:
-        """A suggestion, unless many have been made: looking through long lists takes long."""
-        return _suggestion(name, known) if len(self.problems) < _MOST_SUGGESTIONS else ""
+    def near(self, name: str, graph: _Graph) -> str:
+        """A suggestion for the id of a step, unless many have been made: looking through long lists takes long."""
+        return _suggestion(name, graph.visible()) if len(self.problems) < _MOST_SUGGESTIONS else ""
 
     def check(self, shape: _Map, mapping: Any, path: _Path, defaults: Mapping[str, Any] | None = None) -> None:
         for inner, fault in shape.faults(mapping, defaults):
             self.misshape((*path, *inner), fault)
 
-    def guarded(self, path: _Path, compile_it: Callable[..., Any], source: Any, *arguments: Any) -> Any:
+    def guarded(self, path: _Path, key: str, compile_it: Callable[..., Any], source: Any, *arguments: Any) -> Any:
         """What the template or condition compiler makes of the source; None with a problem if it refuses it."""
         try:
             return compile_it(source, *arguments)
         except TemplateError as error:
             text = source if isinstance(source, str) else ""
             starts = [0, *(match.end() for match in re.finditer("\n", text))]
-            self.misshape(path, f"{path[-1]}: {error}", (text, starts[error.line - 1] + error.column - 1))
+            self.misshape(path, f"{key}: {error}", (text, starts[error.line - 1] + error.column - 1))
             return None
 
     # steps
@@ -3296,7 +3309,7 @@ class _Compiler:
             if key in row.literal:
                 if key != "inputs":  # a transform's are compiled when it is connected
                     node.constants[key] = value
-            elif key not in _COMMON_KEYS and (value is not None or row.free):
+            elif key not in _COMMON_KEYS and isinstance(key, str) and (value is not None or row.free):
                 self.value(node, key, value)
         specific = getattr(self, f"_{node.type}", None) if row is not _UNKNOWN_TYPE else None
         if specific is not None:
@@ -3311,7 +3324,7 @@ class _Compiler:
         if document.get("for_each") is not None:
             node.local = _ITEM_NAMES
             node.for_each = self.rendered(node, "for_each", document["for_each"])
-        if isinstance(document.get("condition"), (str, bool, int)):
+        if isinstance(document.get("condition"), (str, bool)):
             self.condition(node, document)
         node.output_names = tuple(name for name in _as_list(document.get("output")) if isinstance(name, str))
         self.check_outputs(node, row)
@@ -3335,7 +3348,7 @@ class _Compiler:
     def condition(self, node: _Node, document: Mapping[str, Any]) -> None:
         """A condition decides whether the step runs, which branch is taken, or which items a filter keeps."""
         place = self.place(node, "condition")
-        condition = self.guarded(place, Condition, document["condition"])
+        condition = self.guarded(place, "condition", Condition, document["condition"])
         if condition is None:
             return
         roots = {reference[0][0] for reference in condition.references if reference[0]}
@@ -3379,7 +3392,7 @@ class _Compiler:
         What it reads is noted on the node.
         """
         if isinstance(value, str):
-            template = self.guarded(path, Template, value, True, self.partials) if _has_tag(value) else None
+            template = self.guarded(path, key, Template, value, True, self.partials) if _has_tag(value) else None
             if template is None:
                 return None
             self.note(node, template, key, path)
@@ -3400,7 +3413,7 @@ class _Compiler:
     # what each type has of its own
 
     def _llm(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
+        self.custom(node, "provider", {**PROVIDERS, **self.section("providers")}, "provider")
         schema, place = document.get("schema"), self.place(node, "schema")
         if isinstance(schema, str):
             try:
@@ -3411,7 +3424,7 @@ class _Compiler:
                 self.misshape(place, f"schema: {error}")
 
     def _embed(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
+        self.custom(node, "provider", {**PROVIDERS, **self.section("providers")}, "provider")
 
     def _vector_search(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         if isinstance(document.get("embed"), Mapping):
@@ -3452,14 +3465,17 @@ class _Compiler:
             path = (*node.path, "branches", value)
             if not isinstance(steps, list):
                 self.misshape(path, f"branches: {_shown(value)} must be a list of steps, not {_shown(steps)}")
+            if not (isinstance(value, (str, bool)) or value is None or _is_number(value)):
+                self.misshape(path, f"branches: the key {_shown(value)} must be text; quote it")
+                continue
             node.branches[_branch_key(value)] = self.child_steps(node, steps, path, graph)
         children = (step_id for inner in node.branches.values() for step_id in inner.by_id)
         self.name_outputs(node, ["branch", *dict.fromkeys(children)])
 
     def _loop(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         node.children = self.child_steps(node, document.get("steps"), (*node.path, "steps"), graph, _LOOP_NAMES)
-        if isinstance(document.get("until"), (str, bool, int)):
-            node.until = self.guarded(self.place(node, "until"), Condition, document["until"])
+        if isinstance(document.get("until"), (str, bool)):
+            node.until = self.guarded(self.place(node, "until"), "until", Condition, document["until"])
         self.name_outputs(node, [*node.children.by_id, "iterations"])
 
     def _workflow(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
@@ -3499,7 +3515,7 @@ class _Compiler:
         for name, value in given.items():
             entry = declared.get(name) or {}
             if name not in declared:
-                near = self.near(name, declared)
+                near = _suggestion(name, declared)
                 self.problem((*path, name), f"inputs: the workflow has no input {_shown(name)}{near}")
             elif value is not None and not _holds_tag(value) and (fault := _input_fault(value, entry)):
                 self.problem((*path, name), f"inputs: {name} {fault}")
@@ -3528,7 +3544,7 @@ class _Compiler:
         for index, step_id in enumerate(_as_list(listed) if listed else ()):
             path = (*node.path, "depends_on", index) if isinstance(listed, list) else (*node.path, "depends_on")
             if isinstance(step_id, str) and not self.depend(node, step_id, graph, path, ("depends_on", step_id)):
-                near = self.near(step_id, graph.visible())
+                near = self.near(step_id, graph)
                 self.problem(path, f"depends_on: there is no step {_shown(step_id)}{near}")
         for (reference, key), place in zip(node.references, node.places):
             self.resolve(node, reference, key, place, graph)
@@ -3578,9 +3594,9 @@ class _Compiler:
             return f": {name!r} is known only inside {'a for_each' if name == 'item' else 'a loop'}"
         if name in graph.inputs or name in ("inputs", "input"):
             return ""
-        step = name if name in graph.visible() else "".join(graph.named.get(name, ())[:1])
+        step = name if name in graph.by_id else "".join(graph.named.get(name, ())[:1])
         path = f"steps.{name}" if step == name else f"steps.{step}.{name}"
-        near = f", did you mean {path!r}?" if step else self.near(name, graph.inputs)
+        near = f", did you mean {path!r}?" if step else _suggestion(name, graph.inputs)
         return f": there is no input {_shown(name)}{near}"
 
     def missing_output(self, node: _Node, segments: tuple[str, ...], path: _Path, key: str, graph: _Graph) -> str:
@@ -3594,12 +3610,14 @@ class _Compiler:
             step_id, rest = (ids[0], ()) if ids else (step_id, rest)
         target = self.depend(node, step_id, graph, path, (key, ".".join(segments)))
         if target is None:
-            return f": there is no step {_shown(step_id)}{self.near(step_id, graph.visible())}"
+            return f": there is no step {_shown(step_id)}{self.near(step_id, graph)}"
         while rest and target is not None and (names := target.names()) and rest[0] not in _STEP_FACTS:
             if rest[0] not in names:
+                if target.workflow is not None and target.workflow._compiled is None:
+                    break  # it is calling itself, and not all of its steps are known yet
                 near = _suggestion(rest[0], names) or f"; it has {_shorten(', '.join(names), 200)}"
                 return f": step {target.id!r} has no output {_shown(rest[0])}{near}"
-            target, rest = None if target.for_each else target.child(rest[0]), rest[1:]
+            target, rest = None if target.for_each else names[rest[0]], rest[1:]
         return ""
 
     def transform_inputs(self, node: _Node, graph: _Graph) -> None:
@@ -3617,7 +3635,9 @@ class _Compiler:
             rendered[key] = self.compiled(node, "inputs", text, path) or _constant(text)
             for (reference, name), where in zip(node.references[known:], node.places[known:]):
                 self.resolve(node, reference, name, where, graph)
-        node.inputs = [(key if isinstance(inputs, dict) else str(source), rendered[key]) for key, source in entries]
+        for key, source in entries:
+            name = key if isinstance(inputs, dict) else source
+            node.inputs = [*node.inputs, (name if isinstance(name, str) else _shown(name), rendered[key])]
 
     def input_path(self, node: _Node, name: str, path: _Path, graph: _Graph) -> str:
         """What an input's name stands for: an item, an output of a dependency, a dependency, a workflow input."""
@@ -3654,12 +3674,7 @@ class _Compiler:
     def outputs(self, graph: _Graph) -> list[tuple[str, _Render]]:
         """The run's own outputs, rendered when every step has ended."""
         holder = _Node({"id": ""}, ("outputs",), 0)
-        outputs = self.document.get("outputs")
-        rendered = []
-        for name, value in outputs.items() if isinstance(outputs, dict) else ():
-            if not isinstance(name, str):
-                self.misshape(("outputs", name), f"outputs: the name {_shown(name)} must be text; quote it")
-            rendered.append((str(name), self.rendered(holder, name, value)))
+        rendered = [(name, self.rendered(holder, name, value)) for name, value in self.section("outputs").items()]
         for (reference, key), place in zip(holder.references, holder.places):
             self.resolve(holder, reference, key, place, graph)
         return rendered
@@ -3686,7 +3701,10 @@ def _label(document: Any, path: _Path) -> str:
 def _sub_workflow(caller: Workflow, name: str) -> Workflow:
     """The workflow in a file, by a name relative to the caller's own folder; read once however often it is called."""
     path = os.path.join(caller.folder or ".", name)
-    known = caller._loaded.get(os.path.realpath(path))
+    try:
+        known = caller._loaded.get(os.path.realpath(path))
+    except ValueError as error:
+        raise OrchestratorError(f"{path!a}: cannot be read: {error}") from None
     if known is None and len(caller._chain) >= _MAX_WORKFLOW_DEPTH:
         chain = " -> ".join((*caller._chain, os.path.basename(name)))
         raise OrchestratorError(f"workflows call each other more than {_MAX_WORKFLOW_DEPTH} deep: {chain}")
@@ -3716,7 +3734,7 @@ def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:
         return f"must be {'an' if kind[0] in 'aio' else 'a'} {kind}, not {_shown(value)}"
     allowed = declared.get("enum")
     if isinstance(allowed, list) and not any(value == one and type(value) is type(one) for one in allowed):
-        return f"must be one of {_shorten(', '.join(map(_to_json, allowed)), 200)}, not {_shown(value)}"
+        return f"must be one of {_shorten(', '.join(map(_shown, allowed)), 200)}, not {_shown(value)}"
     return None
 
 
@@ -3819,10 +3837,10 @@ class RetryPolicy:
         given: dict[str, Any] = {}
         problems: list[Problem] = []
         for key, value in document.items():
-            name = _RETRY_ALIASES.get(key, key) if isinstance(key, str) else str(key)
+            name = _RETRY_ALIASES.get(key, key) if isinstance(key, str) else _shown(key)
             if name not in _RETRY_KEYS:
                 known = (*_RETRY_KEYS, *_RETRY_ALIASES)
-                problems.append(Problem(f"retry: unknown key {key!r}{_suggestion(name, known)}", (key,)))
+                problems.append(Problem(f"retry: unknown key {_shown(key)}{_suggestion(name, known)}", (key,)))
             elif name in given:
                 problems.append(Problem(f"retry: {key} and {name} are two names of one value", (key,)))
             elif value is not None and (fault := _RETRY_KEYS[name](value)):
