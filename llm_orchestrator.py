@@ -3025,7 +3025,7 @@ class Workflow:
         steps = [step.document if isinstance(step, Step) else step for step in self.steps]
         known = self._compiled[0] if self._compiled else []
         if self._compiled is None or len(known) != len(steps) or any(old is not new for old, new in zip(known, steps)):
-            self._compiled = (steps, _Compiler(self).compile())
+            self._compiled = (steps, _Plan(self))
         return self._compiled[1]
 
     def _located(self, problems: list[Problem]) -> list[Problem]:
@@ -3177,66 +3177,58 @@ class _Graph:
                 yield from graph.walk()
 
 
-class _Plan:
-    """A compiled workflow: its graph, its outputs and the problems that were found on the way."""
-
-    __slots__ = ("graph", "misshapen", "outputs", "problems")
-
-    def __init__(self, graph: _Graph, outputs: list[tuple[str, _Render]], compiler: _Compiler) -> None:
-        self.graph, self.outputs = graph, outputs
-        self.problems, self.misshapen = list(compiler.problems.values()), compiler.misshapen
-
-    def errors(self) -> list[Problem]:
-        return [problem for problem in self.problems if problem.severity == "error"]
-
-
 _STEP_FACTS = ("output", "status", "error")  # what steps.ID has besides its outputs
 _ITEM_NAMES = frozenset(("item", "index", "key"))
 _LOOP_NAMES = frozenset(("iteration", "previous"))
 _MOST_SUGGESTIONS = 50  # for names from long lists; more would take long and help nobody
 
 
-class _Compiler:
-    """Walks one document and compiles it, collecting problems instead of stopping at the first."""
+class _Plan:
+    """A workflow compiled: its graph, its outputs, and every problem that was found on the way."""
 
     def __init__(self, workflow: Workflow) -> None:
-        self.workflow = workflow
-        self.document = workflow._whole()
-        self.defaults: dict[str, Any] = {}
-        self.partials = _Partials(None, True, None)
-        self.problems: dict[tuple[_Path, str], Problem] = {}
-        self.misshapen = False
+        self.workflow, self.document = workflow, workflow._whole()
+        self.found: dict[tuple[_Path, str], Problem] = {}
+        self.misshapen = False  # the document has no meaning, so that loading it fails
         self.graphs: list[_Graph] = []
-
-    def compile(self) -> _Plan:
-        """Compiles all. The garbage collector pauses: what is made here stays, and looking it over takes long."""
-        collects = gc.isenabled()
+        self.partials = _Partials(None, True, None)
+        self.defaults = {kind: keys for kind, keys in self.section("defaults").items() if isinstance(keys, dict)}
+        collects = gc.isenabled()  # the collector pauses: what is made here stays, and looking it over takes long
         gc.disable()
         try:
-            return self.plan()
+            self.compile()
         finally:
             if collects:
                 gc.enable()
 
-    def plan(self) -> _Plan:
+    @property
+    def problems(self) -> list[Problem]:
+        return list(self.found.values())
+
+    def errors(self) -> list[Problem]:
+        return [problem for problem in self.problems if problem.severity == "error"]
+
+    def compile(self) -> None:
         self.check(_WORKFLOW, self.document, ())
         inputs = {name: entry if isinstance(entry, dict) else {} for name, entry in self.section("inputs").items()}
         for name, entry in inputs.items():
             if entry.get("default") is not None and (fault := _input_fault(entry["default"], entry)):
                 self.misshape(("inputs", name, "default"), f"inputs: {name}: the default {fault}")
-        self.defaults = {kind: keys for kind, keys in self.section("defaults").items() if isinstance(keys, dict)}
         self.partials.update((name, text) for name, text in self.section("partials").items() if isinstance(text, str))
         for name, text in list(self.partials.items()):
-            self.guarded(("partials", name), f"partials: {_shown(name)}", Template, text, True, self.partials)
-        graph = _Graph(inputs=inputs if isinstance(self.document.get("inputs"), dict) else None)
-        self.steps(self.document.get("steps"), ("steps",), graph)
+            self.guarded(("partials", name), f"partials: {name}", Template, text, True, self.partials)
+        self.graph = _Graph(inputs=inputs if isinstance(self.document.get("inputs"), dict) else None)
+        self.steps(self.document.get("steps"), ("steps",), self.graph)
         for siblings in self.graphs:
             for node in siblings.nodes:
                 self.connect(node, siblings)
         for siblings in self.graphs:
             self.check_cycles(siblings)
             siblings.link()
-        return _Plan(graph, self.outputs(graph), self)
+        holder = _Node({"id": ""}, ("outputs",), 0)  # the run's own outputs are rendered when every step has ended
+        self.outputs = [(name, self.rendered(holder, name, text)) for name, text in self.section("outputs").items()]
+        for (reference, key), place in zip(holder.references, holder.places):
+            self.resolve(holder, reference, key, place, self.graph)
 
     def section(self, name: str) -> dict[str, Any]:
         """A map of the document, so far as it is one with texts as keys."""
@@ -3250,7 +3242,7 @@ class _Compiler:
     ) -> Problem:
         found = Problem(_label(self.document, path) + message, path, severity=severity)
         found.inside = inside
-        return self.problems.setdefault((path, found.message), found)
+        return self.found.setdefault((path, found.message), found)
 
     def misshape(self, path: _Path, message: str, inside: tuple[str, int] | None = None) -> None:
         """A problem that leaves the document without a meaning, so that loading it fails."""
@@ -3259,7 +3251,7 @@ class _Compiler:
 
     def near(self, name: str, graph: _Graph) -> str:
         """A suggestion for the id of a step, unless many have been made: looking through long lists takes long."""
-        return _suggestion(name, graph.visible()) if len(self.problems) < _MOST_SUGGESTIONS else ""
+        return _suggestion(name, graph.visible()) if len(self.found) < _MOST_SUGGESTIONS else ""
 
     def check(self, shape: _Map, mapping: Any, path: _Path, defaults: Mapping[str, Any] | None = None) -> None:
         for inner, fault in shape.faults(mapping, defaults):
@@ -3326,8 +3318,8 @@ class _Compiler:
             node.for_each = self.rendered(node, "for_each", document["for_each"])
         if isinstance(document.get("condition"), (str, bool)):
             self.condition(node, document)
-        node.output_names = tuple(name for name in _as_list(document.get("output")) if isinstance(name, str))
-        self.check_outputs(node, row)
+        if row.arity or row is _UNKNOWN_TYPE:  # a container's are named by its children
+            self.name_outputs(node, ("output",) if row.arity else (), row.arity or 100)
         if len(document) > 4:  # most steps have none of these
             node.timeout = _seconds(document.get("timeout_seconds"), "s")
             node.continue_on_error = document.get("continue_on_error") is True
@@ -3360,18 +3352,18 @@ class _Compiler:
             node.condition, node.item_condition = condition, not roots.isdisjoint(node.local)
         self.note(node, condition, "condition", place)
 
-    def check_outputs(self, node: _Node, row: _StepType) -> None:
-        names, path = node.output_names, (*node.path, "output")
-        for name in names:
+    def name_outputs(self, node: _Node, names: Sequence[str], most: int) -> None:
+        """The outputs of a step have the names that are given, in order; otherwise these."""
+        given = [name for name in _as_list(node.document.get("output")) if isinstance(name, str)]
+        path = (*node.path, "output")
+        for name in given:
             if not _IDENTIFIER(name):
                 self.misshape(path, f"output {_shown(name)} must be letters, digits, _ or -")
-        if len(names) > 1 and len(set(names)) < len(names):
+        if len(set(given)) < len(given):
             self.misshape(path, "output gives one name twice")
-        if row.arity and len(names) > row.arity:
-            outputs = f"{row.arity} output{'s' * (row.arity > 1)}"
-            self.misshape(path, f"{node.type} has {outputs}, but {len(names)} are named")
-        if not names and row.arity:
-            node.output_names = ("output",)
+        if len(given) > most:
+            self.misshape(path, f"{node.type} has {most} output{'s' * (most > 1)}, but {len(given)} are named")
+        node.output_names = tuple(given or names)
 
     def value(self, node: _Node, key: str, value: Any) -> None:
         """A key of a step: a constant, something to render in each run, or for each item."""
@@ -3457,7 +3449,7 @@ class _Compiler:
 
     def _parallel(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         node.children = self.child_steps(node, document.get("tasks"), (*node.path, "tasks"), graph)
-        self.name_outputs(node, list(node.children.by_id))
+        self.name_outputs(node, list(node.children.by_id), len(node.children.by_id))
 
     def _branch(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         branches, node.branches = document.get("branches"), {}
@@ -3469,19 +3461,20 @@ class _Compiler:
                 self.misshape(path, f"branches: the key {_shown(value)} must be text; quote it")
                 continue
             node.branches[_branch_key(value)] = self.child_steps(node, steps, path, graph)
-        children = (step_id for inner in node.branches.values() for step_id in inner.by_id)
-        self.name_outputs(node, ["branch", *dict.fromkeys(children)])
+        names = ["branch", *dict.fromkeys(step_id for inner in node.branches.values() for step_id in inner.by_id)]
+        self.name_outputs(node, names, len(names))
 
     def _loop(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         node.children = self.child_steps(node, document.get("steps"), (*node.path, "steps"), graph, _LOOP_NAMES)
         if isinstance(document.get("until"), (str, bool)):
             node.until = self.guarded(self.place(node, "until"), "until", Condition, document["until"])
-        self.name_outputs(node, [*node.children.by_id, "iterations"])
+        self.name_outputs(node, [*node.children.by_id, "iterations"], len(node.children.by_id) + 1)
 
     def _workflow(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         target, path = document.get("workflow"), self.place(node, "workflow")
         if _has_tag(target):  # known only when it runs
             node.values.append(("workflow", self.rendered(node, "workflow", target)))
+            self.name_outputs(node, (), 1000)
             return
         here = self.workflow
         try:
@@ -3505,7 +3498,8 @@ class _Compiler:
             return
         self.check_call(node, node.workflow, document.get("inputs") or {})
         outputs, ids = node.workflow.outputs, [step.id for step in node.workflow.steps if isinstance(step, Step)]
-        self.name_outputs(node, list(map(str, outputs if isinstance(outputs, dict) and outputs else ids)))
+        names = [name for name in (outputs if isinstance(outputs, dict) and outputs else ids) if isinstance(name, str)]
+        self.name_outputs(node, names, len(names))
 
     def check_call(self, node: _Node, called: Workflow, given: Any) -> None:
         """The inputs that a step gives to a sub-workflow against those that it declares."""
@@ -3522,14 +3516,6 @@ class _Compiler:
         for name in _required_inputs(declared):
             if given.get(name) is None:
                 self.problem(path, f"inputs: the workflow needs the input {_shown(name)}")
-
-    def name_outputs(self, node: _Node, names: list[str]) -> None:
-        """A container's outputs: the names that are given, in order; otherwise its children's own."""
-        given = node.output_names
-        if len(given) > len(names):
-            shown = f"{len(names)} outputs ({_shorten(', '.join(names), 100)})"
-            self.problem((*node.path, "output"), f"{node.type} has {shown}, but {len(given)} are named")
-        node.output_names = given or tuple(names)
 
     def child_steps(
         self, node: _Node, steps: Any, path: _Path, graph: _Graph, local: frozenset[str] = frozenset()
@@ -3671,14 +3657,6 @@ class _Compiler:
                 self.problem(graph.by_id[cycle[0]].path, f"cycle: {' -> '.join(cycle)}").cycle = cycle
                 del graph.by_id[cycle[0]].dependencies[cycle[1]]
 
-    def outputs(self, graph: _Graph) -> list[tuple[str, _Render]]:
-        """The run's own outputs, rendered when every step has ended."""
-        holder = _Node({"id": ""}, ("outputs",), 0)
-        rendered = [(name, self.rendered(holder, name, value)) for name, value in self.section("outputs").items()]
-        for (reference, key), place in zip(holder.references, holder.places):
-            self.resolve(holder, reference, key, place, graph)
-        return rendered
-
 
 def _branch_key(value: Any) -> str:
     """A branch's name as text: YAML's true, 1 and null are the texts true, 1 and null."""
@@ -3687,15 +3665,15 @@ def _branch_key(value: Any) -> str:
 
 def _label(document: Any, path: _Path) -> str:
     """Where a problem is, in words: "steps[1] 'analyze': "."""
-    parts = []
-    for depth, key in enumerate(path):
-        try:
-            document = document[key]
-        except (KeyError, IndexError, TypeError):
+    label, name = "", ""
+    for key in path:
+        if not isinstance(document, (dict, list)) or (isinstance(document, dict) and key not in document):
             break
-        if isinstance(key, int) and isinstance(document, dict) and "id" in document:
-            parts.append(f"{path[depth - 1]}[{key}] {_shown(document['id'])}: ")
-    return "".join(parts)
+        document, is_item = document[key], isinstance(document, list)
+        if is_item and isinstance(document, dict) and "id" in document:
+            label += f"{name}[{key}] {_shown(document['id'])}: "
+        name = key if isinstance(key, str) else _shown(key)
+    return label
 
 
 def _sub_workflow(caller: Workflow, name: str) -> Workflow:
