@@ -2522,7 +2522,9 @@ def _type_name(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """A short picture of a wrong value for an error message."""
-    is_short = isinstance(value, (str, bool, float)) or (_is_number(value) and abs(value) < 1e60)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    is_short = isinstance(value, (str, float)) or (_is_number(value) and abs(value) < 1e60)
     return _shorten(repr(value), 60) if is_short else _type_name(value)
 
 
@@ -2625,7 +2627,8 @@ class _Map:
         given = {**defaults, **value} if defaults else value
         for key in self.required:
             if given.get(key) is None and key not in meant:
-                yield (), f"{key} is missing"
+                near = _nearest(key, [name for name in value if name not in self.keys]) if self.free else []
+                yield tuple(near), f"unknown key {near[0]!r}, did you mean {key!r}?" if near else f"{key} is missing"
         chosen = [key for key in self.either if given.get(key) is not None]
         if len(chosen) > 1:
             yield (chosen[1],), f"give {' or '.join(chosen)}, not both"
@@ -3226,7 +3229,10 @@ class _Plan:
             self.check_cycles(siblings)
             siblings.link()
         holder = _Node({"id": ""}, ("outputs",), 0)  # the run's own outputs are rendered when every step has ended
-        self.outputs = [(name, self.rendered(holder, name, text)) for name, text in self.section("outputs").items()]
+        self.outputs: list[tuple[str, _Render]] = []
+        for name, text in self.section("outputs").items():
+            render = self.compiled(holder, f"outputs: {name}", text, ("outputs", name))
+            self.outputs.append((name, render or _constant(text)))
         for (reference, key), place in zip(holder.references, holder.places):
             self.resolve(holder, reference, key, place, self.graph)
 
@@ -3487,7 +3493,8 @@ class _Plan:
                 called.folder, called._loaded, called._chain = here.folder, here._loaded, here._chain
                 self.misshapen |= called._plan().misshapen
                 for fault in called._plan().problems:
-                    copy = self.problem((*path, *fault.path), fault.message, fault.severity, fault.inside)
+                    message = fault.message[len(_label(called._whole(), fault.path)) :]
+                    copy = self.problem((*path, *fault.path), message, fault.severity, fault.inside)
                     copy.custom, copy.cycle = fault.custom, fault.cycle
         except ValidationError as error:
             for fault in error.problems:
