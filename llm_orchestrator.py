@@ -3008,7 +3008,7 @@ class Workflow:
     def step(self, step_id: str) -> Step:
         """The top-level step with this id; KeyError if there is none."""
         for step in self.steps:
-            if step.document.get("id") == step_id:
+            if isinstance(step, Step) and step.id == step_id:
                 return step
         raise KeyError(step_id)
 
@@ -7790,87 +7790,103 @@ def _event_text(event: Mapping[str, Any]) -> str:
 # A workflow goes in; Mermaid, Graphviz DOT or a tree in plain text comes out.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_MERMAID_SHAPES = {"action": ("[/", "/]"), "branch": ("{", "}"), "transform": ("([", "])")}
+_MERMAID_SHAPES = {
+    "action": ("[/", "/]"), "approval": ("{{", "}}"), "transform": ("([", "])"), "workflow": ("[[", "]]")
+}  # fmt: skip
 
 
-def _picture_edges(graph: _Graph, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(from, to) full ids, inside containers too."""
-    for node in graph.nodes:
-        for dependency in node.dependencies:
-            yield prefix + dependency, prefix + node.id
-        for inner in node.graphs():
-            yield from _picture_edges(inner, f"{prefix}{node.id}.")
+def _groups(node: _Node) -> list[tuple[str, _Graph]]:
+    """The graphs inside a container, each with its title: the value that a branch is taken for, or nothing."""
+    return [*([("", node.children)] if node.children is not None else ()), *node.branches.items()]
+
+
+def _step_kind(node: _Node) -> str:
+    return node.type + (" for each" if node.for_each else "")
+
+
+def _edges(graph: _Graph) -> Iterator[tuple[_Node, _Node, str]]:
+    """(from, to, condition on one line) inside containers too."""
+    for siblings in (graph, *(inner for node in graph.walk() for inner in node.graphs())):
+        for node in siblings.nodes:
+            for dependency in node.dependencies:
+                condition = _shorten(" ".join(node.condition.source.split()), 60) if node.condition else ""
+                yield siblings.by_id[dependency], node, condition
 
 
 def _graph_mermaid(workflow: Workflow) -> str:
-    """The workflow as a Mermaid flowchart; containers are subgraphs."""
-    lines, names = ["flowchart TD"], {}
+    """The workflow as a Mermaid flowchart; containers are subgraphs, and so are the branches of a branch."""
+    lines = ["flowchart TD"]
+    names: dict[int, str] = {}
 
-    def name(full_id: str) -> str:  # Mermaid takes no dots, and `end` is a word of its own
-        return names.setdefault(full_id, f"s{len(names)}_{re.sub(r'[^A-Za-z0-9]', '_', full_id)}")
+    def text(source: str) -> str:  # as https://mermaid.js.org/syntax/flowchart.html says, by entity codes
+        return re.sub(r"[^\w .,:=+/()\[\]'-]", lambda match: f"#{ord(match[0])};", " ".join(source.split()))
 
-    def draw(graph: _Graph, prefix: str, indent: str) -> None:
+    def draw(graph: _Graph, indent: str) -> None:
         for node in graph.nodes:
-            full_id, inner = prefix + node.id, list(node.graphs())
-            label = f"{node.id}<br/><i>{node.type}{' for each' if node.for_each else ''}</i>"
-            if inner:
-                lines.append(f'{indent}subgraph {name(full_id)}["{label}"]')
-                for child in inner:
-                    draw(child, f"{full_id}.", indent + "    ")
-                lines.append(f"{indent}end")
-            else:
+            name = names[id(node)] = f"s{len(names)}_{re.sub('[^A-Za-z0-9]', '_', node.id)}"
+            label, groups = f"{text(node.id)}<br/><i>{_step_kind(node)}</i>", _groups(node)
+            if not groups:
                 left, right = _MERMAID_SHAPES.get(node.type, ("[", "]"))
-                lines.append(f'{indent}{name(full_id)}{left}"{label}"{right}')
+                lines.append(f'{indent}{name}{left}"{label}"{right}')
+                continue
+            lines.append(f'{indent}subgraph {name}["{label}"]')
+            for number, (title, inner) in enumerate(groups):
+                if title:
+                    lines.append(f'{indent}    subgraph {name}_{number}["{text(title)}"]')
+                draw(inner, indent + "        " if title else indent + "    ")
+                lines.extend([f"{indent}    end"] if title else [])
+            lines.append(f"{indent}end")
 
-    graph = workflow._plan().graph
-    draw(graph, "", "    ")
-    conditional = {prefix for prefix, node in _walk_ids(graph) if node.condition}
-    for start, end in _picture_edges(graph):
-        lines.append(f"    {name(start)} {'-.->' if end in conditional else '-->'} {name(end)}")
+    draw(workflow._plan().graph, "    ")
+    for start, end, condition in _edges(workflow._plan().graph):
+        arrow = f'-.->|"{text(condition)}"|' if condition else "-->"
+        lines.append(f"    {names[id(start)]} {arrow} {names[id(end)]}")
     return "\n".join(lines) + "\n"
 
 
-def _walk_ids(graph: _Graph, prefix: str = "") -> Iterator[tuple[str, _Node]]:
-    for node in graph.nodes:
-        yield prefix + node.id, node
-        for inner in node.graphs():
-            yield from _walk_ids(inner, f"{prefix}{node.id}.")
-
-
 def _graph_dot(workflow: Workflow) -> str:
-    """The workflow in Graphviz' language; containers are clusters."""
-    lines = [f"digraph {_to_json(str(workflow.name))} {{", "    compound=true; node [shape=box, style=rounded];"]
+    """The workflow in Graphviz' language; containers are clusters around themselves and their children."""
+    lines = [f"digraph {_to_json(str(workflow.name))} {{", "    node [shape=box, style=rounded];"]
+    names: dict[int, str] = {}
 
     def draw(graph: _Graph, prefix: str, indent: str) -> None:
         for node in graph.nodes:
-            full_id, inner = prefix + node.id, list(node.graphs())
+            name, groups = prefix + node.id, _groups(node)
+            names[id(node)] = name
+            if groups:
+                lines.append(f"{indent}subgraph {_to_json('cluster ' + name)} {{ label=\"\";")
             shape = ", shape=diamond" if node.type == "branch" else ""
-            lines.append(f"{indent}{_to_json(full_id)} [label={_to_json(f'{node.id}' + chr(10) + node.type)}{shape}];")
-            if inner:
-                lines.append(f"{indent}subgraph {_to_json('cluster_' + full_id)} {{ label={_to_json(node.id)};")
-                for child in inner:
-                    draw(child, f"{full_id}.", indent + "    ")
-                lines.append(f"{indent}}}")
+            lines.append(f"{indent}{_to_json(name)} [label={_to_json(node.id + chr(10) + _step_kind(node))}{shape}];")
+            for title, inner in groups:
+                inner_prefix = f"{name}.{title}." if title else f"{name}."
+                if title:
+                    lines.append(f"{indent}subgraph {_to_json('cluster ' + inner_prefix)} {{ label={_to_json(title)};")
+                draw(inner, inner_prefix, indent + "    ")
+                lines.extend([f"{indent}}}"] if title else [])
+            lines.extend([f"{indent}}}"] if groups else [])
 
-    graph = workflow._plan().graph
-    draw(graph, "", "    ")
-    lines += [f"    {_to_json(start)} -> {_to_json(end)};" for start, end in _picture_edges(graph)]
+    draw(workflow._plan().graph, "", "    ")
+    for start, end, condition in _edges(workflow._plan().graph):
+        style = f" [style=dashed, label={_to_json(condition)}]" if condition else ""
+        lines.append(f"    {_to_json(names[id(start)])} -> {_to_json(names[id(end)])}{style};")
     return "\n".join([*lines, "}"]) + "\n"
 
 
 def _graph_text(workflow: Workflow) -> str:
-    """The workflow as a tree of levels: what runs together stands together."""
-    lines = [str(workflow.name)]
+    """The workflow as a tree in the order of its levels, each step with what it waits for."""
+    lines = [" ".join(str(workflow.name).split())]
 
     def draw(graph: _Graph, indent: str) -> None:
         ordered = [node for level in _levels(graph) for node in level]
         for node in ordered:
             last = node is ordered[-1]
             after = f" <- {', '.join(node.dependencies)}" if node.dependencies else ""
-            marks = f"{' for each' if node.for_each else ''}{' if ' + node.condition.source if node.condition else ''}"
-            lines.append(f"{indent}{'└── ' if last else '├── '}{node.id} ({node.type}{marks}){after}")
-            for inner in node.graphs():
-                draw(inner, indent + ("    " if last else "│   "))
+            condition = f" if {' '.join(node.condition.source.split())}" if node.condition else ""
+            lines.append(f"{indent}{'└── ' if last else '├── '}{node.id} ({_step_kind(node)}{condition}){after}")
+            for title, inner in _groups(node):
+                deeper = indent + ("    " if last else "│   ")
+                lines.extend([f"{deeper}[{' '.join(title.split())}]"] if title else [])
+                draw(inner, deeper)
 
     draw(workflow._plan().graph, "")
     return "\n".join(lines) + "\n"
