@@ -206,8 +206,8 @@ class RunTimeoutError(OrchestratorError):
 class ProviderError(OrchestratorError):
     """A call of a provider or another server failed.
 
-    `provider` is its name, `status` the HTTP status or None, `retryable` whether another attempt may help, `retry_after`
-    the seconds that the server asks to wait, `request_id` the server's name for the call. Messages never hold keys.
+    `provider` is its name, `status` the HTTP status or None, `retryable` whether another attempt may help,
+    `retry_after` the seconds that the server asks to wait, `request_id` its name for the call. Messages hold no keys.
     """
 
     _retryable = False
@@ -2431,6 +2431,11 @@ _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(ms|s|m|h)?\Z").match
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_SECONDS = 1e9  # that a clock, a lock and a socket all take
 _MAX_WORKFLOW_DEPTH = 16
+if TYPE_CHECKING:
+    _Path = tuple[Any, ...]  # of keys and indexes, from the top of the document
+    _Check = Callable[[Any], str | None]
+    _Render = Callable[[Any], Any]
+    Reference = tuple[tuple[str, ...], bool, int]  # segments, whether it is required, position in the source
 
 
 def _seconds(value: Any, bare_unit: str) -> float | None:
@@ -2449,12 +2454,14 @@ def _type_name(value: Any) -> str:
     if isinstance(value, bool):
         return "a boolean"
     named = ((str, "text"), (int, "a number"), (float, "a number"), (Mapping, "a map"), ((list, tuple), "a list"))
-    return "null" if value is None else next((name for kind, name in named if isinstance(value, kind)), "something else")
+    return "null" if value is None else next((name for kind, name in named if isinstance(value, kind)), "an object")
 
 
 def _shown(value: Any) -> str:
     """A short picture of a wrong value for an error message."""
-    is_short = isinstance(value, (str, bool, float)) or (_is_number(value) and abs(value) < 1e60)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    is_short = isinstance(value, (str, float)) or (_is_number(value) and abs(value) < 1e60)
     return _shorten(repr(value), 60) if is_short else _type_name(value)
 
 
@@ -2476,17 +2483,14 @@ def _holds_tag(value: Any) -> bool:
 # Checks: value -> what is wrong with it ("must be ..."), or None. The tables of keys below are made of them.
 
 
-def _must(description: str, accepts: Callable[[Any], bool]) -> Callable[[Any], str | None]:
-    return lambda value: None if accepts(value) else f"must be {description}, not {_shown(value)}"
+def _must(description: str, accepts: Callable[[Any], Any], hint: str = "") -> Callable[[Any], str | None]:
+    return lambda value: None if accepts(value) else f"must be {description}, not {_shown(value)}{hint}"
 
 
 def _must_be_text(description: str, accepts: Callable[[str], Any]) -> Callable[[Any], str | None]:
-    def check(value: Any) -> str | None:
-        if isinstance(value, str) and accepts(value):
-            return None
-        return f"must be {description}, not {_shown(value)}{'; quote it' if isinstance(value, (int, float)) else ''}"
-
-    return check
+    accepts_text = lambda value: isinstance(value, str) and accepts(value)
+    plain, unquoted = _must(description, accepts_text), _must(description, accepts_text, "; quote it")
+    return lambda value: unquoted(value) if isinstance(value, (int, float)) else plain(value)
 
 
 def _is_integer(value: Any) -> bool:
@@ -2510,44 +2514,89 @@ def _one_of(*names: str) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
         if isinstance(value, str) and value in names:
             return None
-        return f"must be one of {', '.join(names)}, not {_shown(value)}" + _suggestion(value, names)
+        near = _suggestion(value, names) if isinstance(value, str) else ""
+        return f"must be one of {', '.join(names)}, not {_shown(value)}{near}"
 
     return check
 
 
 def _texts(value: Any) -> str | None:
-    wrong = [name for name in _as_list(value) if not isinstance(name, str)]
+    wrong = [text for text in _as_list(value) if not isinstance(text, str)]
     return f"must be text or a list of texts; an item {_text(wrong[0])}" if wrong else None
-
-
-def _steps(value: Any) -> str | None:
-    return None if isinstance(value, list) and value else f"must be a list of steps, not {_shown(value) if value else 'empty'}"
 
 
 def _is_vector(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_number, value))
 
 
-def _messages(value: Any) -> str | None:
-    roles = ("system", "developer", "user", "assistant", "tool")
-    if not isinstance(value, list) or not value:
-        return f"must be a list of {{role, content}}, not {_shown(value) if value else 'empty'}"
-    for index, message in enumerate(value):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
-        if role not in roles and not _has_tag(role):
-            return f"must be a list of {{role, content}}; the role of item {index} {_one_of(*roles)(role)}"
-        if not isinstance(content, (str, list)) and not message.get("tool_calls"):
-            return f"must be a list of {{role, content}}; the content of item {index} {_text(content)}"
-    return None
+class _Map:
+    """The check of a map: the keys that it may have, what each must be, and which it needs."""
+
+    __slots__ = ("either", "every", "free", "keys", "required", "templates")
+
+    def __init__(
+        self, keys: Mapping[str, _Check], required: tuple[str, ...] = (), *, every: _Check | None = None,
+        either: tuple[str, ...] = (), free: bool = False, templates: Container[str] = (),
+    ) -> None:  # fmt: skip
+        self.keys, self.required, self.every = keys, required, every  # `every`: the check of all other keys
+        self.either = either  # exactly one of these is needed
+        self.free, self.templates = free, templates  # other keys are free; these may be templates, checked in the run
+
+    def __call__(self, value: Any) -> str | None:
+        return next((fault for _, fault in self.faults(value)), None)
+
+    def faults(self, value: Any, defaults: Mapping[str, Any] | None = None) -> Iterator[tuple[_Path, str]]:
+        """(path, message) of everything that is wrong; a key that an unknown one is meant to be is not missing."""
+        if not isinstance(value, Mapping):
+            yield (), f"must be a map, not {_shown(value)}"
+            return
+        meant: list[str] = []
+        for key, item in value.items():
+            check = self.keys.get(key, self.every)
+            if not isinstance(key, str):
+                yield (key,), f"the key {_shown(key)} must be text; quote it"
+            elif check is None:
+                if not self.free:
+                    meant += _nearest(key, self.keys)
+                    yield (key,), f"unknown key {_shown(key)}{_suggestion(key, self.keys)}"
+            elif item is not None and not (key in self.templates and _has_tag(item)):
+                yield from _faults(check, item, key, key)
+        given = {**defaults, **value} if defaults else value
+        for key in self.required:
+            if given.get(key) is None and key not in meant:
+                near = _nearest(key, [name for name in value if name not in self.keys]) if self.free else []
+                yield tuple(near), f"unknown key {near[0]!r}, did you mean {key!r}?" if near else f"{key} is missing"
+        chosen = [key for key in self.either if given.get(key) is not None]
+        if len(chosen) > 1:
+            yield (chosen[1],), f"give {' or '.join(chosen)}, not both"
+        elif self.either and not chosen and not set(meant).intersection(self.either):
+            yield (), f"{self.either[0]} is missing (or {self.either[1]})"
 
 
-def _fallbacks(value: Any) -> str | None:
-    for entry in value if isinstance(value, list) else [value]:
-        if not isinstance(entry, Mapping) or not {"provider"} <= set(entry) <= {"provider", "model"}:
-            return "must be a list of {provider, model}"
-        if not all(isinstance(name, str) for name in entry.values()):
-            return "must be a list of {provider, model}, both text"
-    return None
+class _List:
+    """The check of a list that is not empty, and of its items."""
+
+    def __init__(self, items: _Check, description: str) -> None:
+        self.items, self.description = items, description
+
+    def __call__(self, value: Any) -> str | None:
+        return next((fault for _, fault in self.faults(value)), None)
+
+    def faults(self, value: Any) -> Iterator[tuple[_Path, str]]:
+        if not isinstance(value, list) or not value:
+            yield (), f"must be {self.description}, not {'empty' if value == [] else _shown(value)}"
+            return
+        for index, item in enumerate(value):
+            yield from _faults(self.items, item, index, f"item {index}")
+
+
+def _faults(check: _Check, value: Any, key: Any, name: str) -> Iterator[tuple[_Path, str]]:
+    """What a check finds wrong with the value of a key, under the path and the name of that key."""
+    if isinstance(check, (_Map, _List)):
+        for path, inner in check.faults(value):
+            yield (key, *path), f"{name}{' ' if inner.startswith('must ') else ': '}{inner}"
+    elif fault := check(value):
+        yield (key,), f"{name} {fault}"
 
 
 _text = _must_be_text("text", lambda value: True)
@@ -2556,44 +2605,56 @@ _name = _must_be_text("a name", str.strip)
 _boolean = _must("true or false", lambda value: isinstance(value, bool))
 _mapping = _must("a map", lambda value: isinstance(value, Mapping))
 _anything = _must("a value", lambda value: True)
-_condition = _must("a condition", lambda value: isinstance(value, (str, bool, int)))
-_timeout = _must("a number of seconds above 0", lambda value: bool(_seconds(value, "s")))
+_steps = _List(_anything, "a list of steps")
+_condition = _must("a condition", lambda value: isinstance(value, (str, bool)))
+_timeout = _must("a number of seconds above 0", lambda value: _seconds(value, "s"))
 _vector_or_text = _must("text or a list of numbers", lambda value: isinstance(value, str) or _is_vector(value))
+_message = _Map(
+    {
+        "role": _one_of("system", "developer", "user", "assistant", "tool"),
+        "content": _must("text or a list of parts", lambda value: isinstance(value, (str, list))),
+    },
+    ("role", "content"), free=True, templates=("role",),
+)  # fmt: skip
 
-_COMMON_KEYS: dict[str, Callable[[Any], str | None]] = {
-    "id": _must_be_text("letters, digits, _ or -", _IDENTIFIER), "type": _name, "description": _text,
-    "depends_on": _texts, "condition": _condition, "output": _texts, "timeout_seconds": _timeout, "retry": _mapping,
-    "continue_on_error": _boolean,
+_COMMON_KEYS: dict[str, _Check] = {
+    "id": _must_be_text("letters, digits, _ or -", _IDENTIFIER), "type": lambda value: _one_of(*_STEP_TYPES)(value),
+    "description": _text, "depends_on": _texts, "condition": _condition, "output": _texts, "timeout_seconds": _timeout,
+    "retry": _mapping, "continue_on_error": _boolean,
     "trigger_rule": _one_of("none_failed_min_one_success", "all_success", "one_success", "all_done", "one_failed"),
-    "for_each": _must("a list, a map or a template", lambda value: isinstance(value, (list, Mapping)) or _has_tag(value)),
+    "for_each": _must("a list, a map or a template", lambda v: isinstance(v, (list, Mapping)) or _has_tag(v)),
     "max_concurrency": _integer(1, 100_000),
 }  # fmt: skip
+_NO_DEFAULT = ("id", "type", "depends_on", "output")
 
 
 class _StepType:
     """One row of the table of step types: its own keys, which of them it needs, and how its outputs are named."""
 
-    __slots__ = ("arity", "checks", "container", "either", "free", "keys", "literal", "required", "templates")
+    __slots__ = ("arity", "container", "default_shape", "free", "keys", "literal", "shape")
 
     def __init__(
         self,
-        keys: dict[str, Callable[[Any], str | None]],
+        keys: dict[str, _Check],
         required: tuple[str, ...] = (),
         arity: int = 1,  # how many outputs it has; 0: any number, named by its children or its callee
         free: bool = False,  # other keys are parameters
         container: bool = False,  # holds no slot: it runs child steps, or waits for somebody
         literal: tuple[str, ...] = (),  # keys that are not templates
-        either: tuple[str, ...] = (),  # exactly one of these is needed
+        either: tuple[str, ...] = (),
     ) -> None:
-        self.keys, self.required, self.arity, self.free, self.container = keys, required, arity, free, container
-        self.literal, self.either = frozenset(literal), either
-        self.templates = frozenset(keys) - self.literal
-        self.checks = {**_COMMON_KEYS, **keys}
+        self.keys, self.arity, self.free, self.container = keys, arity, free, container
+        self.literal = frozenset(literal)
+        checks, templates = {**_COMMON_KEYS, **keys}, frozenset(keys) - self.literal
+        self.shape = _Map(checks, ("id", "type", *required), either=either, free=free, templates=templates)
+        defaults = {key: check for key, check in checks.items() if key not in _NO_DEFAULT}
+        self.default_shape = _Map(defaults, free=free, templates=templates)
 
 
-_SAMPLING_KEYS: dict[str, Callable[[Any], str | None]] = {
-    "temperature": _number(0, 2), "max_tokens": _integer(1), "top_p": _number(0, 1), "top_k": _integer(0), "stop": _texts,
-    "seed": _integer(-(2**63), 2**63), "frequency_penalty": _number(-2, 2), "presence_penalty": _number(-2, 2),
+_SAMPLING_KEYS: dict[str, _Check] = {
+    "temperature": _number(0, 2), "max_tokens": _integer(1), "top_p": _number(0, 1), "top_k": _integer(0),
+    "stop": _texts, "seed": _integer(-(2**63), 2**63), "frequency_penalty": _number(-2, 2),
+    "presence_penalty": _number(-2, 2),
 }  # fmt: skip
 _EMBED_KEYS = {
     "provider": _name, "model": _text, "dimensions": _integer(1, 100_000), "input_type": _text,
@@ -2604,11 +2665,12 @@ _VECTOR_KEYS = {"database": _name, "index": _text, "namespace": _text, "embed": 
 _STEP_TYPES: dict[str, _StepType] = {
     "llm": _StepType(
         {
-            "provider": _name, "model": _text, "prompt": _text, "messages": _messages, "system": _text,
-            **_SAMPLING_KEYS,
+            "provider": _name, "model": _text, "prompt": _text, "system": _text,
+            "messages": _List(_message, "a list of {role, content}"), **_SAMPLING_KEYS,
             "stream": _boolean, "schema": _must("a JSON Schema or a file", lambda v: isinstance(v, (Mapping, str))),
             "schema_retries": _integer(0, 20), "tools": _texts, "max_tool_rounds": _integer(1, 100),
-            "fallback": _fallbacks, "params": _mapping, "cache": _boolean,
+            "fallback": _List(_Map({"provider": _name, "model": _text}, ("provider",)), "a list of {provider, model}"),
+            "params": _mapping, "cache": _boolean,
         },
         required=("provider", "model"), either=("prompt", "messages"), arity=4,
         literal=("provider", "schema", "tools", "fallback"),
@@ -2632,7 +2694,7 @@ _STEP_TYPES: dict[str, _StepType] = {
         required=("database", "index"), literal=("database", "embed"),
     ),
     "transform": _StepType(
-        {"function": _name, "inputs": _must("a list of names, or a map", lambda v: isinstance(v, (list, str, Mapping)))},
+        {"function": _name, "inputs": _must("a list of names or a map", lambda v: isinstance(v, (list, str, Mapping)))},
         required=("function",), free=True, literal=("function", "inputs"),
     ),
     "action": _StepType({"action": _name}, required=("action",), free=True, literal=("action",)),
@@ -2670,23 +2732,26 @@ _INPUT_TYPE_ALIASES = {
     "str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean",
     "list": "array", "dict": "object", "map": "object",
 }  # fmt: skip
-_INPUT_KEYS = {
+_INPUT = _Map({
     "type": _one_of(*_INPUT_TYPES, *_INPUT_TYPE_ALIASES), "required": _boolean, "default": _anything,
-    "enum": _must("a list", lambda value: isinstance(value, list) and bool(value)), "description": _text,
-}  # fmt: skip
-_PROVIDER_KEYS = {
-    "type": _name, "base_url": _text, "api_key_env": _name, "headers": _mapping, "timeout_seconds": _timeout,
-    "rate_limit": _mapping, "circuit_breaker": _mapping, "proxy": _text, "options": _mapping,
-}  # fmt: skip
-_WORKFLOW_KEYS: dict[str, Callable[[Any], str | None]] = {
+    "enum": _List(_anything, "a list of values"), "description": _text,
+})  # fmt: skip
+_PROVIDER = _Map({
+    "type": lambda value: _one_of(*PROVIDERS)(value), "base_url": _text, "api_key_env": _name, "headers": _mapping,
+    "timeout_seconds": _timeout, "rate_limit": _mapping, "circuit_breaker": _mapping, "proxy": _text,
+    "options": _mapping,
+})  # fmt: skip
+_WORKFLOW_KEYS: dict[str, _Check] = {
     "name": _name, "version": _must("text or a number", lambda value: isinstance(value, str) or _is_number(value)),
-    "description": _text, "inputs": _mapping, "providers": _mapping, "defaults": _mapping, "steps": _steps,
-    "outputs": _mapping, "partials": _mapping, "max_concurrency": _integer(1, 100_000), "timeout_seconds": _timeout,
-    "fail_fast": _boolean, "budget": _mapping, "pricing": _mapping, "metadata": _mapping,
+    "description": _text, "inputs": _Map({}, every=_INPUT), "providers": _Map({}, every=_PROVIDER),
+    "defaults": _Map({kind: row.default_shape for kind, row in _STEP_TYPES.items()}), "steps": _steps,
+    "outputs": _Map({}, every=_anything), "partials": _Map({}, every=_text), "max_concurrency": _integer(1, 100_000),
+    "timeout_seconds": _timeout, "fail_fast": _boolean, "metadata": _mapping,
+    "budget": _Map({"max_tokens": _integer(1), "max_calls": _integer(0), "max_cost": _number(0, 1e12)}),
+    "pricing": _Map({}, every=_Map({"input": _number(0, 1e9), "output": _number(0, 1e9)})),
     "id": _anything,  # the original writes one when it serialises a workflow; it has no meaning here
 }  # fmt: skip
-_BUDGET_KEYS = {"max_tokens": _integer(1), "max_calls": _integer(0), "max_cost": _number(0, 1e12)}
-_PRICING_KEYS = {"input": _number(0, 1e9), "output": _number(0, 1e9)}
+_WORKFLOW = _Map(_WORKFLOW_KEYS, ("name", "steps"))
 
 
 class Step:
@@ -2767,15 +2832,17 @@ class Workflow:
     there too, but reported by `validate()`, by WorkflowDAG and by WorkflowExecutor.
     """
 
+    source = "workflow"  # shown before the problems; a file's name if there is one
+    folder: str | None = None  # where relative paths (sub-workflows, schemas) start
+    _source_text = ""
+    _compiled: tuple[list[Any], _Plan] | None = None
     _chain: tuple[str, ...] = ()  # the files of the workflows that call it, outermost first, and its own
 
     def __init__(self, name: str, steps: Iterable[Step | Mapping[str, Any]] = (), **keys: Any) -> None:
         self._document: dict[str, Any] = _plain({"name": name, **keys})
+        if not hasattr(steps, "__iter__"):
+            raise ValidationError(f"steps must be a list of steps, not {_shown(steps)}")
         self.steps = [step if isinstance(step, Step) else Step.from_dict(step) for step in steps]
-        self.source = "workflow"  # shown before the problems; a file's name if there is one
-        self.folder: str | None = None  # where relative paths (sub-workflows, schemas) start
-        self._source_text = ""
-        self._compiled: tuple[list[Any], _Plan] | None = None
         self._loaded: dict[str, Workflow] = {}  # sub-workflows by real path, shared by all that call each other
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -2796,22 +2863,22 @@ class Workflow:
 
         Raises ParseError, ValidationError, or OrchestratorError for a file that cannot be read.
         """
-        return cls._from_path(os.fspath(path), {})
+        return cls._from_path(str(path), {})
 
     @classmethod
     def from_yaml(cls, text: str | bytes) -> Workflow:
         """The workflow in a YAML text (so also in a JSON text)."""
-        return cls._from_text(text, load_yaml, "workflow", None, {})
+        return cls._from_text(text, load_yaml)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Workflow:
         """The workflow in a JSON text."""
-        return cls._from_text(text, _load_json, "workflow", None, {})
+        return cls._from_text(text, _load_json)
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Workflow:
         """The workflow in a mapping, shaped as the document is."""
-        return cls._from_document(_plain(document), "workflow", None, "", {})._shaped()
+        return cls._from_document(_plain(document), "workflow")._shaped()
 
     @classmethod
     def _from_path(cls, path: str, loaded: dict[str, Workflow], chain: tuple[str, ...] = ()) -> Workflow:
@@ -2820,40 +2887,38 @@ class Workflow:
 
     @classmethod
     def _from_text(
-        cls, text: str | bytes, load: Callable[[Any], Any], source: str, folder: str | None, loaded: dict[str, Workflow],
-        chain: tuple[str, ...] = (),
+        cls, text: str | bytes, load: Callable[[Any], Any], source: str = "workflow", folder: str | None = None,
+        loaded: dict[str, Workflow] | None = None, chain: tuple[str, ...] = (),
     ) -> Workflow:  # fmt: skip
         try:
-            document = load(text)
+            workflow = cls._from_document(load(text), source)
         except ParseError as error:
             error.source = source
             raise
-        workflow = cls._from_document(document, source, folder, _decoded(text), loaded)
+        workflow.folder, workflow._source_text = folder, _decoded(text)
         workflow._chain = (*chain, os.path.basename(source))
-        if folder is not None:
+        if folder is not None and loaded is not None:
+            workflow._loaded = loaded
             loaded[os.path.realpath(source)] = workflow  # before it is compiled: it may call itself
         return workflow._shaped()
 
     @classmethod
-    def _from_document(
-        cls, document: Any, source: str, folder: str | None, text: str, loaded: dict[str, Workflow]
-    ) -> Workflow:
+    def _from_document(cls, document: Any, source: str) -> Workflow:
+        """The workflow in a mapping, not yet compiled; nothing is copied."""
         if not isinstance(document, dict):
             message = f"a workflow must be a map with a name and steps, not {_type_name(document)}"
             raise ValidationError([Problem(message, (), 1, 1, source)])
         workflow = cls("")
-        workflow._document = document
+        workflow.source, workflow._document = source, document
         if isinstance(document.get("steps"), list) and document["steps"]:
             workflow._document = {key: value for key, value in document.items() if key != "steps"}
             workflow.steps = [Step._of(step) if isinstance(step, dict) else step for step in document["steps"]]
-        workflow.source, workflow.folder, workflow._source_text, workflow._loaded = source, folder, text, loaded
         return workflow
 
     def _shaped(self) -> Workflow:
         """This workflow, compiled; ValidationError if it is misshapen."""
-        plan = self._plan()
-        if plan.misshapen:
-            raise ValidationError(self._located(plan.errors()))
+        if self._plan().misshapen:
+            raise ValidationError(self._located(self._plan().errors()))
         return self
 
     def _whole(self) -> dict[str, Any]:
@@ -2867,11 +2932,11 @@ class Workflow:
         return document
 
     def to_yaml(self) -> str:
-        """The document as YAML; `from_yaml` reads the same workflow from it. OrchestratorError if it is not JSON-like."""
+        """The document as YAML, from which `from_yaml` reads it. OrchestratorError if a value is not JSON-like."""
         return _dump_yaml(self.to_dict())
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The document as JSON; `from_json` reads the same workflow from it. OrchestratorError if it is not JSON-like."""
+        """The document as JSON, from which `from_json` reads it. OrchestratorError if a value is not JSON-like."""
         try:
             return _to_json(self.to_dict(), indent=indent)
         except (TypeError, ValueError) as error:
@@ -2880,7 +2945,7 @@ class Workflow:
     def step(self, step_id: str) -> Step:
         """The top-level step with this id; KeyError if there is none."""
         for step in self.steps:
-            if step.document.get("id") == step_id:
+            if isinstance(step, Step) and step.id == step_id:
                 return step
         raise KeyError(step_id)
 
@@ -2900,11 +2965,11 @@ class Workflow:
         steps = [step.document if isinstance(step, Step) else step for step in self.steps]
         known = self._compiled[0] if self._compiled else []
         if self._compiled is None or len(known) != len(steps) or any(old is not new for old, new in zip(known, steps)):
-            self._compiled = (steps, _Compiler(self).compile())
+            self._compiled = (steps, _Plan(self))
         return self._compiled[1]
 
     def _located(self, problems: list[Problem]) -> list[Problem]:
-        """The problems in document order, with lines and columns if there is a text, which is read again for its places."""
+        """The problems in document order, with lines and columns if there is a text, which is read for them again."""
         if not problems:
             return problems
         text = self._source_text
@@ -2917,7 +2982,7 @@ class Workflow:
             rank = places.get(path, (1, 1) if text else (-1, 0))
             if text:
                 if problem.inside and path == problem.path:
-                    rank = _exact_place(lines, *rank, *problem.inside)
+                    rank = _exact_place(lines, rank, *problem.inside)
                 problem.line, problem.column = rank
             ranks.append(rank)
         return [problems[i] for i in sorted(range(len(problems)), key=ranks.__getitem__)]
@@ -2934,15 +2999,16 @@ def _paths(value: Any, path: _Path) -> Iterator[_Path]:
             yield from _paths(item, (*path, key))
 
 
-def _exact_place(lines: list[str], line: int, column: int, template: str, position: int) -> tuple[int, int]:
+def _exact_place(lines: list[str], place: tuple[int, int], template: str, position: int) -> tuple[int, int]:
     """The place of a position within a template whose key is at a line and column: there, or in the block below it."""
+    line, column = place
     row, start = template.count("\n", 0, position), template.rfind("\n", 0, position) + 1
     wanted = template[start:].split("\n", 1)[0]
     for index, first in ((line - 1 + row, 0 if row else column - 1), (line + row, 0)):
         found = lines[index].find(wanted, first) if wanted.strip() and index < len(lines) else -1
         if found >= 0:
             return index + 1, found + 1 + position - start
-    return line, column
+    return place
 
 
 def _read_file(path: str | os.PathLike[str]) -> bytes:
@@ -2962,9 +3028,9 @@ class _Node:
     condition: Condition | None = None
     item_condition = False  # the condition looks at the item, so it is asked once per item
     until: Condition | None = None
-    for_each: Callable[[Any], Any] | None = None
-    inputs: list[tuple[str, Callable[[Any], Any]]] = []  # a transform's inputs by name  # noqa: RUF012
-    item_values: list[tuple[str, Callable[[Any], Any]]] = []  # what it renders for each item itself  # noqa: RUF012
+    for_each: _Render | None = None
+    inputs: list[tuple[str, _Render]] = []  # a transform's inputs by name  # noqa: RUF012
+    item_values: list[tuple[str, _Render]] = []  # what it renders for each item itself  # noqa: RUF012
     inline = False  # a built-in transform: it never waits
     local: frozenset[str] = frozenset()  # names that only its own templates see: the item of for_each
     defaulted: frozenset[str] = frozenset()  # keys that come from the workflow's `defaults`
@@ -2977,12 +3043,14 @@ class _Node:
     continue_on_error = False
     limit: int | None = None
     output_names: tuple[str, ...] = ()
+    known: dict[str, _Node | None] | None = None
 
     def __init__(self, document: Mapping[str, Any], path: _Path, position: int) -> None:
         self.document, self.path, self.position = document, path, position
-        self.id, self.type = (name if isinstance(name, str) else _shown(name) for name in map(document.get, ("id", "type")))
+        names = map(document.get, ("id", "type"))
+        self.id, self.type = (name if isinstance(name, str) else _shown(name) for name in names)
         self.constants: dict[str, Any] = {}  # keys whose value never changes
-        self.values: list[tuple[str, Callable[[Any], Any]]] = []  # keys that are rendered for each run
+        self.values: list[tuple[str, _Render]] = []  # keys that are rendered for each run
         self.references: list[tuple[Reference, str]] = []  # what its templates read, with the key they stand in
         self.places: list[tuple[_Path, str]] = []  # for each reference: the path and source of the text it stands in
         self.dependencies: dict[str, None] = {}  # ids of siblings, in order
@@ -2993,18 +3061,15 @@ class _Node:
         """The graphs of its children, if it is a container."""
         return [*([self.children] if self.children is not None else ()), *self.branches.values()]
 
-    def child(self, step_id: str) -> _Node | None:
-        """A step inside this one."""
-        graphs = self.graphs()
-        if self.workflow is not None and self.workflow._compiled is not None:  # None yet if it is calling itself
-            graphs.append(self.workflow._compiled[1].graph)
-        return next((graph.by_id[step_id] for graph in graphs if step_id in graph.by_id), None)
-
-    def names(self) -> list[str]:
-        """What may follow `steps.ID.`, as far as it is known before a run."""
-        children = [child.id for graph in self.graphs() for child in graph.nodes]
-        called = [str(step.id) for step in self.workflow.steps if isinstance(step, Step)] if self.workflow else []
-        return list(dict.fromkeys((*self.output_names, *children, *called)))
+    def names(self) -> dict[str, _Node | None]:
+        """What may follow `steps.ID.`, so far as it is known before a run: outputs, and steps inside this one."""
+        if self.known is None:
+            graphs = self.graphs()
+            if self.workflow is not None and self.workflow._compiled is not None:
+                graphs.append(self.workflow._compiled[1].graph)
+            self.known = dict.fromkeys(self.output_names)
+            self.known.update((step_id, node) for graph in graphs for step_id, node in graph.by_id.items())
+        return self.known
 
 
 class _Graph:
@@ -3052,149 +3117,91 @@ class _Graph:
                 yield from graph.walk()
 
 
+_STEP_FACTS = ("output", "status", "error")  # what steps.ID has besides its outputs
+_ITEM_NAMES = frozenset(("item", "index", "key"))
+_LOOP_NAMES = frozenset(("iteration", "previous"))
+_MOST_SUGGESTIONS = 50  # for names from long lists; more would take long and help nobody
+
+
 class _Plan:
-    """A compiled workflow: its graph, its outputs and the problems that were found on the way."""
+    """A workflow compiled: its graph, its outputs, and every problem that was found on the way."""
 
-    __slots__ = ("graph", "misshapen", "outputs", "problems")
+    def __init__(self, workflow: Workflow) -> None:
+        self.workflow, self.document = workflow, workflow._whole()
+        self.found: dict[tuple[_Path, str], Problem] = {}
+        self.misshapen = False  # the document has no meaning, so that loading it fails
+        self.graphs: list[_Graph] = []
+        self.partials = _Partials(None, True, None)
+        self.defaults = {kind: keys for kind, keys in self.section("defaults").items() if isinstance(keys, dict)}
+        self.compile()
 
-    def __init__(self, graph: _Graph, outputs: list[tuple[str, Callable[[Any], Any]]], compiler: _Compiler) -> None:
-        self.graph, self.outputs = graph, outputs
-        self.problems, self.misshapen = list(compiler.problems.values()), compiler.misshapen
+    @property
+    def problems(self) -> list[Problem]:
+        return list(self.found.values())
 
     def errors(self) -> list[Problem]:
         return [problem for problem in self.problems if problem.severity == "error"]
 
-
-_STEP_FACTS = ("output", "status", "error")  # what steps.ID has besides its outputs
-_ITEM_NAMES = frozenset(("item", "index", "key"))
-_LOOP_NAMES = frozenset(("iteration", "previous"))
-_NO_DEFAULT = ("id", "type", "depends_on", "output")
-_MOST_SUGGESTIONS = 50  # for names from long lists; more would take long and help nobody
-_Path = tuple  # of keys and indexes, from the top of the document
-
-
-class _Compiler:
-    """Walks one document and compiles it, collecting problems instead of stopping at the first."""
-
-    def __init__(self, workflow: Workflow) -> None:
-        self.workflow = workflow
-        self.document = workflow._whole()
-        self.defaults: dict[str, Any] = {}
-        self.partials = _Partials(None, True, None)
-        self.problems: dict[tuple[_Path, str], Problem] = {}
-        self.misshapen = False
-        self.graphs: list[_Graph] = []
-
-    def compile(self) -> _Plan:
-        document = self.document
-        self.check_keys(document, _WORKFLOW_KEYS, (), required=("name", "steps"))
-        inputs = self.check_named("inputs", _INPUT_KEYS)
+    def compile(self) -> None:
+        self.check(_WORKFLOW, self.document, ())
+        inputs = {name: entry if isinstance(entry, dict) else {} for name, entry in self.section("inputs").items()}
         for name, entry in inputs.items():
             if entry.get("default") is not None and (fault := _input_fault(entry["default"], entry)):
-                self.misshape(("inputs", name, "default"), f"inputs.{name}: the default {fault}")
-        for name, entry in self.check_named("providers", _PROVIDER_KEYS).items():
-            if isinstance(kind := entry.get("type"), str) and kind not in PROVIDERS:
-                self.misshape(("providers", name, "type"), f"providers.{name}: unknown type {kind!r}{_known(kind, PROVIDERS)}")
-        self.check_named("pricing", _PRICING_KEYS)
-        if isinstance(document.get("budget"), dict):
-            self.check_keys(document["budget"], _BUDGET_KEYS, ("budget",))
-        self.check_defaults()
-        self.check_partials()
-        graph = _Graph(inputs=inputs if isinstance(document.get("inputs"), dict) else None)
-        self.steps(document.get("steps"), ("steps",), graph)
+                self.misshape(("inputs", name, "default"), f"inputs: {name}: the default {fault}")
+        self.partials.update((name, text) for name, text in self.section("partials").items() if isinstance(text, str))
+        for name, text in list(self.partials.items()):
+            self.guarded(("partials", name), f"partials: {name}", Template, text, True, self.partials)
+        self.graph = _Graph(inputs=inputs if isinstance(self.document.get("inputs"), dict) else None)
+        self.steps(self.document.get("steps"), ("steps",), self.graph)
         for siblings in self.graphs:
             for node in siblings.nodes:
                 self.connect(node, siblings)
         for siblings in self.graphs:
             self.check_cycles(siblings)
             siblings.link()
-        return _Plan(graph, self.outputs(graph), self)
+        holder = _Node({"id": ""}, ("outputs",), 0)  # the run's own outputs are rendered when every step has ended
+        self.outputs: list[tuple[str, _Render]] = []
+        for name, text in self.section("outputs").items():
+            render = self.compiled(holder, f"outputs: {name}", text, ("outputs", name))
+            self.outputs.append((name, render or _constant(text)))
+        for (reference, key), place in zip(holder.references, holder.places):
+            self.resolve(holder, reference, key, place, self.graph)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A map of the document, so far as it is one with texts as keys."""
+        entries = self.document.get(name)
+        return {key: entries[key] for key in entries if isinstance(key, str)} if isinstance(entries, dict) else {}
 
     # problems and shapes
 
-    def problem(self, path: _Path, message: str, severity: str = "error", inside: tuple[str, int] | None = None) -> Problem:
+    def problem(
+        self, path: _Path, message: str, severity: str = "error", inside: tuple[str, int] | None = None
+    ) -> Problem:
         found = Problem(_label(self.document, path) + message, path, severity=severity)
         found.inside = inside
-        return self.problems.setdefault((path, found.message), found)
+        return self.found.setdefault((path, found.message), found)
 
     def misshape(self, path: _Path, message: str, inside: tuple[str, int] | None = None) -> None:
         """A problem that leaves the document without a meaning, so that loading it fails."""
         self.misshapen = True
         self.problem(path, message, inside=inside)
 
-    def near(self, name: str, known: Container[str]) -> str:
-        """A suggestion, unless many have been made: looking through long lists takes long."""
-        return _suggestion(name, known) if len(self.problems) < _MOST_SUGGESTIONS else ""
+    def near(self, name: str, graph: _Graph) -> str:
+        """A suggestion for the id of a step, unless many have been made: looking through long lists takes long."""
+        return _suggestion(name, graph.visible()) if len(self.found) < _MOST_SUGGESTIONS else ""
 
-    def check_keys(
-        self, mapping: Mapping[Any, Any], checks: Mapping[str, Callable[[Any], str | None]], path: _Path,
-        required: Iterable[str] = (), templates: Container[str] = (), free: bool = False,
-    ) -> set[str]:  # fmt: skip
-        """Unknown keys, missing keys and wrong values; what `templates` names may be a template, checked in the run.
+    def check(self, shape: _Map, mapping: Any, path: _Path, defaults: Mapping[str, Any] | None = None) -> None:
+        for inner, fault in shape.faults(mapping, defaults):
+            self.misshape((*path, *inner), fault)
 
-        Returns the keys that are probably meant by unknown ones; these do not count as missing.
-        """
-        meant = set()
-        for key, value in mapping.items():
-            if not isinstance(key, str):
-                self.misshape((*path, key), f"the key {_shown(key)} must be text; quote it")
-            elif key in checks:
-                fault = None if value is None or (key in templates and _has_tag(value)) else checks[key](value)
-                if fault:
-                    self.misshape((*path, key), f"{key} {fault}")
-            elif not free:
-                meant.update(_nearest(key, checks))
-                self.misshape((*path, key), f"unknown key {_shown(key)}{_suggestion(key, checks)}")
-        for key in required:
-            if mapping.get(key) is None and key not in meant:
-                self.misshape(path, f"{key} is missing")
-        return meant
-
-    def check_named(self, section: str, checks: Mapping[str, Callable[[Any], str | None]]) -> dict[str, Any]:
-        """A section that maps names to maps of the same keys; null stands for an empty map."""
-        entries = self.document.get(section)
-        checked: dict[str, Any] = {}
-        for name, entry in entries.items() if isinstance(entries, dict) else ():
-            if not isinstance(name, str):
-                self.misshape((section, name), f"{section}: the name {_shown(name)} must be text; quote it")
-            elif isinstance(entry, dict):
-                self.check_keys(entry, checks, (section, name))
-            elif entry is not None:
-                self.misshape((section, name), f"{section}.{name} must be a map, not {_shown(entry)}")
-            checked[str(_shown(name) if not isinstance(name, str) else name)] = entry if isinstance(entry, dict) else {}
-        return checked
-
-    def check_defaults(self) -> None:
-        defaults = self.document.get("defaults")
-        for kind, values in defaults.items() if isinstance(defaults, dict) else ():
-            row, path = _STEP_TYPES.get(kind), ("defaults", kind)
-            if row is None:
-                self.misshape(path, f"defaults: unknown step type {_shown(kind)}{_known(kind, _STEP_TYPES)}")
-            elif not isinstance(values, dict):
-                self.misshape(path, f"defaults.{kind} must be a map, not {_shown(values)}")
-            else:
-                checks = {key: check for key, check in row.checks.items() if key not in _NO_DEFAULT}
-                self.check_keys(values, checks, path, (), row.templates, row.free)
-                self.defaults[kind] = values
-
-    def check_partials(self) -> None:
-        partials = self.document.get("partials")
-        for name, text in partials.items() if isinstance(partials, dict) else ():
-            if isinstance(name, str) and isinstance(text, str):
-                self.partials[name] = text
-            else:
-                self.misshape(("partials", name), f"partials: {_shown(name)} must be text, not {_shown(text)}")
-        for name, text in list(self.partials.items()):
-            self.guarded(("partials", name), Template, text, True, self.partials)
-
-    def guarded(self, path: _Path, compile_it: Callable[..., Any], source: Any, *arguments: Any) -> Any:
+    def guarded(self, path: _Path, key: str, compile_it: Callable[..., Any], source: Any, *arguments: Any) -> Any:
         """What the template or condition compiler makes of the source; None with a problem if it refuses it."""
         try:
             return compile_it(source, *arguments)
         except TemplateError as error:
             text = source if isinstance(source, str) else ""
             starts = [0, *(match.end() for match in re.finditer("\n", text))]
-            self.misshape(path, f"{path[-1]}: {error}", (text, starts[error.line - 1] + error.column - 1))
+            self.misshape(path, f"{key}: {error}", (text, starts[error.line - 1] + error.column - 1))
             return None
 
     # steps
@@ -3209,7 +3216,7 @@ class _Compiler:
             graph.nodes.append(node)
             if "id" in document and graph.by_id.setdefault(node.id, node) is not node:
                 first = graph.by_id[node.id].path
-                self.problem((*node.path, "id"), f"duplicate id {node.id!r}, which {first[-2]}[{first[-1]}] has already")
+                self.problem((*node.path, "id"), f"duplicate id {node.id!r}: {first[-2]}[{first[-1]}] has it already")
         for node in graph.nodes:
             self.step(node, graph)
             for name in node.output_names:
@@ -3221,34 +3228,21 @@ class _Compiler:
     def step(self, node: _Node, graph: _Graph) -> None:
         """One step: keys, defaults, templates, conditions, children."""
         document, row = node.document, _STEP_TYPES.get(node.type, _UNKNOWN_TYPE)
-        meant = self.check_keys(document, row.checks, node.path, (), row.templates, row.free)
-        if node.type in self.defaults:
-            defaults = self.defaults[node.type]
+        defaults = self.defaults.get(node.type)
+        self.check(row.shape, document, node.path, defaults)
+        if defaults:
             node.defaulted = frozenset(defaults).difference(document)
             node.document = document = {**defaults, **document}
-        for key in ("id", "type", *row.required):
-            if document.get(key) is None and key not in meant:
-                self.misshape(node.path, f"{key} is missing")
-        self.check_either(node, row.either, meant)
         self.common_keys(node, row)
         for key, value in document.items():
             if key in row.literal:
                 if key != "inputs":  # a transform's are compiled when it is connected
                     node.constants[key] = value
-            elif key not in _COMMON_KEYS and (value is not None or row.free):
+            elif key not in _COMMON_KEYS and isinstance(key, str) and (value is not None or row.free):
                 self.value(node, key, value)
         specific = getattr(self, f"_{node.type}", None) if row is not _UNKNOWN_TYPE else None
         if specific is not None:
             specific(node, document, graph)
-        elif row is _UNKNOWN_TYPE and "type" in node.document and isinstance(document["type"], str):
-            self.misshape((*node.path, "type"), f"unknown step type {_shown(node.type)}{_known(node.type, _STEP_TYPES)}")
-
-    def check_either(self, node: _Node, names: tuple[str, ...], meant: set[str]) -> None:
-        given = [name for name in names if node.document.get(name) is not None]
-        if len(given) > 1:
-            self.misshape(self.place(node, given[1]), f"give {' or '.join(given)}, not both")
-        elif names and not given and not meant.intersection(names):
-            self.misshape(node.path, f"{names[0]} is missing (or {names[1]})")
 
     def place(self, node: _Node, key: str) -> _Path:
         """Where a key of a step stands: in the step, or in the workflow's `defaults`."""
@@ -3259,17 +3253,17 @@ class _Compiler:
         if document.get("for_each") is not None:
             node.local = _ITEM_NAMES
             node.for_each = self.rendered(node, "for_each", document["for_each"])
-        if isinstance(document.get("condition"), (str, bool, int)):
+        if isinstance(document.get("condition"), (str, bool)):
             self.condition(node, document)
-        node.output_names = tuple(name for name in _as_list(document.get("output")) if isinstance(name, str))
-        self.check_outputs(node, row)
+        if row.arity or row is _UNKNOWN_TYPE:  # a container's are named by its children
+            self.name_outputs(node, ("output",) if row.arity else (), row.arity or 100)
         if len(document) > 4:  # most steps have none of these
             node.timeout = _seconds(document.get("timeout_seconds"), "s")
             node.continue_on_error = document.get("continue_on_error") is True
             node.rule = document.get("trigger_rule") or node.rule
             node.limit = document.get("max_concurrency")
-        if node.limit is not None and not (node.for_each or node.type == "parallel" or "max_concurrency" in node.defaulted):
-            self.problem((*node.path, "max_concurrency"), "max_concurrency belongs to for_each and to the type parallel")
+        if "max_concurrency" in document and not (node.for_each or node.type == "parallel" or node.defaulted):
+            self.problem((*node.path, "max_concurrency"), "max_concurrency belongs to for_each and the type parallel")
         if not row.container:
             node.retry = _DEFAULT_RETRY
         if isinstance(document.get("retry"), dict):
@@ -3283,7 +3277,7 @@ class _Compiler:
     def condition(self, node: _Node, document: Mapping[str, Any]) -> None:
         """A condition decides whether the step runs, which branch is taken, or which items a filter keeps."""
         place = self.place(node, "condition")
-        condition = self.guarded(place, Condition, document["condition"])
+        condition = self.guarded(place, "condition", Condition, document["condition"])
         if condition is None:
             return
         roots = {reference[0][0] for reference in condition.references if reference[0]}
@@ -3295,17 +3289,18 @@ class _Compiler:
             node.condition, node.item_condition = condition, not roots.isdisjoint(node.local)
         self.note(node, condition, "condition", place)
 
-    def check_outputs(self, node: _Node, row: _StepType) -> None:
-        names, path = node.output_names, (*node.path, "output")
-        for name in names:
+    def name_outputs(self, node: _Node, names: Sequence[str], most: int) -> None:
+        """The outputs of a step have the names that are given, in order; otherwise these."""
+        given = [name for name in _as_list(node.document.get("output")) if isinstance(name, str)]
+        path = (*node.path, "output")
+        for name in given:
             if not _IDENTIFIER(name):
                 self.misshape(path, f"output {_shown(name)} must be letters, digits, _ or -")
-        if len(names) > 1 and len(set(names)) < len(names):
+        if len(set(given)) < len(given):
             self.misshape(path, "output gives one name twice")
-        if row.arity and len(names) > row.arity:
-            self.misshape(path, f"{node.type} has {row.arity} output{'s' * (row.arity > 1)}, but {len(names)} are named")
-        if not names and row.arity:
-            node.output_names = ("output",)
+        if len(given) > most:
+            self.misshape(path, f"{node.type} has {most} output{'s' * (most > 1)}, but {len(given)} are named")
+        node.output_names = tuple(given or names)
 
     def value(self, node: _Node, key: str, value: Any) -> None:
         """A key of a step: a constant, something to render in each run, or for each item."""
@@ -3316,28 +3311,27 @@ class _Compiler:
         else:
             node.constants[key] = value
 
-    def rendered(self, node: _Node, key: str, value: Any) -> Callable[[Any], Any]:
+    def rendered(self, node: _Node, key: str, value: Any) -> _Render:
         """The value of a key as a function of the context."""
         return self.compiled(node, key, value, self.place(node, key)) or _constant(value)
 
-    def compiled(self, node: _Node, key: str, value: Any, path: _Path) -> Callable[[Any], Any] | None:
+    def compiled(self, node: _Node, key: str, value: Any, path: _Path) -> _Render | None:
         """A value whose texts are templates as a function of the context; None if it is constant.
 
         What it reads is noted on the node.
         """
         if isinstance(value, str):
-            template = self.guarded(path, Template, value, True, self.partials) if _has_tag(value) else None
+            template = self.guarded(path, key, Template, value, True, self.partials) if _has_tag(value) else None
             if template is None:
                 return None
             self.note(node, template, key, path)
-            evaluate: Callable[[Any], Any] = template.evaluate
-            return evaluate
+            return template.evaluate  # type: ignore[no-any-return]
         if not isinstance(value, (dict, list)) or not _holds_tag(value):
             return None
         keys = list(value) if isinstance(value, dict) else range(len(value))
-        items = [(name, self.compiled(node, key, value[name], (*path, name)) or _constant(value[name])) for name in keys]
+        items = [(at, self.compiled(node, key, value[at], (*path, at)) or _constant(value[at])) for at in keys]
         if isinstance(value, dict):
-            return lambda context: {name: render(context) for name, render in items}
+            return lambda context: {at: render(context) for at, render in items}
         return lambda context: [render(context) for _, render in items]
 
     def note(self, node: _Node, source: Template | Condition, key: str, path: _Path) -> None:
@@ -3348,7 +3342,7 @@ class _Compiler:
     # what each type has of its own
 
     def _llm(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
+        self.custom(node, "provider", {**PROVIDERS, **self.section("providers")}, "provider")
         self.custom(node, "tools", {}, "tool")
         schema, place = document.get("schema"), self.place(node, "schema")
         if isinstance(schema, str):
@@ -3360,21 +3354,21 @@ class _Compiler:
                 self.misshape(place, f"schema: {error}")
 
     def _embed(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
+        self.custom(node, "provider", {**PROVIDERS, **self.section("providers")}, "provider")
 
     def _vector_search(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "database", VECTOR_STORES, "vector_store")
         query, documents = document.get("query"), document.get("documents")
         if isinstance(document.get("embed"), Mapping):
-            self.check_keys(document["embed"], _EMBED_KEYS, (*node.path, "embed"), ("provider", "model"))
+            self.check(_Map(_EMBED_KEYS, ("provider", "model")), document["embed"], (*node.path, "embed"))
         elif documents is not None or (isinstance(query, str) and not re.fullmatch(r"\s*(\{\{.*\}\}|<<.*>>)\s*", query, re.S)):
             needed = "documents need" if documents is not None else "query is text and needs"
             self.misshape(node.path, f"{needed} embed: {{provider, model}} to become vectors")
         if isinstance(document.get("filter"), Mapping) and not _holds_tag(document["filter"]):
             try:
                 _predicate(document["filter"])
-            except ValidationError as error:
-                self.misshape((*node.path, "filter"), f"filter: {error.problems[0].message}")
+            except ExecutionError as error:
+                self.misshape((*node.path, "filter"), f"filter: {error}")
 
     def _vector_upsert(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self._vector_search(node, document, graph)
@@ -3387,8 +3381,9 @@ class _Compiler:
         if function == "map":
             node.local |= _ITEM_NAMES
         if function == "template":  # its inputs are names in the template
-            node.local |= {name for name in _as_list(document.get("inputs")) if isinstance(name, str)}
-            node.local |= {name for name in document["inputs"]} if isinstance(document.get("inputs"), dict) else set()
+            inputs = document.get("inputs")
+            names = inputs if isinstance(inputs, dict) else _as_list(inputs)
+            node.local |= {name for name in names if isinstance(name, str)}
 
     def _action(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "action", _ACTIONS, "action")
@@ -3397,12 +3392,12 @@ class _Compiler:
         for name in _as_list(node.constants.get(key)):
             if isinstance(name, str) and name not in table:
                 near = _suggestion(name, table)
-                message = f"the {what} {_shown(name)} is unknown here{near}; a run needs it from --plugin or {what}s={{...}}"
+                message = f"the {what} {name!r} is unknown here{near}; a run needs it from --plugin or {what}s={{...}}"
                 self.problem(self.place(node, key), message, "warning").custom = (f"{what}s", name)
 
     def _parallel(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         node.children = self.child_steps(node, document.get("tasks"), (*node.path, "tasks"), graph)
-        self.name_outputs(node, list(node.children.by_id))
+        self.name_outputs(node, list(node.children.by_id), len(node.children.by_id))
 
     def _branch(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         branches, node.branches = document.get("branches"), {}
@@ -3410,21 +3405,26 @@ class _Compiler:
             path = (*node.path, "branches", value)
             if not isinstance(steps, list):
                 self.misshape(path, f"branches: {_shown(value)} must be a list of steps, not {_shown(steps)}")
+            if not (isinstance(value, (str, bool)) or value is None or _is_number(value)):
+                self.misshape(path, f"branches: the key {_shown(value)} must be text; quote it")
+                continue
             if _branch_key(value) in node.branches:
                 self.misshape(path, f"branches: {_shown(value)} stands there twice")
             node.branches[_branch_key(value)] = self.child_steps(node, steps, path, graph)
-        self.name_outputs(node, ["branch", *dict.fromkeys(id for inner in node.branches.values() for id in inner.by_id)])
+        names = ["branch", *dict.fromkeys(step_id for inner in node.branches.values() for step_id in inner.by_id)]
+        self.name_outputs(node, names, len(names))
 
     def _loop(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         node.children = self.child_steps(node, document.get("steps"), (*node.path, "steps"), graph, _LOOP_NAMES)
-        if isinstance(document.get("until"), (str, bool, int)):
-            node.until = self.guarded(self.place(node, "until"), Condition, document["until"])
-        self.name_outputs(node, [*node.children.by_id, "iterations"])
+        if isinstance(document.get("until"), (str, bool)):
+            node.until = self.guarded(self.place(node, "until"), "until", Condition, document["until"])
+        self.name_outputs(node, [*node.children.by_id, "iterations"], len(node.children.by_id) + 1)
 
     def _workflow(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         target, path = document.get("workflow"), self.place(node, "workflow")
         if _has_tag(target):  # known only when it runs
             node.values.append(("workflow", self.rendered(node, "workflow", target)))
+            self.name_outputs(node, (), 1000)
             return
         here = self.workflow
         try:
@@ -3433,11 +3433,12 @@ class _Compiler:
                 for fault in called._located(called._compiled[1].problems if called._compiled else []):
                     self.problem(path, f"workflow: {fault}", fault.severity).custom = fault.custom
             elif isinstance(target, dict):
-                node.workflow = called = Workflow._from_document(target, here.source, here.folder, "", here._loaded)
-                called._chain = here._chain
+                node.workflow = called = Workflow._from_document(target, here.source)
+                called.folder, called._loaded, called._chain = here.folder, here._loaded, here._chain
                 self.misshapen |= called._plan().misshapen
                 for fault in called._plan().problems:
-                    copy = self.problem((*path, *fault.path), fault.message, fault.severity, fault.inside)
+                    message = fault.message[len(_label(called._whole(), fault.path)) :]
+                    copy = self.problem((*path, *fault.path), message, fault.severity, fault.inside)
                     copy.custom, copy.cycle = fault.custom, fault.cycle
         except ValidationError as error:
             for fault in error.problems:
@@ -3448,7 +3449,8 @@ class _Compiler:
             return
         self.check_call(node, node.workflow, document.get("inputs") or {})
         outputs, ids = node.workflow.outputs, [step.id for step in node.workflow.steps if isinstance(step, Step)]
-        self.name_outputs(node, list(map(str, outputs if isinstance(outputs, dict) and outputs else ids)))
+        names = [name for name in (outputs if isinstance(outputs, dict) and outputs else ids) if isinstance(name, str)]
+        self.name_outputs(node, names, len(names))
 
     def check_call(self, node: _Node, called: Workflow, given: Any) -> None:
         """The inputs that a step gives to a sub-workflow against those that it declares."""
@@ -3458,20 +3460,13 @@ class _Compiler:
         for name, value in given.items():
             entry = declared.get(name) or {}
             if name not in declared:
-                self.problem((*path, name), f"inputs: the workflow has no input {_shown(name)}{self.near(name, declared)}")
+                near = _suggestion(name, declared)
+                self.problem((*path, name), f"inputs: the workflow has no input {_shown(name)}{near}")
             elif value is not None and not _holds_tag(value) and (fault := _input_fault(value, entry)):
                 self.problem((*path, name), f"inputs: {name} {fault}")
         for name in _required_inputs(declared):
             if given.get(name) is None:
                 self.problem(path, f"inputs: the workflow needs the input {_shown(name)}")
-
-    def name_outputs(self, node: _Node, names: list[str]) -> None:
-        """A container's outputs: the names that are given, in order; otherwise its children's own."""
-        given = node.output_names
-        if len(given) > len(names):
-            shown = f"{len(names)} outputs ({_shorten(', '.join(names), 100)})"
-            self.problem((*node.path, "output"), f"{node.type} has {shown}, but {len(given)} are named")
-        node.output_names = given or tuple(names)
 
     def child_steps(
         self, node: _Node, steps: Any, path: _Path, graph: _Graph, local: frozenset[str] = frozenset()
@@ -3486,7 +3481,8 @@ class _Compiler:
         for index, step_id in enumerate(_as_list(listed) if listed else ()):
             path = (*node.path, "depends_on", index) if isinstance(listed, list) else (*node.path, "depends_on")
             if isinstance(step_id, str) and not self.depend(node, step_id, graph, path, ("depends_on", step_id)):
-                self.problem(path, f"depends_on: there is no step {_shown(step_id)}{self.near(step_id, graph.visible())}")
+                near = self.near(step_id, graph)
+                self.problem(path, f"depends_on: there is no step {_shown(step_id)}{near}")
         for (reference, key), place in zip(node.references, node.places):
             self.resolve(node, reference, key, place, graph)
         if node.type == "transform" and "inputs" in node.document:
@@ -3535,54 +3531,56 @@ class _Compiler:
             return f": {name!r} is known only inside {'a for_each' if name == 'item' else 'a loop'}"
         if name in graph.inputs or name in ("inputs", "input"):
             return ""
-        step = name if name in graph.visible() else "".join(graph.named.get(name, ())[:1])
+        step = name if name in graph.by_id else "".join(graph.named.get(name, ())[:1])
         path = f"steps.{name}" if step == name else f"steps.{step}.{name}"
-        near = f", did you mean {path!r}?" if step else self.near(name, graph.inputs)
+        near = f", did you mean {path!r}?" if step else _suggestion(name, graph.inputs)
         return f": there is no input {_shown(name)}{near}"
 
     def missing_output(self, node: _Node, segments: tuple[str, ...], path: _Path, key: str, graph: _Graph) -> str:
         """What is wrong with a reference to a step, or nothing; the node will wait for the step."""
         step_id, rest = segments[1], segments[2:]
-        if segments[0] == "outputs" and step_id not in graph.by_id and not any(step_id in g.by_id for g in graph.around()):
+        if segments[0] == "outputs" and not any(step_id in scope.by_id for scope in graph.around()):
             ids = next((scope.named[step_id] for scope in graph.around() if step_id in scope.named), [])
             if len(ids) > 1:
-                return f" is the name of several outputs; write {' or '.join(f'steps.{one}.{step_id}' for one in ids[:5])}"
+                where = " or ".join(f"steps.{producer}.{step_id}" for producer in ids[:5])
+                return f" is the name of several outputs; write {where}"
             step_id, rest = (ids[0], ()) if ids else (step_id, rest)
         target = self.depend(node, step_id, graph, path, (key, ".".join(segments)))
         if target is None:
-            return f": there is no step {_shown(step_id)}{self.near(step_id, graph.visible())}"
+            return f": there is no step {_shown(step_id)}{self.near(step_id, graph)}"
         while rest and target is not None and (names := target.names()) and rest[0] not in _STEP_FACTS:
             if rest[0] not in names:
+                if target.workflow is not None and target.workflow._compiled is None:
+                    break  # it is calling itself, and not all of its steps are known yet
                 near = _suggestion(rest[0], names) or f"; it has {_shorten(', '.join(names), 200)}"
                 return f": step {target.id!r} has no output {_shown(rest[0])}{near}"
-            target, rest = None if target.for_each else target.child(rest[0]), rest[1:]
+            target, rest = None if target.for_each else names[rest[0]], rest[1:]
         return ""
 
     def transform_inputs(self, node: _Node, graph: _Graph) -> None:
         """A transform's inputs: templates, values, or names of paths, upstream outputs and workflow inputs."""
-        inputs, place = node.document["inputs"], self.place(node, "inputs")
-        named = list(inputs.items()) if isinstance(inputs, dict) else [(one, one) for one in _as_list(inputs)]
-        paths = [isinstance(source, str) and not _has_tag(source) and self.is_path(node, source, graph) for _, source in named]
-        bare = [isinstance(source, str) and not _has_tag(source) and not isinstance(inputs, dict) for _, source in named]
-        rendered: dict[int, Callable[[Any], Any]] = {}
-        # Names of outputs come last: by then the paths and templates have said which steps it depends on.
-        for index in sorted(range(len(named)), key=lambda index: bare[index] and not paths[index]):
-            source, known = named[index][1], len(node.references)
-            path = (*place, list(inputs)[index] if isinstance(inputs, dict) else index) if inputs is not source else place
-            if paths[index] or bare[index]:
-                source = "{{" + (source if paths[index] else self.input_path(node, source, path, graph)) + "}}"
-            rendered[index] = self.compiled(node, "inputs", source, path) or _constant(source)
-            for (reference, key), where in zip(node.references[known:], node.places[known:]):
-                self.resolve(node, reference, key, where, graph)
-        node.inputs = [(str(name), rendered[index]) for index, (name, _) in enumerate(named)]
-
-    def is_path(self, node: _Node, name: str, graph: _Graph) -> bool:
-        root, dot, _ = name.partition(".")
-        return root in graph.local or root in node.local or bool(dot and root in ("steps", "outputs", "inputs", "input"))
+        inputs, place, rendered = node.document["inputs"], self.place(node, "inputs"), {}
+        entries = list(inputs.items() if isinstance(inputs, dict) else enumerate(_as_list(inputs)))
+        plain = {key: source for key, source in entries if isinstance(source, str) and not _has_tag(source)}
+        paths = {key for key, source in plain.items() if source.startswith(("steps.", "outputs.", "inputs.", "input."))}
+        names = set(plain) - paths if not isinstance(inputs, dict) else set()
+        for key, source in sorted(entries, key=lambda entry: entry[0] in names):  # when it is known what it waits for
+            path, known = (*place, key) if isinstance(inputs, (dict, list)) else place, len(node.references)
+            if key in names:
+                source = self.input_path(node, source, path, graph)
+            text = "{{" + source + "}}" if key in names or key in paths else source
+            rendered[key] = self.compiled(node, "inputs", text, path) or _constant(text)
+            for (reference, name), where in zip(node.references[known:], node.places[known:]):
+                self.resolve(node, reference, name, where, graph)
+        for key, source in entries:
+            name = key if isinstance(inputs, dict) else source
+            node.inputs = [*node.inputs, (name if isinstance(name, str) else _shown(name), rendered[key])]
 
     def input_path(self, node: _Node, name: str, path: _Path, graph: _Graph) -> str:
-        """What a transform's input name stands for: an output of a dependency, a dependency, a workflow input."""
+        """What an input's name stands for: an item, an output of a dependency, a dependency, a workflow input."""
         root = name.split(".", 1)[0]
+        if root in graph.local or root in node.local:
+            return name
         found = [step_id for step_id in node.dependencies if root in graph.by_id[step_id].output_names]
         if len(found) > 1:
             where = " or ".join(f"steps.{step_id}.{root}" for step_id in found)
@@ -3601,26 +3599,14 @@ class _Compiler:
 
         for _ in range(_MOST_SUGGESTIONS):
             try:
-                return graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
+                graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
+                break
             except graphlib.CycleError as error:
                 cycle = error.args[1][::-1][1:]
                 first = cycle.index(min(cycle, key=lambda step_id: graph.by_id[step_id].position))
                 cycle = [*cycle[first:], *cycle[:first], cycle[first]]
                 self.problem(graph.by_id[cycle[0]].path, f"cycle: {' -> '.join(cycle)}").cycle = cycle
                 del graph.by_id[cycle[0]].dependencies[cycle[1]]
-
-    def outputs(self, graph: _Graph) -> list[tuple[str, Callable[[Any], Any]]]:
-        """The run's own outputs, rendered when every step has ended."""
-        holder = _Node({"id": ""}, ("outputs",), 0)
-        outputs = self.document.get("outputs")
-        rendered = []
-        for name, value in outputs.items() if isinstance(outputs, dict) else ():
-            if not isinstance(name, str):
-                self.misshape(("outputs", name), f"outputs: the name {_shown(name)} must be text; quote it")
-            rendered.append((str(name), self.rendered(holder, name, value)))
-        for (reference, key), place in zip(holder.references, holder.places):
-            self.resolve(holder, reference, key, place, graph)
-        return rendered
 
 
 def _branch_key(value: Any) -> str:
@@ -3632,21 +3618,24 @@ def _branch_key(value: Any) -> str:
 
 def _label(document: Any, path: _Path) -> str:
     """Where a problem is, in words: "steps[1] 'analyze': "."""
-    parts = []
-    for depth, key in enumerate(path):
-        try:
-            document = document[key]
-        except (KeyError, IndexError, TypeError):
+    label, name = "", ""
+    for key in path:
+        if not isinstance(document, (dict, list)) or (isinstance(document, dict) and key not in document):
             break
-        if isinstance(key, int) and isinstance(document, dict) and "id" in document:
-            parts.append(f"{path[depth - 1]}[{key}] {_shown(document['id'])}: ")
-    return "".join(parts)
+        document, is_item = document[key], isinstance(document, list)
+        if is_item and isinstance(document, dict) and "id" in document:
+            label += f"{name}[{key}] {_shown(document['id'])}: "
+        name = key if isinstance(key, str) else _shown(key)
+    return label
 
 
 def _sub_workflow(caller: Workflow, name: str) -> Workflow:
     """The workflow in a file, by a name relative to the caller's own folder; read once however often it is called."""
     path = os.path.join(caller.folder or ".", name)
-    known = caller._loaded.get(os.path.realpath(path))
+    try:
+        known = caller._loaded.get(os.path.realpath(path))
+    except ValueError as error:
+        raise OrchestratorError(f"{path!a}: cannot be read: {error}") from None
     if known is None and len(caller._chain) >= _MAX_WORKFLOW_DEPTH:
         chain = " -> ".join((*caller._chain, os.path.basename(name)))
         raise OrchestratorError(f"workflows call each other more than {_MAX_WORKFLOW_DEPTH} deep: {chain}")
@@ -3676,7 +3665,7 @@ def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:
         return f"must be {'an' if kind[0] in 'aio' else 'a'} {kind}, not {_shown(value)}"
     allowed = declared.get("enum")
     if isinstance(allowed, list) and not any(value == one and type(value) is type(one) for one in allowed):
-        return f"must be one of {_shorten(', '.join(map(_to_json, allowed)), 200)}, not {_shown(value)}"
+        return f"must be one of {_shorten(', '.join(map(_shown, allowed)), 200)}, not {_shown(value)}"
     return None
 
 
@@ -9926,87 +9915,103 @@ def _event_text(event: Mapping[str, Any]) -> str:
 # A workflow goes in; Mermaid, Graphviz DOT or a tree in plain text comes out.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_MERMAID_SHAPES = {"action": ("[/", "/]"), "branch": ("{", "}"), "transform": ("([", "])")}
+_MERMAID_SHAPES = {
+    "action": ("[/", "/]"), "approval": ("{{", "}}"), "transform": ("([", "])"), "workflow": ("[[", "]]")
+}  # fmt: skip
 
 
-def _picture_edges(graph: _Graph, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(from, to) full ids, inside containers too."""
-    for node in graph.nodes:
-        for dependency in node.dependencies:
-            yield prefix + dependency, prefix + node.id
-        for inner in node.graphs():
-            yield from _picture_edges(inner, f"{prefix}{node.id}.")
+def _groups(node: _Node) -> list[tuple[str, _Graph]]:
+    """The graphs inside a container, each with its title: the value that a branch is taken for, or nothing."""
+    return [*([("", node.children)] if node.children is not None else ()), *node.branches.items()]
+
+
+def _step_kind(node: _Node) -> str:
+    return node.type + (" for each" if node.for_each else "")
+
+
+def _edges(graph: _Graph) -> Iterator[tuple[_Node, _Node, str]]:
+    """(from, to, condition on one line) inside containers too."""
+    for siblings in (graph, *(inner for node in graph.walk() for inner in node.graphs())):
+        for node in siblings.nodes:
+            for dependency in node.dependencies:
+                condition = _shorten(" ".join(node.condition.source.split()), 60) if node.condition else ""
+                yield siblings.by_id[dependency], node, condition
 
 
 def _graph_mermaid(workflow: Workflow) -> str:
-    """The workflow as a Mermaid flowchart; containers are subgraphs."""
-    lines, names = ["flowchart TD"], {}
+    """The workflow as a Mermaid flowchart; containers are subgraphs, and so are the branches of a branch."""
+    lines = ["flowchart TD"]
+    names: dict[int, str] = {}
 
-    def name(full_id: str) -> str:  # Mermaid takes no dots, and `end` is a word of its own
-        return names.setdefault(full_id, f"s{len(names)}_{re.sub(r'[^A-Za-z0-9]', '_', full_id)}")
+    def text(source: str) -> str:  # as https://mermaid.js.org/syntax/flowchart.html says, by entity codes
+        return re.sub(r"[^\w .,:=+/()\[\]'-]", lambda match: f"#{ord(match[0])};", " ".join(source.split()))
 
-    def draw(graph: _Graph, prefix: str, indent: str) -> None:
+    def draw(graph: _Graph, indent: str) -> None:
         for node in graph.nodes:
-            full_id, inner = prefix + node.id, list(node.graphs())
-            label = f"{node.id}<br/><i>{node.type}{' for each' if node.for_each else ''}</i>"
-            if inner:
-                lines.append(f'{indent}subgraph {name(full_id)}["{label}"]')
-                for child in inner:
-                    draw(child, f"{full_id}.", indent + "    ")
-                lines.append(f"{indent}end")
-            else:
+            name = names[id(node)] = f"s{len(names)}_{re.sub('[^A-Za-z0-9]', '_', node.id)}"
+            label, groups = f"{text(node.id)}<br/><i>{_step_kind(node)}</i>", _groups(node)
+            if not groups:
                 left, right = _MERMAID_SHAPES.get(node.type, ("[", "]"))
-                lines.append(f'{indent}{name(full_id)}{left}"{label}"{right}')
+                lines.append(f'{indent}{name}{left}"{label}"{right}')
+                continue
+            lines.append(f'{indent}subgraph {name}["{label}"]')
+            for number, (title, inner) in enumerate(groups):
+                if title:
+                    lines.append(f'{indent}    subgraph {name}_{number}["{text(title)}"]')
+                draw(inner, indent + "        " if title else indent + "    ")
+                lines.extend([f"{indent}    end"] if title else [])
+            lines.append(f"{indent}end")
 
-    graph = workflow._plan().graph
-    draw(graph, "", "    ")
-    conditional = {prefix for prefix, node in _walk_ids(graph) if node.condition}
-    for start, end in _picture_edges(graph):
-        lines.append(f"    {name(start)} {'-.->' if end in conditional else '-->'} {name(end)}")
+    draw(workflow._plan().graph, "    ")
+    for start, end, condition in _edges(workflow._plan().graph):
+        arrow = f'-.->|"{text(condition)}"|' if condition else "-->"
+        lines.append(f"    {names[id(start)]} {arrow} {names[id(end)]}")
     return "\n".join(lines) + "\n"
 
 
-def _walk_ids(graph: _Graph, prefix: str = "") -> Iterator[tuple[str, _Node]]:
-    for node in graph.nodes:
-        yield prefix + node.id, node
-        for inner in node.graphs():
-            yield from _walk_ids(inner, f"{prefix}{node.id}.")
-
-
 def _graph_dot(workflow: Workflow) -> str:
-    """The workflow in Graphviz' language; containers are clusters."""
-    lines = [f"digraph {_to_json(str(workflow.name))} {{", "    compound=true; node [shape=box, style=rounded];"]
+    """The workflow in Graphviz' language; containers are clusters around themselves and their children."""
+    lines = [f"digraph {_to_json(str(workflow.name))} {{", "    node [shape=box, style=rounded];"]
+    names: dict[int, str] = {}
 
     def draw(graph: _Graph, prefix: str, indent: str) -> None:
         for node in graph.nodes:
-            full_id, inner = prefix + node.id, list(node.graphs())
+            name, groups = prefix + node.id, _groups(node)
+            names[id(node)] = name
+            if groups:
+                lines.append(f"{indent}subgraph {_to_json('cluster ' + name)} {{ label=\"\";")
             shape = ", shape=diamond" if node.type == "branch" else ""
-            lines.append(f"{indent}{_to_json(full_id)} [label={_to_json(f'{node.id}' + chr(10) + node.type)}{shape}];")
-            if inner:
-                lines.append(f"{indent}subgraph {_to_json('cluster_' + full_id)} {{ label={_to_json(node.id)};")
-                for child in inner:
-                    draw(child, f"{full_id}.", indent + "    ")
-                lines.append(f"{indent}}}")
+            lines.append(f"{indent}{_to_json(name)} [label={_to_json(node.id + chr(10) + _step_kind(node))}{shape}];")
+            for title, inner in groups:
+                inner_prefix = f"{name}.{title}." if title else f"{name}."
+                if title:
+                    lines.append(f"{indent}subgraph {_to_json('cluster ' + inner_prefix)} {{ label={_to_json(title)};")
+                draw(inner, inner_prefix, indent + "    ")
+                lines.extend([f"{indent}}}"] if title else [])
+            lines.extend([f"{indent}}}"] if groups else [])
 
-    graph = workflow._plan().graph
-    draw(graph, "", "    ")
-    lines += [f"    {_to_json(start)} -> {_to_json(end)};" for start, end in _picture_edges(graph)]
+    draw(workflow._plan().graph, "", "    ")
+    for start, end, condition in _edges(workflow._plan().graph):
+        style = f" [style=dashed, label={_to_json(condition)}]" if condition else ""
+        lines.append(f"    {_to_json(names[id(start)])} -> {_to_json(names[id(end)])}{style};")
     return "\n".join([*lines, "}"]) + "\n"
 
 
 def _graph_text(workflow: Workflow) -> str:
-    """The workflow as a tree of levels: what runs together stands together."""
-    lines = [str(workflow.name)]
+    """The workflow as a tree in the order of its levels, each step with what it waits for."""
+    lines = [" ".join(str(workflow.name).split())]
 
     def draw(graph: _Graph, indent: str) -> None:
         ordered = [node for level in _levels(graph) for node in level]
         for node in ordered:
             last = node is ordered[-1]
             after = f" <- {', '.join(node.dependencies)}" if node.dependencies else ""
-            marks = f"{' for each' if node.for_each else ''}{' if ' + node.condition.source if node.condition else ''}"
-            lines.append(f"{indent}{'└── ' if last else '├── '}{node.id} ({node.type}{marks}){after}")
-            for inner in node.graphs():
-                draw(inner, indent + ("    " if last else "│   "))
+            condition = f" if {' '.join(node.condition.source.split())}" if node.condition else ""
+            lines.append(f"{indent}{'└── ' if last else '├── '}{node.id} ({_step_kind(node)}{condition}){after}")
+            for title, inner in _groups(node):
+                deeper = indent + ("    " if last else "│   ")
+                lines.extend([f"{deeper}[{' '.join(title.split())}]"] if title else [])
+                draw(inner, deeper)
 
     draw(workflow._plan().graph, "")
     return "\n".join(lines) + "\n"
