@@ -3856,7 +3856,7 @@ class _RateLimit(_Places):
 
 
 class _CircuitBreaker:
-    """Whether a provider is worth calling: `allow()` before a call, `record(ok)` after it, in any thread.
+    """Whether a provider is worth calling: `permit = allow()` before a call, `record(ok, permit)` after it; any thread.
 
     Closed, it opens when of the last `window` calls at least `min_calls` are known and a share of `failure_rate` of
     them failed. Open, it lets nobody pass for `open_seconds`. Half open, it lets one probe pass at a time: a success
@@ -3869,8 +3869,8 @@ class _CircuitBreaker:
     ) -> None:  # fmt: skip
         self.failure_rate, self.min_calls = failure_rate, min(min_calls or 10, window)
         self.open_seconds, self.clock = _seconds(open_seconds, "s") or 0.0, clock
-        self.on_change, self.lock = on_change, threading.Lock()
-        self.state, self.opened, self.probing = "closed", 0.0, False
+        self.on_change, self.lock = on_change, threading.RLock()  # on_change may look at the state
+        self.state, self.opened, self.probing, self.changes = "closed", 0.0, False, 1
         self.outcomes: collections.deque[bool] = collections.deque(maxlen=window)
 
     @classmethod
@@ -3883,34 +3883,38 @@ class _CircuitBreaker:
         """How long nobody passes; 0.0 if the next caller may, or the outcome of a probe decides."""
         return max(0.0, self.opened + self.open_seconds - self.clock()) if self.state == "open" else 0.0
 
-    def allow(self) -> bool:
-        """Whether to make a call now. The outcome of every call that it has let pass must be recorded."""
+    def allow(self) -> int:
+        """Whether to make a call now: 0, or a permit whose outcome must be recorded."""
         with self.lock:
-            state = "half_open" if self.state == "open" and not self.retry_after_seconds else self.state
-            allowed = state == "closed" or (state == "half_open" and not self.probing)
-            self.probing = state == "half_open"
-            old, self.state = self.state, state
-        self.changed(old, state)
-        return allowed
+            if self.state == "open" and not self.retry_after_seconds:
+                self.change("half_open")
+            if self.state == "open" or self.probing:
+                return 0
+            self.probing = self.state == "half_open"
+            return self.changes
 
-    def record(self, ok: bool | None) -> None:
-        """The outcome of a call that was let pass; None if there is none, as when it was cancelled."""
+    def record(self, ok: bool | None, permit: int | None = None) -> None:
+        """The outcome of a call; None if there is none, as when it was cancelled. What was permitted before the last
+        change of state tells nothing about the present one, and is ignored."""
         with self.lock:
-            old = state = self.state
-            if old == "half_open":
-                self.probing, state = False, {True: "closed", False: "open", None: old}[ok]
-            elif old == "closed" and ok is not None:
+            if permit not in (None, self.changes) or self.state == "open":
+                return
+            self.probing = False
+            if ok is not None:
                 self.outcomes.append(ok)
-                failures, calls = self.outcomes.count(False), len(self.outcomes)
-                state = "open" if calls >= self.min_calls and failures >= self.failure_rate * calls else old
-            if state != old:
-                self.state, self.opened = state, self.clock()
-                self.outcomes.clear()
-        self.changed(old, state)
+            failures, calls = self.outcomes.count(False), len(self.outcomes)
+            if self.state == "half_open" and ok is not None:
+                self.change("closed" if ok else "open")
+            elif calls >= self.min_calls and failures >= self.failure_rate * calls:
+                self.change("open")
 
-    def changed(self, old: str, new: str) -> None:
-        if new != old and self.on_change:
-            self.on_change(old, new)
+    def change(self, state: str) -> None:
+        old, self.state, self.opened = self.state, state, self.clock()
+        self.changes += 1
+        self.probing = False
+        self.outcomes.clear()
+        if self.on_change:
+            self.on_change(old, state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4198,7 +4202,7 @@ class _Exchange:
     def __init__(
         self, client: _HttpClient, method: str, url: str, headers: Mapping[str, str], body: bytes | None
     ) -> None:
-        self.client, self.has_body = client, method != "HEAD"
+        self.client, self.has_body, self.status = client, method != "HEAD", None  # type: _HttpClient, bool, int | None
         scope: _CancelScope | None = getattr(_CALL, "scope", None)
         self.scope = scope or _CancelScope()
         self.seconds = client.timeout_seconds or (math.inf if scope else _CALL_SECONDS)
@@ -4216,9 +4220,10 @@ class _Exchange:
         connection, done = None, False
         try:
             connection, response = self.open()
+            self.status = response.status
             if 300 <= response.status < 400 and response.status != 304:
                 place = _shorten(re.split("[?#]", response.headers.get("location", ""))[0], 200)
-                raise BadResponseError(f"{response.status}, a redirect, which is not followed, to {place!r}")
+                raise BadResponseError(f"{response.status}, a redirect to {place!r}, which is not followed")
             yield response
             coding, size = response.headers.get("content-encoding", "identity").lower(), 0
             pieces = connection.body(response) if self.has_body and response.status not in (204, 304) else ()
@@ -4321,19 +4326,18 @@ class _Exchange:
     def fault(self, error: Exception) -> ProviderError:
         """What an exception means. Of the address only the host is named: a path or a query may hold a secret."""
         place = self.target.host_port + (f" through the proxy {self.target.proxy[0]}" if self.target.proxy else "")
-        kind: type[ProviderError]
+        name = self.client.name
         if self.scope.cancelled:
-            kind, retryable, reason = ProviderConnectionError, False, "the call was cancelled"
-        elif isinstance(error, BadResponseError):
-            kind, retryable, reason = BadResponseError, error.retryable, f"{place} answered {error}"
-        elif time.monotonic() >= self.deadline:
-            kind, retryable, reason = ProviderTimeoutError, True, f"no answer from {place} within {self.seconds:g} s"
-        else:
-            base = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _FAULTS)
-            text = getattr(error, "verify_message", "") or str(error) or base
-            kind, retryable, reason = _FAULTS[base]
-            reason = reason.format(place=place, text=text, limit=_CONNECT_SECONDS)
-        return kind(reason, provider=self.client.name, retryable=retryable)
+            return ProviderConnectionError("the call was cancelled", provider=name, retryable=False)
+        if isinstance(error, BadResponseError):
+            reason, retryable = f"{place} answered {error}", error.retryable
+            return BadResponseError(reason, provider=name, retryable=retryable, status=self.status)
+        if time.monotonic() >= self.deadline:
+            return ProviderTimeoutError(f"no answer from {place} within {self.seconds:g} s", provider=name)
+        base = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _FAULTS)
+        text = getattr(error, "verify_message", "") or str(error) or base
+        kind, retryable, reason = _FAULTS[base]
+        return kind(reason.format(place=place, text=text, limit=_CONNECT_SECONDS), provider=name, retryable=retryable)
 
 
 @functools.lru_cache(maxsize=8)

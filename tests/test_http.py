@@ -305,7 +305,9 @@ def test_a_faulty_answer_has_its_error_and_its_retry_decision(
 
 def test_a_redirect_is_named_without_its_query(client: _HttpClient) -> None:
     with FaultServer([reply(b"", 302, {"Location": "https://elsewhere.test/v1?key=k#f"})]) as server:
-        assert "'https://elsewhere.test/v1'" in str(failure(client, server.url))
+        error = failure(client, server.url)
+        assert "'https://elsewhere.test/v1'" in str(error)
+        assert error.status == 302
 
 
 def test_a_key_that_comes_back_in_nonsense_is_not_shown(client: _HttpClient) -> None:
