@@ -4256,7 +4256,9 @@ class _Exchange:
             connection = connection or self.connect()
             try:
                 connection.begin(self.scope, self.deadline)
-                return connection, self.ask(connection)
+                with contextlib.suppress(ConnectionError):  # an answer may come before all is sent, as 413 does
+                    connection.send(self.message)
+                return connection, connection.head()
             except BaseException as error:
                 self.scope.attach(None)
                 connection.socket.close()
@@ -4264,16 +4266,6 @@ class _Exchange:
                 if not died or self.scope.cancelled:
                     raise
                 connection = None
-
-    def ask(self, connection: _Connection) -> _Response:
-        """Sends the request and reads the head of the answer, which may come before all is sent (as 413 does)."""
-        try:
-            connection.send(self.message)
-        except ConnectionError as error:
-            with contextlib.suppress(ConnectionError):
-                return connection.head()
-            raise error
-        return connection.head()
 
     def connect(self) -> _Connection:
         """A new connection, to the first address that takes one. Each but the last has half of the time left."""
@@ -4415,22 +4407,17 @@ def _proxy_for(scheme: str, host: str, port: int) -> str | None:
     proxy = next((os.environ[name] for name in names if os.environ.get(name)), None)
     exceptions = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     for entry in exceptions.lower().replace(",", " ").split() if proxy else ():
+        from ipaddress import ip_address, ip_network
+
         place = re.fullmatch(r"(\[.*\]|[^:]*):([0-9]+)", entry)
         name = (place[1] if place else entry).strip("[]")
         name = name if name == "*" else name.lstrip("*.")
-        within = name in ("*", host) or host.endswith(f".{name}") or ("/" in name and _in_network(host, name))
+        within = name in ("*", host) or host.endswith(f".{name}")
+        with contextlib.suppress(ValueError):  # one of them is a name
+            within = within or ip_address(host) in ip_network(name, strict=False)
         if name and within and (not place or int(place[2]) == port):
             return None
     return proxy
-
-
-def _in_network(host: str, network: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False)
-    except ValueError:
-        return False
 
 
 def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:

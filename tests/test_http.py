@@ -26,6 +26,8 @@ from llm_orchestrator import (
     ProviderConnectionError,
     ProviderError,
     ProviderTimeoutError,
+    Workflow,
+    WorkflowExecutor,
     _CancelScope,
     _HttpClient,
     _proxy_for,
@@ -686,6 +688,23 @@ def test_a_cancelled_scope_starts_nothing(client: _HttpClient) -> None:
         in_scope(scope, outcome, client, "GET", server.url, {}, None).join(5)
         assert "cancelled" in str(outcome[0])
         assert not server.requests
+
+
+def test_a_lookup_that_hangs_does_not_hold_up_a_run_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+
+    def lookup(*_: Any) -> Any:
+        released.wait(30)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    step = {"id": "a", "type": "action", "action": "http", "url": "http://slow.test/", "timeout_seconds": 0.2}
+    workflow = Workflow.from_dict({"name": "t", "steps": [{**step, "retry": {"max_attempts": 1}}]})
+    started = time.monotonic()
+    result = WorkflowExecutor(workflow).run()
+    assert time.monotonic() - started < 10
+    assert result.status == "failed"
+    released.set()
 
 
 @pytest.mark.slow
