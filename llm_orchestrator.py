@@ -4096,8 +4096,13 @@ class _Connection:
             yield piece
 
 
-def _inflated(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """gzip (of any number of members) or zlib unpacked, in steps that stay small whatever was packed."""
+def _unpacked(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
+    """A body without its encoding: gzip (any number of members) or zlib, unpacked in steps that stay small."""
+    if coding in ("", "identity"):
+        yield from pieces
+        return
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise BadResponseError(f"in the encoding {coding[:12]!r}, which was not asked for")
     import zlib
 
     unpack = None
@@ -4202,7 +4207,7 @@ class _Exchange:
     def __init__(
         self, client: _HttpClient, method: str, url: str, headers: Mapping[str, str], body: bytes | None
     ) -> None:
-        self.client, self.has_body, self.status = client, method != "HEAD", None  # type: _HttpClient, bool, int | None
+        self.client, self.method, self.status = client, method, None  # type: _HttpClient, str, int | None
         scope: _CancelScope | None = getattr(_CALL, "scope", None)
         self.scope = scope or _CancelScope()
         self.seconds = client.timeout_seconds or (math.inf if scope else _CALL_SECONDS)
@@ -4225,13 +4230,9 @@ class _Exchange:
                 place = _shorten(re.split("[?#]", response.headers.get("location", ""))[0], 200)
                 raise BadResponseError(f"{response.status}, a redirect to {place!r}, which is not followed")
             yield response
-            coding, size = response.headers.get("content-encoding", "identity").lower(), 0
-            pieces = connection.body(response) if self.has_body and response.status not in (204, 304) else ()
-            if coding not in ("identity", ""):
-                if coding not in ("gzip", "x-gzip", "deflate"):
-                    raise BadResponseError(f"in the encoding {coding[:12]!r}, which was not asked for")
-                pieces = _inflated(pieces)
-            for piece in pieces:
+            size, has_body = 0, self.method != "HEAD" and response.status not in (204, 304)
+            coding = response.headers.get("content-encoding", "").lower()
+            for piece in _unpacked(connection.body(response), coding) if has_body else ():
                 size += len(piece)
                 if size > _MAX_BODY_BYTES:
                     raise BadResponseError(f"more than {_MAX_BODY_BYTES >> 20} MiB")
