@@ -4096,7 +4096,7 @@ class _Connection:
             yield piece
 
 
-def _unpacked(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
+def _uncompressed(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
     """A body without its encoding: gzip (any number of members) or zlib, unpacked in steps that stay small."""
     if coding in ("", "identity"):
         yield from pieces
@@ -4232,7 +4232,7 @@ class _Exchange:
             yield response
             size, has_body = 0, self.method != "HEAD" and response.status not in (204, 304)
             coding = response.headers.get("content-encoding", "").lower()
-            for piece in _unpacked(connection.body(response), coding) if has_body else ():
+            for piece in _uncompressed(connection.body(response), coding) if has_body else ():
                 size += len(piece)
                 if size > _MAX_BODY_BYTES:
                     raise BadResponseError(f"more than {_MAX_BODY_BYTES >> 20} MiB")
