@@ -3933,7 +3933,7 @@ _RETRIED_STATUSES = frozenset((408, 409, 425, 429, *range(500, 600)))
 _CALL = threading.local()  # .scope: the _CancelScope of the call that this thread makes
 
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) +([1-9][0-9][0-9])(?: .*)?").fullmatch
-_HEAD_END, _LINE_END = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r\n").search  # of chunks: no other end
+_HEAD_END, _CRLF = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r\n").search  # of chunks: no other end
 _FOLD = re.compile(r"\r?\n[ \t]+").sub
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?").fullmatch
 _METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
@@ -4068,12 +4068,12 @@ class _Connection:
             self.lives = self.lives and length is None
             size = -1
             while size:
-                found = _CHUNK_SIZE(self.until(_LINE_END))
+                found = _CHUNK_SIZE(self.until(_CRLF))
                 if not found:
                     raise BadResponseError("a chunk without its size", retryable=True)
                 size = int(found[1], 16)
                 yield from self.exactly(size)
-                while self.until(_LINE_END):  # trailers, if this was the last chunk
+                while self.until(_CRLF):  # trailers, if this was the last chunk
                     if size:
                         raise BadResponseError("a chunk longer than it says", retryable=True)
         elif length is None:
