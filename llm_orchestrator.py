@@ -3945,7 +3945,7 @@ class _RateLimit(_Places):
 
 
 class _CircuitBreaker:
-    """Whether a provider is worth calling: `allow()` before a call, `record(ok)` after it, in any thread.
+    """Whether a provider is worth calling: `permit = allow()` before a call, `record(ok, permit)` after it; any thread.
 
     Closed, it opens when of the last `window` calls at least `min_calls` are known and a share of `failure_rate` of
     them failed. Open, it lets nobody pass for `open_seconds`. Half open, it lets one probe pass at a time: a success
@@ -3958,8 +3958,8 @@ class _CircuitBreaker:
     ) -> None:  # fmt: skip
         self.failure_rate, self.min_calls = failure_rate, min(min_calls or 10, window)
         self.open_seconds, self.clock = _seconds(open_seconds, "s") or 0.0, clock
-        self.on_change, self.lock = on_change, threading.Lock()
-        self.state, self.opened, self.probing = "closed", 0.0, False
+        self.on_change, self.lock = on_change, threading.RLock()  # on_change may look at the state
+        self.state, self.opened, self.probing, self.changes = "closed", 0.0, False, 1
         self.outcomes: collections.deque[bool] = collections.deque(maxlen=window)
 
     @classmethod
@@ -3972,34 +3972,38 @@ class _CircuitBreaker:
         """How long nobody passes; 0.0 if the next caller may, or the outcome of a probe decides."""
         return max(0.0, self.opened + self.open_seconds - self.clock()) if self.state == "open" else 0.0
 
-    def allow(self) -> bool:
-        """Whether to make a call now. The outcome of every call that it has let pass must be recorded."""
+    def allow(self) -> int:
+        """Whether to make a call now: 0, or a permit whose outcome must be recorded."""
         with self.lock:
-            state = "half_open" if self.state == "open" and not self.retry_after_seconds else self.state
-            allowed = state == "closed" or (state == "half_open" and not self.probing)
-            self.probing = state == "half_open"
-            old, self.state = self.state, state
-        self.changed(old, state)
-        return allowed
+            if self.state == "open" and not self.retry_after_seconds:
+                self.change("half_open")
+            if self.state == "open" or self.probing:
+                return 0
+            self.probing = self.state == "half_open"
+            return self.changes
 
-    def record(self, ok: bool | None) -> None:
-        """The outcome of a call that was let pass; None if there is none, as when it was cancelled."""
+    def record(self, ok: bool | None, permit: int | None = None) -> None:
+        """The outcome of a call; None if there is none, as when it was cancelled. What was permitted before the last
+        change of state tells nothing about the present one, and is ignored."""
         with self.lock:
-            old = state = self.state
-            if old == "half_open":
-                self.probing, state = False, {True: "closed", False: "open", None: old}[ok]
-            elif old == "closed" and ok is not None:
+            if permit not in (None, self.changes) or self.state == "open":
+                return
+            self.probing = False
+            if ok is not None:
                 self.outcomes.append(ok)
-                failures, calls = self.outcomes.count(False), len(self.outcomes)
-                state = "open" if calls >= self.min_calls and failures >= self.failure_rate * calls else old
-            if state != old:
-                self.state, self.opened = state, self.clock()
-                self.outcomes.clear()
-        self.changed(old, state)
+            failures, calls = self.outcomes.count(False), len(self.outcomes)
+            if self.state == "half_open" and ok is not None:
+                self.change("closed" if ok else "open")
+            elif calls >= self.min_calls and failures >= self.failure_rate * calls:
+                self.change("open")
 
-    def changed(self, old: str, new: str) -> None:
-        if new != old and self.on_change:
-            self.on_change(old, new)
+    def change(self, state: str) -> None:
+        old, self.state, self.opened = self.state, state, self.clock()
+        self.changes += 1
+        self.probing = False
+        self.outcomes.clear()
+        if self.on_change:
+            self.on_change(old, state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4018,7 +4022,7 @@ _RETRIED_STATUSES = frozenset((408, 409, 425, 429, *range(500, 600)))
 _CALL = threading.local()  # .scope: the _CancelScope of the call that this thread makes
 
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) +([1-9][0-9][0-9])(?: .*)?").fullmatch
-_HEAD_END, _LINE_END = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r\n").search  # of chunks: no other end
+_HEAD_END, _CRLF = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r\n").search  # of chunks: no other end
 _FOLD = re.compile(r"\r?\n[ \t]+").sub
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?").fullmatch
 _METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
@@ -4153,12 +4157,12 @@ class _Connection:
             self.lives = self.lives and length is None
             size = -1
             while size:
-                found = _CHUNK_SIZE(self.until(_LINE_END))
+                found = _CHUNK_SIZE(self.until(_CRLF))
                 if not found:
                     raise BadResponseError("a chunk without its size", retryable=True)
                 size = int(found[1], 16)
                 yield from self.exactly(size)
-                while self.until(_LINE_END):  # trailers, if this was the last chunk
+                while self.until(_CRLF):  # trailers, if this was the last chunk
                     if size:
                         raise BadResponseError("a chunk longer than it says", retryable=True)
         elif length is None:
@@ -4181,8 +4185,13 @@ class _Connection:
             yield piece
 
 
-def _inflated(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """gzip (of any number of members) or zlib unpacked, in steps that stay small whatever was packed."""
+def _uncompressed(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
+    """A body without its encoding: gzip (any number of members) or zlib, unpacked in steps that stay small."""
+    if coding in ("", "identity"):
+        yield from pieces
+        return
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise BadResponseError(f"in the encoding {coding[:12]!r}, which was not asked for")
     import zlib
 
     unpack = None
@@ -4287,7 +4296,7 @@ class _Exchange:
     def __init__(
         self, client: _HttpClient, method: str, url: str, headers: Mapping[str, str], body: bytes | None
     ) -> None:
-        self.client, self.has_body = client, method != "HEAD"
+        self.client, self.method, self.status = client, method, None  # type: _HttpClient, str, int | None
         scope: _CancelScope | None = getattr(_CALL, "scope", None)
         self.scope = scope or _CancelScope()
         self.seconds = client.timeout_seconds or (math.inf if scope else _CALL_SECONDS)
@@ -4305,17 +4314,14 @@ class _Exchange:
         connection, done = None, False
         try:
             connection, response = self.open()
+            self.status = response.status
             if 300 <= response.status < 400 and response.status != 304:
                 place = _shorten(re.split("[?#]", response.headers.get("location", ""))[0], 200)
-                raise BadResponseError(f"{response.status}, a redirect, which is not followed, to {place!r}")
+                raise BadResponseError(f"{response.status}, a redirect to {place!r}, which is not followed")
             yield response
-            coding, size = response.headers.get("content-encoding", "identity").lower(), 0
-            pieces = connection.body(response) if self.has_body and response.status not in (204, 304) else ()
-            if coding not in ("identity", ""):
-                if coding not in ("gzip", "x-gzip", "deflate"):
-                    raise BadResponseError(f"in the encoding {coding[:12]!r}, which was not asked for")
-                pieces = _inflated(pieces)
-            for piece in pieces:
+            size, has_body = 0, self.method != "HEAD" and response.status not in (204, 304)
+            coding = response.headers.get("content-encoding", "").lower()
+            for piece in _uncompressed(connection.body(response), coding) if has_body else ():
                 size += len(piece)
                 if size > _MAX_BODY_BYTES:
                     raise BadResponseError(f"more than {_MAX_BODY_BYTES >> 20} MiB")
@@ -4340,7 +4346,9 @@ class _Exchange:
             connection = connection or self.connect()
             try:
                 connection.begin(self.scope, self.deadline)
-                return connection, self.ask(connection)
+                with contextlib.suppress(ConnectionError):  # an answer may come before all is sent, as 413 does
+                    connection.send(self.message)
+                return connection, connection.head()
             except BaseException as error:
                 self.scope.attach(None)
                 connection.socket.close()
@@ -4348,16 +4356,6 @@ class _Exchange:
                 if not died or self.scope.cancelled:
                     raise
                 connection = None
-
-    def ask(self, connection: _Connection) -> _Response:
-        """Sends the request and reads the head of the answer, which may come before all is sent (as 413 does)."""
-        try:
-            connection.send(self.message)
-        except ConnectionError as error:
-            with contextlib.suppress(ConnectionError):
-                return connection.head()
-            raise error
-        return connection.head()
 
     def connect(self) -> _Connection:
         """A new connection, to the first address that takes one. Each but the last has half of the time left."""
@@ -4410,19 +4408,18 @@ class _Exchange:
     def fault(self, error: Exception) -> ProviderError:
         """What an exception means. Of the address only the host is named: a path or a query may hold a secret."""
         place = self.target.host_port + (f" through the proxy {self.target.proxy[0]}" if self.target.proxy else "")
-        kind: type[ProviderError]
+        name = self.client.name
         if self.scope.cancelled:
-            kind, retryable, reason = ProviderConnectionError, False, "the call was cancelled"
-        elif isinstance(error, BadResponseError):
-            kind, retryable, reason = BadResponseError, error.retryable, f"{place} answered {error}"
-        elif time.monotonic() >= self.deadline:
-            kind, retryable, reason = ProviderTimeoutError, True, f"no answer from {place} within {self.seconds:g} s"
-        else:
-            base = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _FAULTS)
-            text = getattr(error, "verify_message", "") or str(error) or base
-            kind, retryable, reason = _FAULTS[base]
-            reason = reason.format(place=place, text=text, limit=_CONNECT_SECONDS)
-        return kind(reason, provider=self.client.name, retryable=retryable)
+            return ProviderConnectionError("the call was cancelled", provider=name, retryable=False)
+        if isinstance(error, BadResponseError):
+            reason, retryable = f"{place} answered {error}", error.retryable
+            return BadResponseError(reason, provider=name, retryable=retryable, status=self.status)
+        if time.monotonic() >= self.deadline:
+            return ProviderTimeoutError(f"no answer from {place} within {self.seconds:g} s", provider=name)
+        base = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _FAULTS)
+        text = getattr(error, "verify_message", "") or str(error) or base
+        kind, retryable, reason = _FAULTS[base]
+        return kind(reason.format(place=place, text=text, limit=_CONNECT_SECONDS), provider=name, retryable=retryable)
 
 
 @functools.lru_cache(maxsize=8)
@@ -4500,22 +4497,17 @@ def _proxy_for(scheme: str, host: str, port: int) -> str | None:
     proxy = next((os.environ[name] for name in names if os.environ.get(name)), None)
     exceptions = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     for entry in exceptions.lower().replace(",", " ").split() if proxy else ():
+        from ipaddress import ip_address, ip_network
+
         place = re.fullmatch(r"(\[.*\]|[^:]*):([0-9]+)", entry)
         name = (place[1] if place else entry).strip("[]")
         name = name if name == "*" else name.lstrip("*.")
-        within = name in ("*", host) or host.endswith(f".{name}") or ("/" in name and _in_network(host, name))
+        within = name in ("*", host) or host.endswith(f".{name}")
+        with contextlib.suppress(ValueError):  # one of them is a name
+            within = within or ip_address(host) in ip_network(name, strict=False)
         if name and within and (not place or int(place[2]) == port):
             return None
     return proxy
-
-
-def _in_network(host: str, network: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False)
-    except ValueError:
-        return False
 
 
 def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
