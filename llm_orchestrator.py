@@ -5390,17 +5390,17 @@ class EchoProvider(Provider):
     DIMENSIONS = 256
 
     def complete(self, request: CompletionRequest) -> CompletionResponse:
-        text = f"echo: {request.prompt}"
-        if request.schema is not None:
-            try:
+        try:
+            text = f"echo: {request.prompt}"
+            if request.schema is not None:
                 text = _to_json(_smallest_value(request.schema, request.schema, iter(range(10_000))))
-            except (*_SHAPE_ERRORS, ArithmeticError, RecursionError, StopIteration) as error:
-                raise ValidationError(f"{self.name}: no answer that fits the schema is known: {error!r}") from None
-        on_text = request.on_text if request.stream else None
-        for piece in re.findall(r"\s*\S+\s*", text):
-            if on_text:
-                on_text(piece)
-        asked = [request.system or "", *(_joined_text(message.get("content")) for message in request.messages)]
+            asked = [request.system or "", *(_joined_text(message.get("content")) for message in request.messages)]
+        except (*_SHAPE_ERRORS, ArithmeticError, RecursionError, StopIteration) as error:
+            reason = f"the messages cannot be read, or no answer that fits the schema is known: {error!r}"
+            raise ValidationError(f"{self.name}: {reason}") from None
+        for piece in re.findall(r"\s*\S+\s*", text) if request.stream else ():
+            if request.on_text:
+                request.on_text(piece)
         words = sum(len(part.split()) for part in asked)
         return CompletionResponse(text, request.model, words, len(text.split()), "stop")
 
@@ -5478,7 +5478,9 @@ def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[s
     if kind == "array":
         return [_smallest_value(schema.get("items", {}), root, left, opened) for _ in range(schema.get("minItems", 0))]
     if kind == "string":
-        return "x" * sum(1 for _ in zip(range(schema.get("minLength", 0)), left))
+        if schema.get("minLength", 0) > 10_000:
+            raise ValueError("the smallest answer is too large")
+        return "x" * schema.get("minLength", 0)
     if kind in ("number", "integer"):
         return _smallest_number(schema, kind == "integer")
     return None if kind == "null" else False
