@@ -4474,8 +4474,9 @@ class _RestClient:
         try:
             yield
         except _SHAPE_ERRORS:
-            shown = self.excerpt(answer if isinstance(answer, str) else _to_json(answer))
-            raise BadResponseError(f"answered something else than {what}: {shown}", provider=self.name) from None
+            text = answer.decode("utf-8", "replace") if isinstance(answer, bytes) else _as_text(answer)
+            reason = f"answered something else than {what}: {self.excerpt(text)}"
+            raise BadResponseError(reason, provider=self.name) from None
 
     def hide(self, text: str) -> str:
         for secret in self.secrets:
@@ -4701,7 +4702,7 @@ class Provider:
                     request.on_text(piece)
 
         def on_bytes(piece: bytes) -> bool:
-            with self._rest.reading("a stream in UTF-8", repr(piece)):
+            with self._rest.reading("a stream in UTF-8", piece):
                 texts = list(events.feed(piece))
             for text in texts:
                 if not document.get("done"):
@@ -4928,7 +4929,7 @@ class _ChatCompletions(Provider):
         if content is None and not (calls or refusal) and str(finish or "stop").lower() in _NORMAL_ENDS - _TRUNCATED:
             raise ValueError("no content, and no reason for it")
         marked = {"refusal": True} if refusal and not content else None
-        text, finish = _joined_text(content or refusal), finish and str(finish)
+        text, finish = _joined_text(content or refusal), str(finish) if finish else None
         return {"text": text, "tool_calls": calls, "finish_reason": finish, "metadata": marked}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
