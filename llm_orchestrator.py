@@ -4327,11 +4327,12 @@ def _joined_text(content: Any) -> str:
 
 def _dig(document: Any, place: str) -> Any:
     """The value at a place such as "choices.0.message"; None where there is none."""
-    with contextlib.suppress(*_SHAPE_ERRORS):
+    try:
         for key in place.split("."):
             document = document[int(key) if isinstance(document, list) else key]
         return document
-    return None
+    except _SHAPE_ERRORS:
+        return None
 
 
 def _total(document: Any, places: str) -> int | None:
