@@ -4906,9 +4906,8 @@ class Provider:
         key, token = (str(secret or "").strip() for secret in (api_key, options.get(self.TOKEN_OPTION)))
         own = {"Authorization": f"Bearer {token}"} if token and not key else {}
         own = {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key} if key else own
-        self.base_url, prefix = self.address((base_url or self.KEY_URLS.get(key[:3], self.BASE_URL)).rstrip("/"))
-        headers = {**own, **self.extra_headers(), **(headers or {})}
-        url = self.base_url + prefix
+        self.base_url = self.address((base_url or self.KEY_URLS.get(key[:3], self.BASE_URL)).rstrip("/"))
+        url, headers = self.base_url + self.PREFIX, {**own, **self.extra_headers(), **(headers or {})}
         self._rest = _RestClient(self.name, url, headers, timeout_seconds=timeout_seconds, proxy=proxy)
 
     @classmethod
@@ -4921,19 +4920,22 @@ class Provider:
         for option, variable in cls.OPTIONS.items():
             if variable and (option != cls.TOKEN_OPTION or not given.get("api_key")):
                 given.setdefault(option, _variable(variable))
-        missing = () if given["base_url"] or cls.BASE_URL else cls.URL_VARIABLES
-        if not missing and cls.NEEDS_KEY and not given.get("api_key") and not given.get(cls.TOKEN_OPTION):
-            missing = cls.KEY_VARIABLES
+        missing = cls.missing_settings(given)
         if missing:
-            reason = f"set {' or '.join(missing)} in the environment"
-            raise AuthenticationError(reason, provider=given.get("name") or cls.TYPE)
+            raise AuthenticationError(f"set {missing} in the environment", provider=given.get("name") or cls.TYPE)
         return cls(**given)
 
-    def address(self, base_url: str) -> tuple[str, str]:
-        """(the base URL, the path below it where the calls lie) of a base URL, which may hold that path already."""
-        if self.PREFIX:
-            base_url = re.sub(rf"({re.escape(self.PREFIX)})?(/v\d\w*)?$", "", base_url, count=1)
-        return base_url, self.PREFIX
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        """Which variable has to be set, if one has to."""
+        if not (settings.get("base_url") or cls.BASE_URL):
+            return " or ".join(cls.URL_VARIABLES)
+        keyed = settings.get("api_key") or settings.get(cls.TOKEN_OPTION) or not cls.NEEDS_KEY
+        return "" if keyed else " or ".join(cls.KEY_VARIABLES)
+
+    def address(self, base_url: str) -> str:
+        """The base URL without the PREFIX, or another version, that it may end with."""
+        return re.sub(rf"({re.escape(self.PREFIX)})?(/v\d\w*)?$", "", base_url, count=1) if self.PREFIX else base_url
 
     def extra_headers(self) -> dict[str, str]:
         return {}
@@ -5451,7 +5453,7 @@ class OllamaProvider(_ChatCompletions):
     VECTORS, EMBED_TOKENS = "embeddings", "prompt_eval_count"
     PLAIN_LINES, OBJECT_SCHEMAS = True, False
 
-    def address(self, base_url: str) -> tuple[str, str]:
+    def address(self, base_url: str) -> str:
         """OLLAMA_HOST is a host, host:port or URL; 0.0.0.0 is where a server listens, not where it is."""
         scheme, _, rest = base_url.rpartition("://")
         host, slash, path = rest.replace("0.0.0.0", "127.0.0.1", 1).partition("/")
@@ -5606,11 +5608,10 @@ class GeminiProvider(Provider):
     INPUT_TYPES: Mapping[str, str] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}
     VECTORS, OBJECT_SCHEMAS, max_batch = "embeddings", False, 100
 
-    def address(self, base_url: str) -> tuple[str, str]:
-        found, version = re.search(r"/v\d\w*$", base_url), str(self.options["api_version"] or "v1")
-        if found:
-            return base_url[: found.start()], found[0]
-        return base_url, "/v1beta" if version == "beta" else f"/{version}"
+    def address(self, base_url: str) -> str:
+        found, version = re.search(r"/v\d\w*$", base_url), self.options["api_version"] or "v1"
+        self.PREFIX = found[0] if found else "/v1beta" if version == "beta" else f"/{version}"
+        return base_url[: found.start()] if found else base_url
 
     def place(self, path: str, model: str) -> str:
         from urllib.parse import quote
