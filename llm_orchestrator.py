@@ -4618,11 +4618,12 @@ def _joined_text(content: Any) -> str:
 
 def _dig(document: Any, place: str) -> Any:
     """The value at a place such as "choices.0.message"; None where there is none."""
-    with contextlib.suppress(*_SHAPE_ERRORS):
+    try:
         for key in place.split("."):
             document = document[int(key) if isinstance(document, list) else key]
         return document
-    return None
+    except _SHAPE_ERRORS:
+        return None
 
 
 def _total(document: Any, places: str) -> int | None:
@@ -4765,8 +4766,9 @@ class _RestClient:
         try:
             yield
         except _SHAPE_ERRORS:
-            shown = self.excerpt(answer if isinstance(answer, str) else _to_json(answer))
-            raise BadResponseError(f"answered something else than {what}: {shown}", provider=self.name) from None
+            text = answer.decode("utf-8", "replace") if isinstance(answer, bytes) else _as_text(answer)
+            reason = f"answered something else than {what}: {self.excerpt(text)}"
+            raise BadResponseError(reason, provider=self.name) from None
 
     def hide(self, text: str) -> str:
         for secret in self.secrets:
@@ -4885,9 +4887,8 @@ class Provider:
         key, token = (str(secret or "").strip() for secret in (api_key, options.get(self.TOKEN_OPTION)))
         own = {"Authorization": f"Bearer {token}"} if token and not key else {}
         own = {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key} if key else own
-        self.base_url, prefix = self.address((base_url or self.KEY_URLS.get(key[:3], self.BASE_URL)).rstrip("/"))
-        headers = {**own, **self.extra_headers(), **(headers or {})}
-        url = self.base_url + prefix
+        self.base_url = self.address((base_url or self.KEY_URLS.get(key[:3], self.BASE_URL)).rstrip("/"))
+        url, headers = self.base_url + self.PREFIX, {**own, **self.extra_headers(), **(headers or {})}
         self._rest = _RestClient(self.name, url, headers, timeout_seconds=timeout_seconds, proxy=proxy)
 
     @classmethod
@@ -4900,19 +4901,22 @@ class Provider:
         for option, variable in cls.OPTIONS.items():
             if variable and (option != cls.TOKEN_OPTION or not given.get("api_key")):
                 given.setdefault(option, _variable(variable))
-        missing = () if given["base_url"] or cls.BASE_URL else cls.URL_VARIABLES
-        if not missing and cls.NEEDS_KEY and not given.get("api_key") and not given.get(cls.TOKEN_OPTION):
-            missing = cls.KEY_VARIABLES
+        missing = cls.missing_settings(given)
         if missing:
-            reason = f"set {' or '.join(missing)} in the environment"
-            raise AuthenticationError(reason, provider=given.get("name") or cls.TYPE)
+            raise AuthenticationError(f"set {missing} in the environment", provider=given.get("name") or cls.TYPE)
         return cls(**given)
 
-    def address(self, base_url: str) -> tuple[str, str]:
-        """(the base URL, the path below it where the calls lie) of a base URL, which may hold that path already."""
-        if self.PREFIX:
-            base_url = re.sub(rf"({re.escape(self.PREFIX)})?(/v\d\w*)?$", "", base_url, count=1)
-        return base_url, self.PREFIX
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        """Which variable has to be set, if one has to."""
+        if not (settings.get("base_url") or cls.BASE_URL):
+            return " or ".join(cls.URL_VARIABLES)
+        keyed = settings.get("api_key") or settings.get(cls.TOKEN_OPTION) or not cls.NEEDS_KEY
+        return "" if keyed else " or ".join(cls.KEY_VARIABLES)
+
+    def address(self, base_url: str) -> str:
+        """The base URL without the PREFIX, or another version, that it may end with."""
+        return re.sub(rf"({re.escape(self.PREFIX)})?(/v\d\w*)?$", "", base_url, count=1) if self.PREFIX else base_url
 
     def extra_headers(self) -> dict[str, str]:
         return {}
@@ -4992,7 +4996,7 @@ class Provider:
                     request.on_text(piece)
 
         def on_bytes(piece: bytes) -> bool:
-            with self._rest.reading("a stream in UTF-8", repr(piece)):
+            with self._rest.reading("a stream in UTF-8", piece):
                 texts = list(events.feed(piece))
             for text in texts:
                 if not document.get("done"):
@@ -5219,7 +5223,7 @@ class _ChatCompletions(Provider):
         if content is None and not (calls or refusal) and str(finish or "stop").lower() in _NORMAL_ENDS - _TRUNCATED:
             raise ValueError("no content, and no reason for it")
         marked = {"refusal": True} if refusal and not content else None
-        text, finish = _joined_text(content or refusal), finish and str(finish)
+        text, finish = _joined_text(content or refusal), str(finish) if finish else None
         return {"text": text, "tool_calls": calls, "finish_reason": finish, "metadata": marked}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
@@ -5430,7 +5434,7 @@ class OllamaProvider(_ChatCompletions):
     VECTORS, EMBED_TOKENS = "embeddings", "prompt_eval_count"
     PLAIN_LINES, OBJECT_SCHEMAS = True, False
 
-    def address(self, base_url: str) -> tuple[str, str]:
+    def address(self, base_url: str) -> str:
         """OLLAMA_HOST is a host, host:port or URL; 0.0.0.0 is where a server listens, not where it is."""
         scheme, _, rest = base_url.rpartition("://")
         host, slash, path = rest.replace("0.0.0.0", "127.0.0.1", 1).partition("/")
@@ -5585,11 +5589,10 @@ class GeminiProvider(Provider):
     INPUT_TYPES: Mapping[str, str] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}
     VECTORS, OBJECT_SCHEMAS, max_batch = "embeddings", False, 100
 
-    def address(self, base_url: str) -> tuple[str, str]:
-        found, version = re.search(r"/v\d\w*$", base_url), str(self.options["api_version"] or "v1")
-        if found:
-            return base_url[: found.start()], found[0]
-        return base_url, "/v1beta" if version == "beta" else f"/{version}"
+    def address(self, base_url: str) -> str:
+        found, version = re.search(r"/v\d\w*$", base_url), self.options["api_version"] or "v1"
+        self.PREFIX = found[0] if found else "/v1beta" if version == "beta" else f"/{version}"
+        return base_url[: found.start()] if found else base_url
 
     def place(self, path: str, model: str) -> str:
         from urllib.parse import quote
@@ -5681,17 +5684,17 @@ class EchoProvider(Provider):
     DIMENSIONS = 256
 
     def complete(self, request: CompletionRequest) -> CompletionResponse:
-        text = f"echo: {request.prompt}"
-        if request.schema is not None:
-            try:
+        try:
+            text = f"echo: {request.prompt}"
+            if request.schema is not None:
                 text = _to_json(_smallest_value(request.schema, request.schema, iter(range(10_000))))
-            except (*_SHAPE_ERRORS, ArithmeticError, RecursionError, StopIteration) as error:
-                raise ValidationError(f"{self.name}: no answer that fits the schema is known: {error!r}") from None
-        on_text = request.on_text if request.stream else None
-        for piece in re.findall(r"\s*\S+\s*", text):
-            if on_text:
-                on_text(piece)
-        asked = [request.system or "", *(_joined_text(message.get("content")) for message in request.messages)]
+            asked = [request.system or "", *(_joined_text(message.get("content")) for message in request.messages)]
+        except (*_SHAPE_ERRORS, ArithmeticError, RecursionError, StopIteration) as error:
+            reason = f"the messages cannot be read, or no answer that fits the schema is known: {error!r}"
+            raise ValidationError(f"{self.name}: {reason}") from None
+        for piece in re.findall(r"\s*\S+\s*", text) if request.stream else ():
+            if request.on_text:
+                request.on_text(piece)
         words = sum(len(part.split()) for part in asked)
         return CompletionResponse(text, request.model, words, len(text.split()), "stop")
 
@@ -5769,7 +5772,9 @@ def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[s
     if kind == "array":
         return [_smallest_value(schema.get("items", {}), root, left, opened) for _ in range(schema.get("minItems", 0))]
     if kind == "string":
-        return "x" * sum(1 for _ in zip(range(schema.get("minLength", 0)), left))
+        if schema.get("minLength", 0) > 10_000:
+            raise ValueError("the smallest answer is too large")
+        return "x" * schema.get("minLength", 0)
     if kind in ("number", "integer"):
         return _smallest_number(schema, kind == "integer")
     return None if kind == "null" else False
