@@ -469,8 +469,8 @@ ODD: list[Any] = [
     None, True, False, 0, -1, 2.5, 10**400, 10**5000, math.nan, math.inf, "", " ", "x", "{{", "{{x}}", "{{steps}}",
     "{{steps.llm.text}}", "<<steps.q>>", "{{> p}}", "{{#each x}}{{item}}", "a ==", "inputs.x", "\ud800", "\0", "1s",
     "llm", "parallel", "nowhere.yaml", "__init__", "default", [], {}, [None], [[]], [{}], {"a": None},
-    {1: 2}, {None: 1}, {(1,): 3}, ["a", "a"], ["a", 1], (1, 2), b"bytes", {1, 2}, object(), _circle, _deep, collections.OrderedDict(a=1),
-    ["steps.llm.text"], {"name": "i", "steps": [{"id": "z", "type": "action", "action": "log"}]},
+    {1: 2}, {None: 1}, {(1,): 3}, ["a", "a"], ["a", 1], (1, 2), b"bytes", {1, 2}, object(), _circle, _deep,
+    collections.OrderedDict(a=1), ["steps.llm.text"], {"name": "i", "steps": [{"id": "z", "type": "action", "action": "log"}]},
     Step(id="n", type="action"), Workflow(name="w"),
 ]  # fmt: skip
 KEYS: list[Any] = [1, None, True, 2.5, "zz", "", "__class__", "id", "type", "for_each", "condition", 10**5000, (1,)]
