@@ -159,7 +159,7 @@ budget: {max_tokens: 5, max_calls: 3, max_cost: 0.5}
 pricing: {m: {input: 1, output: 2}}
 outputs: {x: "{{steps.llm.text}}", y: {deep: ["{{steps.par.t1}}", 5]}}
 steps:
-  - {id: llm, type: llm, prompt: "{{> p}}", system: s, max_tokens: 5, stop: [a], schema: {type: object}, tools: [f],
+  - {id: llm, type: llm, prompt: "{{> p}}", system: s, max_tokens: 5, stop: [a], schema: {type: object}, top_p: 0.5,
      fallback: [{provider: mine, model: x}], params: {a: "{{q}}"}, cache: false, output: [text, model],
      retry: {max_attempts: 3, backoff: linear, initial_delay_ms: 5, max_delay: 1s, jitter: 0.5}, trigger_rule: all_done}
   - {id: chat, type: llm, messages: [{role: user, content: "{{steps.llm.text}}"}], temperature: "{{inputs.n}}"}
