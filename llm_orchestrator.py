@@ -2427,8 +2427,7 @@ _regex_cost = functools.lru_cache(maxsize=256)(_RegexCost)
 # `validate` shows all of them. What is compiled here (templates, conditions, defaults) is never parsed again by a run.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]+\Z").match
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(ms|s|m|h)?\Z").match
+_ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_SECONDS = 1e9  # that a clock, a lock and a socket all take
 _MAX_WORKFLOW_DEPTH = 16
@@ -2442,7 +2441,7 @@ def _seconds(value: Any, bare_unit: str) -> float | None:
     """A duration in seconds from a number (in `bare_unit`) or a text such as "1.5s" or "200ms"; None if it is none."""
     seconds = -1.0
     if isinstance(value, str) and len(value) < 40:
-        match = _DURATION(value.strip())
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(ms|s|m|h)?", value.strip())
         seconds = float(match[1]) * _UNIT_SECONDS[match[2] or bare_unit] if match else seconds
     elif _is_number(value):
         seconds = value * _UNIT_SECONDS[bare_unit]
@@ -2523,6 +2522,10 @@ def _one_of(*names: str) -> Callable[[Any], str | None]:
 def _texts(value: Any) -> str | None:
     wrong = [text for text in _as_list(value) if not isinstance(text, str)]
     return f"must be text or a list of texts; an item {_text(wrong[0])}" if wrong else None
+
+
+def _is_identifier(value: str) -> bool:
+    return bool(value) and _ID_CHARACTERS.issuperset(value)
 
 
 def _is_vector(value: Any) -> bool:
@@ -2617,7 +2620,7 @@ _message = _Map(
 )  # fmt: skip
 
 _COMMON_KEYS: dict[str, _Check] = {
-    "id": _must_be_text("letters, digits, _ or -", _IDENTIFIER), "type": lambda value: _one_of(*_STEP_TYPES)(value),
+    "id": _must_be_text("letters, digits, _ or -", _is_identifier), "type": lambda value: _one_of(*_STEP_TYPES)(value),
     "description": _text, "depends_on": _texts, "condition": _condition, "output": _texts, "timeout_seconds": _timeout,
     "retry": _mapping, "continue_on_error": _boolean,
     "trigger_rule": _one_of("none_failed_min_one_success", "all_success", "one_success", "all_done", "one_failed"),
@@ -3299,7 +3302,7 @@ class _Plan:
         given = [name for name in _as_list(node.document.get("output")) if isinstance(name, str)]
         path = (*node.path, "output")
         for name in given:
-            if not _IDENTIFIER(name):
+            if not _is_identifier(name):
                 self.misshape(path, f"output {_shown(name)} must be letters, digits, _ or -")
         if len(set(given)) < len(given):
             self.misshape(path, "output gives one name twice")
@@ -3366,7 +3369,9 @@ class _Plan:
         query, documents = document.get("query"), document.get("documents")
         if isinstance(document.get("embed"), Mapping):
             self.check(_Map(_EMBED_KEYS, ("provider", "model")), document["embed"], (*node.path, "embed"))
-        elif documents is not None or (isinstance(query, str) and not re.fullmatch(r"(?s)\s*(\{\{.*\}\}|<<.*>>)\s*", query)):
+        elif documents is not None or (
+            isinstance(query, str) and not re.fullmatch(r"(?s)\s*(\{\{.*\}\}|<<.*>>)\s*", query)
+        ):
             needed = "documents need" if documents is not None else "query is text and needs"
             self.misshape(node.path, f"{needed} embed: {{provider, model}} to become vectors")
         if isinstance(document.get("filter"), Mapping) and not _holds_tag(document["filter"]):
@@ -3738,8 +3743,10 @@ _RETRY_KEYS: dict[str, Callable[[Any], str | None]] = {
 }
 _RETRY_ALIASES = {"backoff": "strategy", "initial_delay_ms": "initial_delay", "max_delay_ms": "max_delay"}
 _above_zero = _must("a number above 0", lambda value: _is_number(value) and value > 0)
-_RATE_LIMIT_KEYS = {"requests_per_minute": _above_zero, "tokens_per_minute": _above_zero, "max_concurrent": _integer(1)}
-_CIRCUIT_BREAKER_KEYS = {
+_RATE_LIMIT_KEYS: dict[str, _Check] = {
+    "requests_per_minute": _above_zero, "tokens_per_minute": _above_zero, "max_concurrent": _integer(1)
+}  # fmt: skip
+_CIRCUIT_BREAKER_KEYS: dict[str, _Check] = {
     "failure_rate": _must("above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1),
     "window": _integer(1, 1000), "min_calls": _integer(1, 1000),
     "open_seconds": _must("seconds, or a text such as 30s", lambda value: _seconds(value, "s") is not None),
