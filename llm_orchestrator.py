@@ -125,11 +125,16 @@ class ConditionError(TemplateError):
 
 def _nearest(word: Any, known: Iterable[Any]) -> list[str]:
     """The one of the known words that the word is probably meant to be, if there is one."""
+    word, words = str(word)[:100].lower(), tuple(map(str, known))
+    if len(words) > 300:  # comparing takes long
+        words = tuple(one for one in words if one[:3].lower() == word[:3] or one[-3:].lower() == word[-3:])[:300]
+    return _closest(word, words)
+
+
+@functools.lru_cache(maxsize=1000)
+def _closest(word: str, words: tuple[str, ...]) -> list[str]:
     import difflib
 
-    word, words = str(word)[:100].lower(), list(map(str, known))
-    if len(words) > 300:  # comparing takes long
-        words = [one for one in words if one[:3].lower() == word[:3] or one[-3:].lower() == word[-3:]][:300]
     lowered = {one.lower(): one for one in words}
     return [lowered[one] for one in difflib.get_close_matches(word, lowered, n=1)]
 
@@ -1953,16 +1958,18 @@ class Template:
     @property
     def references(self) -> tuple[Reference, ...]:
         """Every path read from the root: (segments, required, position). Required: it raises if missing and strict."""
-        return tuple(reference[:3] for reference in self._root_references(()))
-
-    def _root_references(self, active: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool, int, bool]]:
-        found = list(self._references)
-        for name, at_root, keys, position in self._calls:
-            partial = self._partials.template(name) if name not in active else None
-            for steps, required, _, absolute in partial._root_references((*active, name)) if partial else ():
+        found = [reference[:3] for reference in self._references]
+        calls = [(name, at_root, frozenset(keys), position) for name, at_root, keys, position in self._calls]
+        seen: set[tuple[str, bool, frozenset[str]]] = set()
+        for name, at_root, keys, position in calls:  # which grows: partials that call each other often are read once
+            partial = self._partials.template(name) if (name, at_root, keys) not in seen else None
+            seen.add((name, at_root, keys))
+            for steps, required, _, absolute in partial._references if partial else ():
                 if absolute or (at_root and steps[0] not in keys):
-                    found.append((steps, required, position, absolute))
-        return found
+                    found.append((steps, required, position))
+            for inner, inner_at_root, inner_keys, _ in partial._calls if partial else ():
+                calls.append((inner, at_root and inner_at_root, keys | inner_keys, position))
+        return tuple(found)
 
 
 def _compile_value(
@@ -3100,8 +3107,8 @@ class _Graph:
             yield graph
             graph = graph.outer
 
-    def visible(self) -> list[str]:
-        return [step_id for graph in self.around() for step_id in graph.by_id]
+    def visible(self) -> Iterator[str]:
+        return (step_id for graph in self.around() for step_id in graph.by_id)
 
     def link(self) -> None:
         """Fills in dependents, counts and roots once every node knows its dependencies."""
@@ -3194,9 +3201,9 @@ class _Plan:
         self.misshapen = True
         self.problem(path, message, inside=inside)
 
-    def near(self, name: str, graph: _Graph) -> str:
-        """A suggestion for the id of a step, unless many have been made: looking through long lists takes long."""
-        return _suggestion(name, graph.visible()) if len(self.found) < _MOST_SUGGESTIONS else ""
+    def near(self, name: str, known: Iterable[str]) -> str:
+        """A suggestion, unless many have been made: looking through long lists takes long."""
+        return _suggestion(name, known) if len(self.found) < _MOST_SUGGESTIONS else ""
 
     def check(self, shape: _Map, mapping: Any, path: _Path, defaults: Mapping[str, Any] | None = None) -> None:
         for inner, fault in shape.faults(mapping, defaults):
@@ -3265,11 +3272,10 @@ class _Plan:
             self.condition(node, document)
         if row.arity or row is _UNKNOWN_TYPE:  # a container's are named by its children
             self.name_outputs(node, ("output",) if row.arity else (), row.arity or 100)
-        if len(document) > 4:  # most steps have none of these
-            node.timeout = _seconds(document.get("timeout_seconds"), "s")
-            node.continue_on_error = document.get("continue_on_error") is True
-            node.rule = document.get("trigger_rule") or node.rule
-            node.limit = document.get("max_concurrency")
+        node.timeout = _seconds(document.get("timeout_seconds"), "s")
+        node.continue_on_error = document.get("continue_on_error") is True
+        node.rule = document.get("trigger_rule") or node.rule
+        node.limit = document.get("max_concurrency")
         if "max_concurrency" in document and not (node.for_each or node.type == "parallel" or node.defaulted):
             self.problem((*node.path, "max_concurrency"), "max_concurrency belongs to for_each and the type parallel")
         if not row.container:
@@ -3468,11 +3474,13 @@ class _Plan:
         if not isinstance(declared, dict) or not isinstance(given, dict):
             return
         for name, value in given.items():
-            entry = declared.get(name) or {}
+            entry = declared.get(name)
             if name not in declared:
-                near = _suggestion(name, declared)
+                near = self.near(name, declared)
                 self.problem((*path, name), f"inputs: the workflow has no input {_shown(name)}{near}")
-            elif value is not None and not _holds_tag(value) and (fault := _input_fault(value, entry)):
+            elif isinstance(entry, dict) and value is not None and not _holds_tag(value) and (
+                fault := _input_fault(value, entry)
+            ):
                 self.problem((*path, name), f"inputs: {name} {fault}")
         for name in _required_inputs(declared):
             if given.get(name) is None:
@@ -3491,7 +3499,7 @@ class _Plan:
         for index, step_id in enumerate(_as_list(listed) if listed else ()):
             path = (*node.path, "depends_on", index) if isinstance(listed, list) else (*node.path, "depends_on")
             if isinstance(step_id, str) and not self.depend(node, step_id, graph, path, ("depends_on", step_id)):
-                near = self.near(step_id, graph)
+                near = self.near(step_id, graph.visible())
                 self.problem(path, f"depends_on: there is no step {_shown(step_id)}{near}")
         for (reference, key), place in zip(node.references, node.places):
             self.resolve(node, reference, key, place, graph)
@@ -3520,7 +3528,7 @@ class _Plan:
         """Checks one reference and makes the node wait for the step that it names."""
         segments = reference[0]
         root = segments[0] if segments else ""
-        if not root or root in graph.local or root in node.local or root in ("workflow", "run"):
+        if not root or root in graph.local or root in ("workflow", "run") or (root in node.local and key != "for_each"):
             return
         if root not in ("steps", "outputs"):
             fault = self.missing_input(segments, graph)
@@ -3543,7 +3551,7 @@ class _Plan:
             return ""
         step = name if name in graph.by_id else "".join(graph.named.get(name, ())[:1])
         path = f"steps.{name}" if step == name else f"steps.{step}.{name}"
-        near = f", did you mean {path!r}?" if step else _suggestion(name, graph.inputs)
+        near = f", did you mean {path!r}?" if step else self.near(name, graph.inputs)
         return f": there is no input {_shown(name)}{near}"
 
     def missing_output(self, node: _Node, segments: tuple[str, ...], path: _Path, key: str, graph: _Graph) -> str:
@@ -3557,12 +3565,12 @@ class _Plan:
             step_id, rest = (ids[0], ()) if ids else (step_id, rest)
         target = self.depend(node, step_id, graph, path, (key, ".".join(segments)))
         if target is None:
-            return f": there is no step {_shown(step_id)}{self.near(step_id, graph)}"
+            return f": there is no step {_shown(step_id)}{self.near(step_id, graph.visible())}"
         while rest and target is not None and (names := target.names()) and rest[0] not in _STEP_FACTS:
             if rest[0] not in names:
                 if target.workflow is not None and target.workflow._compiled is None:
                     break  # it is calling itself, and not all of its steps are known yet
-                near = _suggestion(rest[0], names) or f"; it has {_shorten(', '.join(names), 200)}"
+                near = self.near(rest[0], names) or f"; it has {_shorten(', '.join(names), 200)}"
                 return f": step {target.id!r} has no output {_shown(rest[0])}{near}"
             target, rest = None if target.for_each else names[rest[0]], rest[1:]
         return ""
@@ -3582,16 +3590,15 @@ class _Plan:
             rendered[key] = self.compiled(node, "inputs", text, path) or _constant(text)
             for (reference, name), where in zip(node.references[known:], node.places[known:]):
                 self.resolve(node, reference, name, where, graph)
-        for key, source in entries:
-            name = key if isinstance(inputs, dict) else source
-            node.inputs = [*node.inputs, (name if isinstance(name, str) else _shown(name), rendered[key])]
+        titles = [(key, key if isinstance(inputs, dict) else source) for key, source in entries]
+        node.inputs = [(name if isinstance(name, str) else _shown(name), rendered[key]) for key, name in titles]
 
     def input_path(self, node: _Node, name: str, path: _Path, graph: _Graph) -> str:
         """What an input's name stands for: an item, an output of a dependency, a dependency, a workflow input."""
         root = name.split(".", 1)[0]
         if root in graph.local or root in node.local:
             return name
-        found = [step_id for step_id in node.dependencies if root in graph.by_id[step_id].output_names]
+        found = [step_id for step_id in graph.named.get(root, ()) if step_id in node.dependencies]
         if len(found) > 1:
             where = " or ".join(f"steps.{step_id}.{root}" for step_id in found)
             self.problem(path, f"inputs: {_shown(name)} is an output of several dependencies; write {where}")
