@@ -3473,18 +3473,16 @@ class _Plan:
         path, declared = self.place(node, "inputs"), called.inputs
         if not isinstance(declared, dict) or not isinstance(given, dict):
             return
-        for name, value in given.items():
-            entry = declared.get(name)
+        for name in given:
             if name not in declared:
                 near = self.near(name, declared)
                 self.problem((*path, name), f"inputs: the workflow has no input {_shown(name)}{near}")
-            elif isinstance(entry, dict) and value is not None and not _holds_tag(value) and (
-                fault := _input_fault(value, entry)
-            ):
-                self.problem((*path, name), f"inputs: {name} {fault}")
-        for name in _required_inputs(declared):
-            if given.get(name) is None:
+        for name, entry in declared.items():
+            value, entry = given.get(name), entry if isinstance(entry, dict) else {}
+            if value is None and entry.get("required") and entry.get("default") is None:
                 self.problem(path, f"inputs: the workflow needs the input {_shown(name)}")
+            elif value is not None and not _holds_tag(value) and (fault := _input_fault(value, entry)):
+                self.problem((*path, name), f"inputs: {name} {fault}")
 
     def child_steps(
         self, node: _Node, steps: Any, path: _Path, graph: _Graph, local: frozenset[str] = frozenset()
@@ -3570,7 +3568,7 @@ class _Plan:
             if rest[0] not in names:
                 if target.workflow is not None and target.workflow._compiled is None:
                     break  # it is calling itself, and not all of its steps are known yet
-                near = self.near(rest[0], names) or f"; it has {_shorten(', '.join(names), 200)}"
+                near = self.near(rest[0], names) or f"; it has {', '.join(itertools.islice(names, 20))}"
                 return f": step {target.id!r} has no output {_shown(rest[0])}{near}"
             target, rest = None if target.for_each else names[rest[0]], rest[1:]
         return ""
@@ -3614,7 +3612,7 @@ class _Plan:
             return  # every step stands below its dependencies
         import graphlib
 
-        for _ in range(_MOST_SUGGESTIONS):
+        for _ in range(10):
             try:
                 graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
                 break
@@ -3666,12 +3664,6 @@ def _read_document(path: str) -> Any:
     except ParseError as error:
         error.source = path
         raise
-
-
-def _required_inputs(declared: Mapping[str, Any]) -> list[str]:
-    """The declared inputs that must be given: required (without a default)."""
-    entries = ((name, entry) for name, entry in declared.items() if isinstance(entry, dict))
-    return [name for name, entry in entries if entry.get("required") and entry.get("default") is None]
 
 
 def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:

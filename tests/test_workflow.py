@@ -238,6 +238,19 @@ def test_names_of_a_scope_hide_those_around_it() -> None:
     assert "has no output 'text'" in problems(steps(LLM, f"{{id: p, type: parallel, tasks: [{child % 'text'}]}}"))[0]
 
 
+def test_partials_may_call_each_other_in_any_number() -> None:
+    partials = {f"p{number}": f"{{{{> p{number + 1}}}}}{{{{> p{number + 1}}}}}" for number in range(2000)}
+    partials["p2000"] = "{{inputs.x}}{{> p0}}"
+    workflow = Workflow("t", [Step(id="a", type="action", action="log", message="{{> p0}}")], partials=partials, inputs={})
+    with pytest.raises(ValidationError, match=r"'inputs\.x': there is no input 'x'"):
+        workflow.validate()
+
+
+def test_the_smallest_step_may_still_continue_on_error() -> None:
+    workflow = Workflow("t", [Step(id="a", type="action", action="fail", continue_on_error=True)])
+    assert WorkflowExecutor(workflow).run().status == "completed"
+
+
 # ---- The original's own files ----------------------------------------------------------------------------------------
 
 ORIGINALS = {
