@@ -3142,13 +3142,7 @@ class _Plan:
         self.graphs: list[_Graph] = []
         self.partials = _Partials(None, True, None)
         self.defaults = {kind: keys for kind, keys in self.section("defaults").items() if isinstance(keys, dict)}
-        collects = gc.isenabled()  # the collector pauses: what is made here stays, and looking it over takes long
-        gc.disable()
-        try:
-            self.compile()
-        finally:
-            if collects:
-                gc.enable()
+        self.compile()
 
     @property
     def problems(self) -> list[Problem]:
@@ -3383,8 +3377,8 @@ class _Plan:
         if isinstance(document.get("filter"), Mapping) and not _holds_tag(document["filter"]):
             try:
                 _predicate(document["filter"])
-            except ValidationError as error:
-                self.misshape((*node.path, "filter"), f"filter: {error.problems[0].message}")
+            except ExecutionError as error:
+                self.misshape((*node.path, "filter"), f"filter: {error}")
 
     def _vector_upsert(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self._vector_search(node, document, graph)
