@@ -29,6 +29,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import math
@@ -124,11 +125,16 @@ class ConditionError(TemplateError):
 
 def _nearest(word: Any, known: Iterable[Any]) -> list[str]:
     """The one of the known words that the word is probably meant to be, if there is one."""
+    word, words = str(word)[:100].lower(), tuple(map(str, known))
+    if len(words) > 300:  # comparing takes long
+        words = tuple(one for one in words if one[:3].lower() == word[:3] or one[-3:].lower() == word[-3:])[:300]
+    return _closest(word, words)
+
+
+@functools.lru_cache(maxsize=1000)
+def _closest(word: str, words: tuple[str, ...]) -> list[str]:
     import difflib
 
-    word, words = str(word)[:100].lower(), list(map(str, known))
-    if len(words) > 300:  # comparing takes long
-        words = [one for one in words if one[:3].lower() == word[:3] or one[-3:].lower() == word[-3:]][:300]
     lowered = {one.lower(): one for one in words}
     return [lowered[one] for one in difflib.get_close_matches(word, lowered, n=1)]
 
@@ -1069,7 +1075,7 @@ def _finite(value: Any) -> Any:
 if TYPE_CHECKING:
     _Frame = dict[str, Any]  # what a tag sees besides `this`, see _root_frame
     _Read = Callable[[Any, Any], Any]  # (this, frame) -> value
-    _Node = tuple[str, Any, str, int]  # kind ("literal", "path", "key", "call"), content, text, position
+    _Operand = tuple[str, Any, str, int]  # kind ("literal", "path", "key", "call"), content, text, position
     _Helpers = Mapping[str, Callable[..., Any]]
     Reference = tuple[tuple[str, ...], bool, int]  # segments, required, position
 
@@ -1100,13 +1106,13 @@ class _Malformed(Exception):
 class _Tag:
     """One tag: its sign ("" for a value), what it calls with what, block parameters, and `~` on either side."""
 
-    arguments: Sequence[_Node] = ()
-    named: Mapping[str, _Node] = {}
+    arguments: Sequence[_Operand] = ()
+    named: Mapping[str, _Operand] = {}
     names: Sequence[str] = ()
     left = right = False
     indent = ""
 
-    def __init__(self, sign: str, position: int, end: int = 0, head: _Node | None = None) -> None:
+    def __init__(self, sign: str, position: int, end: int = 0, head: _Operand | None = None) -> None:
         self.sign, self.position, self.end, self.head = sign, position, end, head
 
     @property
@@ -1210,7 +1216,7 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
     return end
 
 
-def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> tuple[_Node, int]:
+def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> tuple[_Operand, int]:
     """The node that a token opens (a path, a literal or a sub-expression) and where it ends."""
     kind = token.lastgroup or ""
     text, start, end = token[kind], token.start(kind), token.end()
@@ -1803,7 +1809,7 @@ class _TemplateCompiler:
     def named(self, tag: _Tag, lenient: bool = False) -> dict[str, _Read]:
         return {key: self.expression(node, lenient) for key, node in tag.named.items()}
 
-    def expression(self, node: _Node, lenient: bool = False, raw: bool = False) -> _Read:
+    def expression(self, node: _Operand, lenient: bool = False, raw: bool = False) -> _Read:
         """The closure of a node. Lenient: a missing value is null. Raw: a view at the end of a path stays a view."""
         kind, content, text, position = node
         if kind == "literal":
@@ -1952,16 +1958,18 @@ class Template:
     @property
     def references(self) -> tuple[Reference, ...]:
         """Every path read from the root: (segments, required, position). Required: it raises if missing and strict."""
-        return tuple(reference[:3] for reference in self._root_references(()))
-
-    def _root_references(self, active: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool, int, bool]]:
-        found = list(self._references)
-        for name, at_root, keys, position in self._calls:
-            partial = self._partials.template(name) if name not in active else None
-            for steps, required, _, absolute in partial._root_references((*active, name)) if partial else ():
+        found = [reference[:3] for reference in self._references]
+        calls = [(name, at_root, frozenset(keys), position) for name, at_root, keys, position in self._calls]
+        seen: set[tuple[str, bool, frozenset[str]]] = set()
+        for name, at_root, keys, position in calls:  # which grows: partials that call each other often are read once
+            partial = self._partials.template(name) if (name, at_root, keys) not in seen else None
+            seen.add((name, at_root, keys))
+            for steps, required, _, absolute in partial._references if partial else ():
                 if absolute or (at_root and steps[0] not in keys):
-                    found.append((steps, required, position, absolute))
-        return found
+                    found.append((steps, required, position))
+            for inner, inner_at_root, inner_keys, _ in partial._calls if partial else ():
+                calls.append((inner, at_root and inner_at_root, keys | inner_keys, position))
+        return tuple(found)
 
 
 def _compile_value(
@@ -2426,8 +2434,7 @@ _regex_cost = functools.lru_cache(maxsize=256)(_RegexCost)
 # `validate` shows all of them. What is compiled here (templates, conditions, defaults) is never parsed again by a run.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]+\Z").match
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(ms|s|m|h)?\Z").match
+_ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_SECONDS = 1e9  # that a clock, a lock and a socket all take
 _MAX_WORKFLOW_DEPTH = 16
@@ -2435,14 +2442,13 @@ if TYPE_CHECKING:
     _Path = tuple[Any, ...]  # of keys and indexes, from the top of the document
     _Check = Callable[[Any], str | None]
     _Render = Callable[[Any], Any]
-    Reference = tuple[tuple[str, ...], bool, int]  # segments, whether it is required, position in the source
 
 
 def _seconds(value: Any, bare_unit: str) -> float | None:
     """A duration in seconds from a number (in `bare_unit`) or a text such as "1.5s" or "200ms"; None if it is none."""
     seconds = -1.0
     if isinstance(value, str) and len(value) < 40:
-        match = _DURATION(value.strip())
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(ms|s|m|h)?", value.strip())
         seconds = float(match[1]) * _UNIT_SECONDS[match[2] or bare_unit] if match else seconds
     elif _is_number(value):
         seconds = value * _UNIT_SECONDS[bare_unit]
@@ -2525,6 +2531,10 @@ def _texts(value: Any) -> str | None:
     return f"must be text or a list of texts; an item {_text(wrong[0])}" if wrong else None
 
 
+def _is_identifier(value: str) -> bool:
+    return bool(value) and _ID_CHARACTERS.issuperset(value)
+
+
 def _is_vector(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_number, value))
 
@@ -2592,11 +2602,10 @@ class _List:
 
 def _faults(check: _Check, value: Any, key: Any, name: str) -> Iterator[tuple[_Path, str]]:
     """What a check finds wrong with the value of a key, under the path and the name of that key."""
-    if isinstance(check, (_Map, _List)):
-        for path, inner in check.faults(value):
-            yield (key, *path), f"{name}{' ' if inner.startswith('must ') else ': '}{inner}"
-    elif fault := check(value):
-        yield (key,), f"{name} {fault}"
+    nested = isinstance(check, (_Map, _List))
+    for path, fault in check.faults(value) if nested else [((), check(value))]:  # type: ignore[attr-defined]
+        if fault:
+            yield (key, *path), f"{name}{' ' if fault.startswith('must ') else ': '}{fault}"
 
 
 _text = _must_be_text("text", lambda value: True)
@@ -2618,7 +2627,7 @@ _message = _Map(
 )  # fmt: skip
 
 _COMMON_KEYS: dict[str, _Check] = {
-    "id": _must_be_text("letters, digits, _ or -", _IDENTIFIER), "type": lambda value: _one_of(*_STEP_TYPES)(value),
+    "id": _must_be_text("letters, digits, _ or -", _is_identifier), "type": lambda value: _one_of(*_STEP_TYPES)(value),
     "description": _text, "depends_on": _texts, "condition": _condition, "output": _texts, "timeout_seconds": _timeout,
     "retry": _mapping, "continue_on_error": _boolean,
     "trigger_rule": _one_of("none_failed_min_one_success", "all_success", "one_success", "all_done", "one_failed"),
@@ -2738,8 +2747,8 @@ _INPUT = _Map({
 })  # fmt: skip
 _PROVIDER = _Map({
     "type": lambda value: _one_of(*PROVIDERS)(value), "base_url": _text, "api_key_env": _name, "headers": _mapping,
-    "timeout_seconds": _timeout, "rate_limit": _mapping, "circuit_breaker": _mapping, "proxy": _text,
-    "options": _mapping,
+    "timeout_seconds": _timeout, "rate_limit": lambda value: _Map(_RATE_LIMIT_KEYS)(value), "proxy": _text,
+    "circuit_breaker": lambda value: _Map(_CIRCUIT_BREAKER_KEYS)(value), "options": _mapping,
 })  # fmt: skip
 _WORKFLOW_KEYS: dict[str, _Check] = {
     "name": _name, "version": _must("text or a number", lambda value: isinstance(value, str) or _is_number(value)),
@@ -3098,8 +3107,8 @@ class _Graph:
             yield graph
             graph = graph.outer
 
-    def visible(self) -> list[str]:
-        return [step_id for graph in self.around() for step_id in graph.by_id]
+    def visible(self) -> Iterator[str]:
+        return (step_id for graph in self.around() for step_id in graph.by_id)
 
     def link(self) -> None:
         """Fills in dependents, counts and roots once every node knows its dependencies."""
@@ -3186,9 +3195,9 @@ class _Plan:
         self.misshapen = True
         self.problem(path, message, inside=inside)
 
-    def near(self, name: str, graph: _Graph) -> str:
-        """A suggestion for the id of a step, unless many have been made: looking through long lists takes long."""
-        return _suggestion(name, graph.visible()) if len(self.found) < _MOST_SUGGESTIONS else ""
+    def near(self, name: str, known: Iterable[str]) -> str:
+        """A suggestion, unless many have been made: looking through long lists takes long."""
+        return _suggestion(name, known) if len(self.found) < _MOST_SUGGESTIONS else ""
 
     def check(self, shape: _Map, mapping: Any, path: _Path, defaults: Mapping[str, Any] | None = None) -> None:
         for inner, fault in shape.faults(mapping, defaults):
@@ -3257,11 +3266,10 @@ class _Plan:
             self.condition(node, document)
         if row.arity or row is _UNKNOWN_TYPE:  # a container's are named by its children
             self.name_outputs(node, ("output",) if row.arity else (), row.arity or 100)
-        if len(document) > 4:  # most steps have none of these
-            node.timeout = _seconds(document.get("timeout_seconds"), "s")
-            node.continue_on_error = document.get("continue_on_error") is True
-            node.rule = document.get("trigger_rule") or node.rule
-            node.limit = document.get("max_concurrency")
+        node.timeout = _seconds(document.get("timeout_seconds"), "s")
+        node.continue_on_error = document.get("continue_on_error") is True
+        node.rule = document.get("trigger_rule") or node.rule
+        node.limit = document.get("max_concurrency")
         if "max_concurrency" in document and not (node.for_each or node.type == "parallel" or node.defaulted):
             self.problem((*node.path, "max_concurrency"), "max_concurrency belongs to for_each and the type parallel")
         if not row.container:
@@ -3294,7 +3302,7 @@ class _Plan:
         given = [name for name in _as_list(node.document.get("output")) if isinstance(name, str)]
         path = (*node.path, "output")
         for name in given:
-            if not _IDENTIFIER(name):
+            if not _is_identifier(name):
                 self.misshape(path, f"output {_shown(name)} must be letters, digits, _ or -")
         if len(set(given)) < len(given):
             self.misshape(path, "output gives one name twice")
@@ -3361,7 +3369,9 @@ class _Plan:
         query, documents = document.get("query"), document.get("documents")
         if isinstance(document.get("embed"), Mapping):
             self.check(_Map(_EMBED_KEYS, ("provider", "model")), document["embed"], (*node.path, "embed"))
-        elif documents is not None or (isinstance(query, str) and not re.fullmatch(r"\s*(\{\{.*\}\}|<<.*>>)\s*", query, re.S)):
+        elif documents is not None or (
+            isinstance(query, str) and not re.fullmatch(r"(?s)\s*(\{\{.*\}\}|<<.*>>)\s*", query)
+        ):
             needed = "documents need" if documents is not None else "query is text and needs"
             self.misshape(node.path, f"{needed} embed: {{provider, model}} to become vectors")
         if isinstance(document.get("filter"), Mapping) and not _holds_tag(document["filter"]):
@@ -3457,16 +3467,16 @@ class _Plan:
         path, declared = self.place(node, "inputs"), called.inputs
         if not isinstance(declared, dict) or not isinstance(given, dict):
             return
-        for name, value in given.items():
-            entry = declared.get(name) or {}
+        for name in given:
             if name not in declared:
-                near = _suggestion(name, declared)
+                near = self.near(name, declared)
                 self.problem((*path, name), f"inputs: the workflow has no input {_shown(name)}{near}")
+        for name, entry in declared.items():
+            value, entry = given.get(name), entry if isinstance(entry, dict) else {}
+            if value is None and entry.get("required") and entry.get("default") is None:
+                self.problem(path, f"inputs: the workflow needs the input {_shown(name)}")
             elif value is not None and not _holds_tag(value) and (fault := _input_fault(value, entry)):
                 self.problem((*path, name), f"inputs: {name} {fault}")
-        for name in _required_inputs(declared):
-            if given.get(name) is None:
-                self.problem(path, f"inputs: the workflow needs the input {_shown(name)}")
 
     def child_steps(
         self, node: _Node, steps: Any, path: _Path, graph: _Graph, local: frozenset[str] = frozenset()
@@ -3481,7 +3491,7 @@ class _Plan:
         for index, step_id in enumerate(_as_list(listed) if listed else ()):
             path = (*node.path, "depends_on", index) if isinstance(listed, list) else (*node.path, "depends_on")
             if isinstance(step_id, str) and not self.depend(node, step_id, graph, path, ("depends_on", step_id)):
-                near = self.near(step_id, graph)
+                near = self.near(step_id, graph.visible())
                 self.problem(path, f"depends_on: there is no step {_shown(step_id)}{near}")
         for (reference, key), place in zip(node.references, node.places):
             self.resolve(node, reference, key, place, graph)
@@ -3510,7 +3520,7 @@ class _Plan:
         """Checks one reference and makes the node wait for the step that it names."""
         segments = reference[0]
         root = segments[0] if segments else ""
-        if not root or root in graph.local or root in node.local or root in ("workflow", "run"):
+        if not root or root in graph.local or root in ("workflow", "run") or (root in node.local and key != "for_each"):
             return
         if root not in ("steps", "outputs"):
             fault = self.missing_input(segments, graph)
@@ -3533,7 +3543,7 @@ class _Plan:
             return ""
         step = name if name in graph.by_id else "".join(graph.named.get(name, ())[:1])
         path = f"steps.{name}" if step == name else f"steps.{step}.{name}"
-        near = f", did you mean {path!r}?" if step else _suggestion(name, graph.inputs)
+        near = f", did you mean {path!r}?" if step else self.near(name, graph.inputs)
         return f": there is no input {_shown(name)}{near}"
 
     def missing_output(self, node: _Node, segments: tuple[str, ...], path: _Path, key: str, graph: _Graph) -> str:
@@ -3547,12 +3557,12 @@ class _Plan:
             step_id, rest = (ids[0], ()) if ids else (step_id, rest)
         target = self.depend(node, step_id, graph, path, (key, ".".join(segments)))
         if target is None:
-            return f": there is no step {_shown(step_id)}{self.near(step_id, graph)}"
+            return f": there is no step {_shown(step_id)}{self.near(step_id, graph.visible())}"
         while rest and target is not None and (names := target.names()) and rest[0] not in _STEP_FACTS:
             if rest[0] not in names:
                 if target.workflow is not None and target.workflow._compiled is None:
                     break  # it is calling itself, and not all of its steps are known yet
-                near = _suggestion(rest[0], names) or f"; it has {_shorten(', '.join(names), 200)}"
+                near = self.near(rest[0], names) or f"; it has {', '.join(itertools.islice(names, 20))}"
                 return f": step {target.id!r} has no output {_shown(rest[0])}{near}"
             target, rest = None if target.for_each else names[rest[0]], rest[1:]
         return ""
@@ -3572,16 +3582,15 @@ class _Plan:
             rendered[key] = self.compiled(node, "inputs", text, path) or _constant(text)
             for (reference, name), where in zip(node.references[known:], node.places[known:]):
                 self.resolve(node, reference, name, where, graph)
-        for key, source in entries:
-            name = key if isinstance(inputs, dict) else source
-            node.inputs = [*node.inputs, (name if isinstance(name, str) else _shown(name), rendered[key])]
+        titles = [(key, key if isinstance(inputs, dict) else source) for key, source in entries]
+        node.inputs = [(name if isinstance(name, str) else _shown(name), rendered[key]) for key, name in titles]
 
     def input_path(self, node: _Node, name: str, path: _Path, graph: _Graph) -> str:
         """What an input's name stands for: an item, an output of a dependency, a dependency, a workflow input."""
         root = name.split(".", 1)[0]
         if root in graph.local or root in node.local:
             return name
-        found = [step_id for step_id in node.dependencies if root in graph.by_id[step_id].output_names]
+        found = [step_id for step_id in graph.named.get(root, ()) if step_id in node.dependencies]
         if len(found) > 1:
             where = " or ".join(f"steps.{step_id}.{root}" for step_id in found)
             self.problem(path, f"inputs: {_shown(name)} is an output of several dependencies; write {where}")
@@ -3597,7 +3606,7 @@ class _Plan:
             return  # every step stands below its dependencies
         import graphlib
 
-        for _ in range(_MOST_SUGGESTIONS):
+        for _ in range(10):
             try:
                 graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
                 break
@@ -3649,12 +3658,6 @@ def _read_document(path: str) -> Any:
     except ParseError as error:
         error.source = path
         raise
-
-
-def _required_inputs(declared: Mapping[str, Any]) -> list[str]:
-    """The declared inputs that must be given: required (without a default)."""
-    entries = ((name, entry) for name, entry in declared.items() if isinstance(entry, dict))
-    return [name for name, entry in entries if entry.get("required") and entry.get("default") is None]
 
 
 def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:
@@ -3733,8 +3736,10 @@ _RETRY_KEYS: dict[str, Callable[[Any], str | None]] = {
 }
 _RETRY_ALIASES = {"backoff": "strategy", "initial_delay_ms": "initial_delay", "max_delay_ms": "max_delay"}
 _above_zero = _must("a number above 0", lambda value: _is_number(value) and value > 0)
-_RATE_LIMIT_KEYS = {"requests_per_minute": _above_zero, "tokens_per_minute": _above_zero, "max_concurrent": _integer(1)}
-_CIRCUIT_BREAKER_KEYS = {
+_RATE_LIMIT_KEYS: dict[str, _Check] = {
+    "requests_per_minute": _above_zero, "tokens_per_minute": _above_zero, "max_concurrent": _integer(1)
+}  # fmt: skip
+_CIRCUIT_BREAKER_KEYS: dict[str, _Check] = {
     "failure_rate": _must("above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1),
     "window": _integer(1, 1000), "min_calls": _integer(1, 1000),
     "open_seconds": _must("seconds, or a text such as 30s", lambda value: _seconds(value, "s") is not None),
@@ -3750,9 +3755,9 @@ def _checked_settings(
     given: dict[str, Any] = {}
     faults: list[tuple[Any, str | None]] = []
     for key, value in document.items():
-        known = aliases.get(str(key), str(key))
+        known = aliases.get(key, key) if isinstance(key, str) else _shown(key)
         if known not in checks:
-            faults.append((key, f"unknown key {key!r}{_suggestion(known, (*checks, *aliases))}"))
+            faults.append((key, f"unknown key {_shown(key)}{_suggestion(known, (*checks, *aliases))}"))
         elif known in given:
             faults.append((key, f"{key} and {known} are two names of one value"))
         elif value is not None:
