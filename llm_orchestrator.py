@@ -5772,10 +5772,10 @@ class LocalVectorStore(VectorStore):
             raise ExecutionError("the local vector store needs the module sqlite3, which this Python lacks") from None
         with self._lock:
             try:
-                if self._connection is None:
+                if self._connection is None:  # it waits 5 s for another process's transaction
                     if self.path != ":memory:" and not os.path.exists(self.path):
                         os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
-                    self._connection = sqlite3.connect(self.path, 30, isolation_level=None, check_same_thread=False)
+                    self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
                 with self._connection as connection:
                     version = connection.execute("PRAGMA user_version").fetchone()[0]
                     if version == 0:
@@ -5794,12 +5794,12 @@ class LocalVectorStore(VectorStore):
         dimensions, rows = len(records[0][1]), []
         for key, vector, metadata in records:
             peak = max(map(abs, vector))
-            scale = 127 / peak if peak > 1e-100 else 0.0
-            codes = bytes([int(number * scale + 128.5) for number in vector])
+            scale = 2047 / peak if peak > 1e-100 else 0.0
+            codes = struct.pack(f"<{dimensions}H", *[int(number * scale + 2048.5) for number in vector])
             blob, text = struct.pack(f"<{dimensions}d", *vector), json.dumps(metadata)
-            rows.append((*place, key, blob, codes, peak / 127, math.hypot(*vector), text))
+            rows.append((*place, key, blob, codes, peak / 2047, math.hypot(*vector), text))
         with self._transaction() as connection:
-            known = connection.execute("SELECT length(codes) FROM vectors WHERE name = ?", place[:1]).fetchone()
+            known = connection.execute("SELECT length(codes) / 2 FROM vectors WHERE name = ?", place[:1]).fetchone()
             if known and known[0] != dimensions:
                 raise ExecutionError(f"the index {place[0]!r} holds vectors of {known[0]} dimensions, not {dimensions}")
             connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
@@ -5845,15 +5845,15 @@ class LocalVectorStore(VectorStore):
 
 class _Matrix:
     """The records of one namespace in memory. A search compares the query with all vectors roughly, and then exactly
-    with those that may be among the nearest. For the rough part each vector is rounded to whole numbers (codes) from
-    -127 to 127 times its `step`, and each dimension is one large integer with 32 bits for each vector: these integers
-    times the query's numbers, rounded too, add up to the dot products with all vectors, in C. How far they can be off
-    is known, so that none is missed."""
+    with those that may be among the nearest. For the rough part each vector is rounded to whole numbers from -2047 to
+    2047 (stored as codes, plus 2048) times its `step`, and each dimension is one large integer with 32 bits for each
+    vector: these integers times the query's numbers, rounded too, add up to the dot products with all vectors, in C.
+    How far they can be off is known, so that none is missed."""
 
     def __init__(self, rows: list[tuple[Any, ...]], metric: str) -> None:
         every: Any = zip(*rows) if rows else ((),) * 8
         _, _, self.ids, self.vectors, self.codes, self.steps, self.lengths, self.texts = every
-        self.metric, self.dimensions = metric, len(self.codes[0]) if rows else 0
+        self.metric, self.dimensions = metric, len(self.codes[0]) // 2 if rows else 0
 
     @functools.cached_property
     def metadata(self) -> list[Any]:
@@ -5861,11 +5861,11 @@ class _Matrix:
 
     @functools.cached_property
     def columns(self) -> list[int]:
-        """Each dimension as the sum of code * 2 ** (32 * row)."""
-        count, codes = len(self.ids), b"".join(self.codes)
-        zeros, lanes, columns = int.from_bytes(b"\x80\0\0\0" * count, "little"), bytearray(4 * count), []
-        for dimension in range(self.dimensions):
-            lanes[::4] = codes[dimension :: self.dimensions]
+        """Each dimension as the sum of (code - 2048) * 2 ** (32 * row)."""
+        count, codes, width = len(self.ids), b"".join(self.codes), 2 * self.dimensions
+        zeros, lanes, columns = int.from_bytes(b"\0\x08\0\0" * count, "little"), bytearray(4 * count), []
+        for position in range(0, width, 2):
+            lanes[::4], lanes[1::4] = codes[position::width], codes[position + 1 :: width]
             columns.append(int.from_bytes(lanes, "little") - zeros)
         return columns
 
@@ -5898,22 +5898,24 @@ class _Matrix:
         import heapq
         import struct
 
-        count, peak = len(self.ids), max(map(abs, query))
-        if peak < 1e-80:
+        count, half, length = len(self.ids), math.sqrt(self.dimensions) / 2, math.hypot(*query)
+        if length < 1e-80:
             return rows
-        scale = (2**31 - 1) // (127 * self.dimensions) / peak  # no sum leaves its 32 bits
+        largest = half + max(size / step if step else 0.0 for size, step in zip(self.lengths, self.steps))
+        scale = ((2**31 - 1) / largest - half) / length  # by Cauchy and Schwarz, no sum leaves its 32 bits
+        factors = [round(number * scale) for number in query]
         middle = int.from_bytes(b"\0\0\0\x80" * count, "little")  # keeps the sums positive
-        total = sum(map(int.__mul__, self.columns, [round(number * scale) for number in query]), middle)
+        total = sum(map(int.__mul__, self.columns, factors), middle)
         products = struct.unpack(f"<{count}I", total.to_bytes(4 * count, "little"))
         steps, longest, squares = self.steps, max(self.lengths), [0.0] * count
         if self.metric == "cosine":
-            steps, longest = [step / max(length, 1e-100) for step, length in zip(steps, self.lengths)], 1.0
+            steps, longest = [step / max(size, 1e-100) for step, size in zip(steps, self.lengths)], 1.0
         elif self.metric == "euclidean":
-            steps, longest, squares = [2 * step for step in steps], 2 * longest, [length**2 for length in self.lengths]
+            steps, longest, squares = [2 * step for step in steps], 2 * longest, [size**2 for size in self.lengths]
         nearness = [(products[row] - 2**31) * steps[row] / scale - squares[row] for row in rows]
-        half, length = math.sqrt(self.dimensions) / 2, math.hypot(*query)
-        rounding = half * max(steps)  # the length of what rounding takes from x; half / scale from the query
-        error = 1.001 * (rounding * length + (longest + rounding) * half / scale) + 1e-9 * (longest + length) ** 2
+        rounding = half * max(steps)  # the length of what rounding took from x, at most; then from the query
+        lost = math.dist(query, [factor / scale for factor in factors])
+        error = 1.001 * (rounding * length + (longest + rounding) * lost) + 1e-9 * (longest + length) ** 2
         least = heapq.nlargest(top_k, nearness)[-1] - 2 * error
         return [row for row, value in zip(rows, nearness) if value >= least]
 
@@ -6046,7 +6048,8 @@ class PineconeStore(_RemoteVectorStore):
         return {"X-Pinecone-Api-Version": "2026-07"}
 
     def close(self) -> None:
-        for client in (self._rest, *self.indexes.values()):
+        super().close()
+        for client in self.indexes.values():
             client.close()
 
     def at(self, host: str) -> PineconeStore:
@@ -6057,7 +6060,8 @@ class PineconeStore(_RemoteVectorStore):
     def ask(self, place: _Place, path: str, body: dict[str, Any]) -> Any:
         """The answer of the host that serves the index."""
         if not self.base_url and place[0] not in self.indexes:
-            with contextlib.closing(self.at(self.options["controller_host"] or "https://api.pinecone.io")) as controller:
+            host = self.options["controller_host"] or "https://api.pinecone.io"
+            with contextlib.closing(self.at(host)) as controller:
                 self.indexes[place[0]] = self.at(controller.call("GET", "/indexes/{}", place[:1])["host"])
         client = self if self.base_url else self.indexes[place[0]]
         return client.call("POST", path, (), {**body, "namespace": place[1]})
