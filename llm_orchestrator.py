@@ -5583,8 +5583,9 @@ def _filtered(source: Any, joined: _Make, test: _Make, negated: bool = False, de
         elif key == "$not":
             parts.append(_filtered(wanted, joined, test, not negated, deep + 1))
         elif not isinstance(key, str) or key.startswith("$"):
-            near = _suggestion(key, ("$and", "$or", "$not"))
-            raise ExecutionError(f"unknown filter operator {key!r} of {_shown(wanted)}{near} (of a list of filters)")
+            if key in ("$and", "$or"):
+                raise ExecutionError(f"{key} takes a list of filters, at least one, not {_shown(wanted)}")
+            raise ExecutionError(f"unknown filter operator {key!r}{_suggestion(key, ('$and', '$or', '$not'))}")
         else:
             tests = wanted if isinstance(wanted, Mapping) else {"$eq": wanted}
             parts += [test(key, *_field_test(key, operator, value, negated)) for operator, value in tests.items()]
@@ -5747,9 +5748,6 @@ class VectorStore:
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             reason = f"answered something else than expected: {type(error).__name__} {error}"
             raise BadResponseError(reason, provider=self.name) from error
-
-    def close(self) -> None:
-        """Releases what the store holds open."""
 
 
 class LocalVectorStore(VectorStore):
@@ -6133,7 +6131,7 @@ class WeaviateStore(_RemoteVectorStore):
 
     TYPE, BASE_URL = "weaviate", "http://localhost:8080"
     KEY_VARIABLES, URL_VARIABLES = ("WEAVIATE_API_KEY",), ("WEAVIATE_URL",)
-    PROPERTY = re.compile("(?!(id|record)$)[A-Za-z_][A-Za-z0-9_]{0,200}")
+    PROPERTY = "(?!(id|record)$)[A-Za-z_][A-Za-z0-9_]{0,200}"  # what may be the name of one
 
     def opened(self, place: _Place, create: bool = False) -> tuple[str, str, dict[str, str]]:
         """(name, metric, types of the properties) of a collection."""
@@ -6156,7 +6154,7 @@ class WeaviateStore(_RemoteVectorStore):
             properties = {"record": json.dumps({"id": key, "metadata": metadata})}
             for field, value in metadata.items():
                 kinds = {_PLAIN_TYPES.get(type(item), "") for item in (value if isinstance(value, list) else [value])}
-                if len(kinds) == 1 and "" not in kinds and self.PROPERTY.fullmatch(field):
+                if len(kinds) == 1 and "" not in kinds and re.fullmatch(self.PROPERTY, field):
                     properties[field] = value  # what filters can test
             objects.append({"class": name, "id": _as_uuid(key), "vector": vector, "properties": properties})
             for field, value in properties.items():
