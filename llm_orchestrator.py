@@ -5820,7 +5820,10 @@ if TYPE_CHECKING:
     _Predicate = Callable[[Mapping[str, Any]], bool]
     _Make = Callable[..., Any]
 
-_FILTER_TESTS = {"$in": "eq", "$gt": "gt", "$gte": "ge", "$lt": "lt", "$lte": "le"}  # what `operator` calls them
+_FILTER_TESTS = {  # as Python's module `operator` and Weaviate call them
+    "$in": ("eq", "Equal"), "$gt": ("gt", "GreaterThan"), "$gte": ("ge", "GreaterThanEqual"), "$lt": ("lt", "LessThan"),
+    "$lte": ("le", "LessThanEqual"),
+}  # fmt: skip
 _FILTER_ALIASES = {"$eq": "$in", "$ne": "$in", "$nin": "$in"}
 _PLAIN_TYPES = {str: "text", bool: "boolean", int: "number", float: "number"}
 _METRICS = {  # as Qdrant, Chroma and Weaviate call them
@@ -5841,8 +5844,9 @@ def _filtered(source: Any, joined: _Make, test: _Make, negated: bool = False, de
         elif key == "$not":
             parts.append(_filtered(wanted, joined, test, not negated, deep + 1))
         elif not isinstance(key, str) or key.startswith("$"):
-            near = _suggestion(key, ("$and", "$or", "$not"))
-            raise ExecutionError(f"unknown filter operator {key!r} of {_shown(wanted)}{near} (of a list of filters)")
+            if key in ("$and", "$or"):
+                raise ExecutionError(f"{key} takes a list of filters, at least one, not {_shown(wanted)}")
+            raise ExecutionError(f"unknown filter operator {key!r}{_suggestion(key, ('$and', '$or', '$not'))}")
         else:
             tests = wanted if isinstance(wanted, Mapping) else {"$eq": wanted}
             parts += [test(key, *_field_test(key, operator, value, negated)) for operator, value in tests.items()]
@@ -5871,7 +5875,7 @@ def _predicate(source: Any) -> _Predicate:
         return lambda metadata: combine(part(metadata) for part in parts)
 
     def test(field: str, name: str, values: list[Any], negated: bool) -> _Predicate:
-        fits, kinds = getattr(operator, _FILTER_TESTS[name]), _PLAIN_TYPES
+        fits, kinds = getattr(operator, _FILTER_TESTS[name][0]), _PLAIN_TYPES
         wanted = [(kinds.get(type(value)), value) for value in values]
 
         def decide(metadata: Mapping[str, Any]) -> bool:
@@ -5911,16 +5915,23 @@ def _checked_vector(vector: Any) -> list[float]:
     kinds = set(map(type, vector)) if isinstance(vector, (list, tuple)) else {type(None)}
     if bool in kinds or not all(issubclass(kind, (int, float)) for kind in kinds):
         raise ExecutionError(f"a vector must be a list of numbers, not {_shown(vector)}")
-    if not 0 < len(vector) <= 65_536 or not sum(map(abs, vector)) < 1e100:  # false for nan
-        raise ExecutionError("a vector must hold 1 to 65536 numbers, finite and below 1e100")
-    return list(map(float, vector))
+    with contextlib.suppress(OverflowError):
+        numbers = list(map(float, vector))
+        if 0 < len(numbers) <= 65_536 and sum(map(abs, numbers)) < 1e100:  # false for nan
+            return numbers
+    raise ExecutionError("a vector must hold 1 to 65536 numbers, finite and below 1e100")
 
 
-def _checked_id(identifier: Any) -> str:
-    text = str(identifier) if _is_integer(identifier) else identifier
+def _checked_name(value: Any, what: str) -> str:
+    text = str(value) if _is_integer(value) else value
     if not isinstance(text, str) or not text or re.search("[\ud800-\udfff]", text):
-        raise ExecutionError(f"an id must be text, not {_shown(identifier)}")
+        raise ExecutionError(f"{what} must be text, not {_shown(value)}")
     return text
+
+
+def _checked_place(index: Any, namespace: Any) -> _Place:
+    no_namespace = namespace is None or namespace == ""
+    return _checked_name(index, "an index"), "" if no_namespace else _checked_name(namespace, "a namespace")
 
 
 def _checked_records(records: Any) -> list[_Record]:
@@ -5930,11 +5941,12 @@ def _checked_records(records: Any) -> list[_Record]:
         try:
             if not isinstance(record, Mapping) or not {"id", "vector"} <= set(record) <= {"id", "vector", "metadata"}:
                 raise ExecutionError(f"it must be {{id, vector, metadata}}, not {_shown(record)}")
-            entry = _checked_id(record["id"]), _checked_vector(record["vector"]), dict(record.get("metadata") or {})
+            key, vector = _checked_name(record["id"], "an id"), _checked_vector(record["vector"])
+            entry = key, vector, dict(record.get("metadata") or {})
             json.dumps(entry[2], allow_nan=False)
-            checked[entry[0]] = entry
-            if len(entry[1]) != len(next(iter(checked.values()))[1]):
-                raise ExecutionError(f"it has {len(entry[1])} dimensions, unlike those before")
+            checked[key] = entry
+            if len(vector) != len(next(iter(checked.values()))[1]):
+                raise ExecutionError(f"it has {len(vector)} dimensions, unlike those before")
         except (ExecutionError, TypeError, ValueError, RecursionError) as error:
             what = error if isinstance(error, ExecutionError) else f"its metadata is no map with a JSON form: {error}"
             raise ExecutionError(f"record {position}: {what}") from None
@@ -5953,11 +5965,11 @@ class VectorStore:
 
     def upsert(self, index: str, records: Sequence[Mapping[str, Any]], namespace: str | None = None) -> int:
         """Adds records {id, vector, metadata}, or replaces those with the same id; returns how many ids that were."""
-        checked = _checked_records(records)
+        place, checked = _checked_place(index, namespace), _checked_records(records)
         size = max(1, min(self.max_batch, self.max_numbers // len(checked[0][1]))) if checked else 1
         for start in range(0, len(checked), size):
             with self._answers():
-                self._write((index, namespace or ""), checked[start : start + size])
+                self._write(place, checked[start : start + size])
         return len(checked)
 
     def search(
@@ -5967,7 +5979,7 @@ class VectorStore:
         """The `top_k` nearest records that pass the filter, best first: {id, score, metadata, vector}."""
         if not _is_integer(top_k) or top_k < 1:
             raise ExecutionError(f"top_k must be a whole number of at least 1, not {_shown(top_k)}")
-        place, query, results = (index, namespace or ""), _checked_vector(vector), []
+        place, query, results = _checked_place(index, namespace), _checked_vector(vector), []
         with self._answers():
             for key, score, metadata, values in self._nearest(place, query, top_k, filter, include_vectors):
                 results.append({"id": str(key), "score": score + 0.0})
@@ -5983,9 +5995,10 @@ class VectorStore:
         how many, or None where the vendor does not say."""
         if ids is not None and (filter is not None or not isinstance(ids, (list, tuple))):
             raise ExecutionError("delete takes a list of ids, or a filter, not both")
-        checked = None if ids is None else list(map(_checked_id, ids))
+        checked = None if ids is None else [_checked_name(key, "an id") for key in ids]
         with self._answers():
-            count: int | None = 0 if checked == [] else self._remove((index, namespace or ""), checked, filter or None)
+            place = _checked_place(index, namespace)
+            count: int | None = 0 if checked == [] else self._remove(place, checked, filter or None)
             return count
 
     @contextlib.contextmanager
@@ -5996,9 +6009,6 @@ class VectorStore:
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             reason = f"answered something else than expected: {type(error).__name__} {error}"
             raise BadResponseError(reason, provider=self.name) from error
-
-    def close(self) -> None:
-        """Releases what the store holds open."""
 
 
 class LocalVectorStore(VectorStore):
@@ -6033,10 +6043,10 @@ class LocalVectorStore(VectorStore):
             raise ExecutionError("the local vector store needs the module sqlite3, which this Python lacks") from None
         with self._lock:
             try:
-                if self._connection is None:
+                if self._connection is None:  # it waits 5 s for another process's transaction
                     if self.path != ":memory:" and not os.path.exists(self.path):
                         os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
-                    self._connection = sqlite3.connect(self.path, 30, isolation_level=None, check_same_thread=False)
+                    self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
                 with self._connection as connection:
                     version = connection.execute("PRAGMA user_version").fetchone()[0]
                     if version == 0:
@@ -6047,7 +6057,8 @@ class LocalVectorStore(VectorStore):
                         connection.execute("BEGIN IMMEDIATE")
                     yield connection
             except (sqlite3.Error, OSError, UnicodeError) as error:
-                raise ExecutionError(f"the vector store {self.path}: {error}") from None
+                busy = "locked" in str(error)
+                raise ExecutionError(f"the vector store {self.path}: {error}", retryable=busy) from None
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
         import struct
@@ -6055,12 +6066,12 @@ class LocalVectorStore(VectorStore):
         dimensions, rows = len(records[0][1]), []
         for key, vector, metadata in records:
             peak = max(map(abs, vector))
-            scale = 127 / peak if peak > 1e-100 else 0.0
-            codes = bytes([int(number * scale + 128.5) for number in vector])
+            scale = 2047 / peak if peak > 1e-100 else 0.0
+            codes = struct.pack(f"<{dimensions}H", *[int(number * scale + 2048.5) for number in vector])
             blob, text = struct.pack(f"<{dimensions}d", *vector), json.dumps(metadata)
-            rows.append((*place, key, blob, codes, peak / 127, math.hypot(*vector), text))
+            rows.append((*place, key, blob, codes, peak / 2047, math.hypot(*vector), text))
         with self._transaction() as connection:
-            known = connection.execute("SELECT length(codes) FROM vectors WHERE name = ?", place[:1]).fetchone()
+            known = connection.execute("SELECT length(codes) / 2 FROM vectors WHERE name = ?", place[:1]).fetchone()
             if known and known[0] != dimensions:
                 raise ExecutionError(f"the index {place[0]!r} holds vectors of {known[0]} dimensions, not {dimensions}")
             connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
@@ -6106,15 +6117,15 @@ class LocalVectorStore(VectorStore):
 
 class _Matrix:
     """The records of one namespace in memory. A search compares the query with all vectors roughly, and then exactly
-    with those that may be among the nearest. For the rough part each vector is rounded to whole numbers (codes) from
-    -127 to 127 times its `step`, and each dimension is one large integer with 32 bits for each vector: these integers
-    times the query's numbers, rounded too, add up to the dot products with all vectors, in C. How far they can be off
-    is known, so that none is missed."""
+    with those that may be among the nearest. For the rough part each vector is rounded to whole numbers from -2047 to
+    2047 (stored as codes, plus 2048) times its `step`, and each dimension is one large integer with 32 bits for each
+    vector: these integers times the query's numbers, rounded too, add up to the dot products with all vectors, in C.
+    How far they can be off is known, so that none is missed."""
 
     def __init__(self, rows: list[tuple[Any, ...]], metric: str) -> None:
         every: Any = zip(*rows) if rows else ((),) * 8
         _, _, self.ids, self.vectors, self.codes, self.steps, self.lengths, self.texts = every
-        self.metric, self.dimensions = metric, len(self.codes[0]) if rows else 0
+        self.metric, self.dimensions = metric, len(self.codes[0]) // 2 if rows else 0
 
     @functools.cached_property
     def metadata(self) -> list[Any]:
@@ -6122,15 +6133,16 @@ class _Matrix:
 
     @functools.cached_property
     def columns(self) -> list[int]:
-        """Each dimension as the sum of code * 2 ** (32 * row)."""
-        count, codes = len(self.ids), b"".join(self.codes)
-        zeros, lanes, columns = int.from_bytes(b"\x80\0\0\0" * count, "little"), bytearray(4 * count), []
-        for dimension in range(self.dimensions):
-            lanes[::4] = codes[dimension :: self.dimensions]
+        """Each dimension as the sum of (code - 2048) * 2 ** (32 * row)."""
+        count, codes, width = len(self.ids), b"".join(self.codes), 2 * self.dimensions
+        zeros, lanes, columns = int.from_bytes(b"\0\x08\0\0" * count, "little"), bytearray(4 * count), []
+        for position in range(0, width, 2):
+            lanes[::4], lanes[1::4] = codes[position::width], codes[position + 1 :: width]
             columns.append(int.from_bytes(lanes, "little") - zeros)
         return columns
 
     def nearest(self, query: list[float], top_k: int, holds: _Predicate | None) -> Iterator[Any]:
+        import operator
         import struct
 
         unpack, length = struct.Struct(f"<{self.dimensions}d").unpack, math.hypot(*query)
@@ -6140,7 +6152,7 @@ class _Matrix:
         def nearness(row: int) -> float:
             if self.metric == "euclidean":
                 return -math.dist(unpack(self.vectors[row]), query)
-            product = math.fsum(map(float.__mul__, unpack(self.vectors[row]), query))
+            product = math.fsum(map(operator.mul, unpack(self.vectors[row]), query))
             if self.metric == "dot":
                 return product
             return max(-1.0, min(1.0, product / self.lengths[row])) if self.lengths[row] > 1e-100 else 0.0
@@ -6159,22 +6171,24 @@ class _Matrix:
         import heapq
         import struct
 
-        count, peak = len(self.ids), max(map(abs, query))
-        if peak < 1e-80:
+        count, half, length = len(self.ids), math.sqrt(self.dimensions) / 2, math.hypot(*query)
+        if length < 1e-80:
             return rows
-        scale = (2**31 - 1) // (127 * self.dimensions) / peak  # no sum leaves its 32 bits
+        largest = half + max(size / step if step else 0.0 for size, step in zip(self.lengths, self.steps))
+        scale = ((2**31 - 1) / largest - half) / length  # by Cauchy and Schwarz, no sum leaves its 32 bits
+        factors = [round(number * scale) for number in query]
         middle = int.from_bytes(b"\0\0\0\x80" * count, "little")  # keeps the sums positive
-        total = sum(map(int.__mul__, self.columns, [round(number * scale) for number in query]), middle)
+        total = sum(map(int.__mul__, self.columns, factors), middle)
         products = struct.unpack(f"<{count}I", total.to_bytes(4 * count, "little"))
         steps, longest, squares = self.steps, max(self.lengths), [0.0] * count
         if self.metric == "cosine":
-            steps, longest = [step / max(length, 1e-100) for step, length in zip(steps, self.lengths)], 1.0
+            steps, longest = [step / max(size, 1e-100) for step, size in zip(steps, self.lengths)], 1.0
         elif self.metric == "euclidean":
-            steps, longest, squares = [2 * step for step in steps], 2 * longest, [length**2 for length in self.lengths]
+            steps, longest, squares = [2 * step for step in steps], 2 * longest, [size**2 for size in self.lengths]
         nearness = [(products[row] - 2**31) * steps[row] / scale - squares[row] for row in rows]
-        half, length = math.sqrt(self.dimensions) / 2, math.hypot(*query)
-        rounding = half * max(steps)  # the length of what rounding takes from x; half / scale from the query
-        error = 1.001 * (rounding * length + (longest + rounding) * half / scale) + 1e-9 * (longest + length) ** 2
+        rounding = half * max(steps)  # the length of what rounding took from x, at most; then from the query
+        lost = math.dist(query, [factor / scale for factor in factors])
+        error = 1.001 * (rounding * length + (longest + rounding) * lost) + 1e-9 * (longest + length) ** 2
         least = heapq.nlargest(top_k, nearness)[-1] - 2 * error
         return [row for row, value in zip(rows, nearness) if value >= least]
 
@@ -6183,18 +6197,20 @@ class _RemoteVectorStore(Provider, VectorStore):
     """Base of the vendors' clients: the settings of a provider, and the `metric` of the collections that it creates.
     Where the vendor has no namespaces, one is a collection of its own, INDEX__NAMESPACE."""
 
-    max_batch = VectorStore.max_batch
+    max_batch, needs_key = VectorStore.max_batch, False
     OPTIONS: Mapping[str, str | None] = {"metric": None}
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        self._rest.base_url = ""  # `call` gives whole addresses
+        self.hosts: dict[str, str] = {}  # by index, where they were asked for
         self.metric: str = self.options.get("metric") or "cosine"
         if self.metric not in _METRICS:
             raise ValidationError(f"unknown metric {self.metric!r}; there are {', '.join(_METRICS)}")
 
     @classmethod
     def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        return ""  # all but Pinecone run without a key, too
+        return super().missing_settings(settings) if cls.needs_key else ""
 
     def address(self, base_url: str) -> str:
         """An address without a scheme is https, but http with a port or for this machine."""
@@ -6203,12 +6219,15 @@ class _RemoteVectorStore(Provider, VectorStore):
             base_url = self.BASE_URL if base_url == "localhost" else f"{scheme}://{base_url}"
         return base_url.rstrip("/")
 
-    def call(self, method: str, path: str, names: Iterable[str], payload: Any = None, expected: int = 0) -> Any:
+    def call(
+        self, method: str, path: str, names: Iterable[str] = (), payload: Any = None, expected: int = 0, host: str = ""
+    ) -> Any:
         """The answer at a path with these names in it; None if its status is the error that was expected."""
         from urllib.parse import quote
 
+        address = (host or self.base_url) + path.format(*(quote(name, safe="") for name in names))
         try:
-            return self._rest.call(method, path.format(*(quote(name, safe="") for name in names)), payload)
+            return self._rest.call(method, address, payload)
         except ProviderError as error:
             if error.status != expected:
                 raise
@@ -6291,37 +6310,21 @@ class PineconeStore(_RemoteVectorStore):
     """Pinecone (https://docs.pinecone.io/reference/api). `base_url` is the host of the index; without it, Pinecone is
     asked for the host by the index's name. Indexes are not created here. The score is Pinecone's."""
 
-    TYPE, KEY_HEADER = "pinecone", ("Api-Key", "")
+    TYPE, KEY_HEADER, needs_key = "pinecone", ("Api-Key", ""), True
     KEY_VARIABLES, URL_VARIABLES = ("PINECONE_API_KEY",), ("PINECONE_INDEX_HOST",)
     OPTIONS: Mapping[str, str | None] = {"controller_host": "PINECONE_CONTROLLER_HOST"}
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.indexes: dict[str, PineconeStore] = {}  # where no host was given
-
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        return "" if settings.get("api_key") else cls.KEY_VARIABLES[0]
 
     def extra_headers(self) -> dict[str, str]:
         return {"X-Pinecone-Api-Version": "2026-07"}
 
-    def close(self) -> None:
-        for client in (self._rest, *self.indexes.values()):
-            client.close()
-
-    def at(self, host: str) -> PineconeStore:
-        """A client with the same settings for another host."""
-        settings = {"headers": self._rest.headers, "timeout_seconds": self.timeout_seconds}
-        return PineconeStore(base_url=host, name=self.name, **settings)
-
     def ask(self, place: _Place, path: str, body: dict[str, Any]) -> Any:
         """The answer of the host that serves the index."""
-        if not self.base_url and place[0] not in self.indexes:
-            with contextlib.closing(self.at(self.options["controller_host"] or "https://api.pinecone.io")) as controller:
-                self.indexes[place[0]] = self.at(controller.call("GET", "/indexes/{}", place[:1])["host"])
-        client = self if self.base_url else self.indexes[place[0]]
-        return client.call("POST", path, (), {**body, "namespace": place[1]})
+        host = self.base_url or self.hosts.get(place[0])
+        if not host:
+            controller = self.address(self.options["controller_host"] or "https://api.pinecone.io")
+            found = self.call("GET", "/indexes/{}", place[:1], host=controller)
+            host = self.hosts[place[0]] = self.address(found["host"])
+        return self.call("POST", path, payload={**body, "namespace": place[1]}, host=host)
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
         vectors = [{"id": key, "values": values, "metadata": _without_nulls(found)} for key, values, found in records]
@@ -6389,10 +6392,7 @@ class WeaviateStore(_RemoteVectorStore):
 
     TYPE, BASE_URL = "weaviate", "http://localhost:8080"
     KEY_VARIABLES, URL_VARIABLES = ("WEAVIATE_API_KEY",), ("WEAVIATE_URL",)
-    PROPERTY = re.compile("(?!(id|record)$)[A-Za-z_][A-Za-z0-9_]{0,200}")
-    OPERATORS: Mapping[str, str] = {
-        "$in": "Equal", "$gt": "GreaterThan", "$gte": "GreaterThanEqual", "$lt": "LessThan", "$lte": "LessThanEqual",
-    }  # fmt: skip
+    PROPERTY = "(?!(id|record)$)[A-Za-z_][A-Za-z0-9_]{0,200}"  # what may be the name of one
 
     def opened(self, place: _Place, create: bool = False) -> tuple[str, str, dict[str, str]]:
         """(name, metric, types of the properties) of a collection."""
@@ -6404,7 +6404,7 @@ class WeaviateStore(_RemoteVectorStore):
         if found is None:
             found = {"class": name, "vectorizer": "none", "vectorIndexConfig": {"distance": _METRICS[self.metric][2]}}
             if create:
-                self.call("POST", "/v1/schema", (), found)
+                self.call("POST", "/v1/schema", payload=found)
         types = {entry["name"]: entry["dataType"][0] for entry in found.get("properties") or ()}
         return name, (found.get("vectorIndexConfig") or {}).get("distance", "cosine"), types
 
@@ -6415,7 +6415,7 @@ class WeaviateStore(_RemoteVectorStore):
             properties = {"record": json.dumps({"id": key, "metadata": metadata})}
             for field, value in metadata.items():
                 kinds = {_PLAIN_TYPES.get(type(item), "") for item in (value if isinstance(value, list) else [value])}
-                if len(kinds) == 1 and "" not in kinds and self.PROPERTY.fullmatch(field):
+                if len(kinds) == 1 and "" not in kinds and re.fullmatch(self.PROPERTY, field):
                     properties[field] = value  # what filters can test
             objects.append({"class": name, "id": _as_uuid(key), "vector": vector, "properties": properties})
             for field, value in properties.items():
@@ -6425,7 +6425,7 @@ class WeaviateStore(_RemoteVectorStore):
                     words = {"tokenization": "field"} if "text" in types[field] else {}  # so that equal is equal
                     settings = {"name": field, "dataType": [types[field]], **words}
                     self.call("POST", "/v1/schema/{}/properties", [name], settings)
-        for entry in self.call("POST", "/v1/batch/objects", (), {"objects": objects}):
+        for entry in self.call("POST", "/v1/batch/objects", payload={"objects": objects}):
             self.refuse(((entry.get("result") or {}).get("errors") or {}).get("error"))
 
     def refuse(self, errors: Any) -> None:
@@ -6440,7 +6440,7 @@ class WeaviateStore(_RemoteVectorStore):
         def test(field: str, operator: str, values: list[Any], negated: bool) -> dict[str, Any]:
             word, tests = "NotEqual", []
             if operator != "$in" or not negated:
-                word = self.OPERATORS[_not_negated(field, operator, negated)]
+                word = _FILTER_TESTS[_not_negated(field, operator, negated)][1]
             for value in values:
                 kind = types.get(field, _PLAIN_TYPES.get(type(value), "text")).replace("[]", "").capitalize()
                 tests.append({"path": [field], "operator": word, f"value{kind}": value})
@@ -6455,7 +6455,7 @@ class WeaviateStore(_RemoteVectorStore):
         where = f" where:{_graphql(self.filter(filter, types))}" if filter else ""
         asked = f"{' '.join(fields)} _additional{{id distance{' vector' * vectors}}}"
         near = f"nearVector:{{vector:{json.dumps(query)}}} limit:{top_k}{where}"
-        answer = self.call("POST", "/v1/graphql", (), {"query": f"{{Get{{{name}({near}){{{asked}}}}}}}"})
+        answer = self.call("POST", "/v1/graphql", payload={"query": f"{{Get{{{name}({near}){{{asked}}}}}}}"})
         self.refuse(answer.get("errors"))
         for found in answer["data"]["Get"][name]:
             extra, record = found.pop("_additional"), found.get("record")
@@ -6469,7 +6469,8 @@ class WeaviateStore(_RemoteVectorStore):
             where = {"path": ["id"], "operator": "ContainsAny", "valueTextArray": list(map(_as_uuid, ids))}
         count, answer = 0, {"successful": 1, "matches": 2}
         while 0 < answer["successful"] < answer["matches"]:  # one call deletes 10,000 at most
-            answer = self.call("DELETE", "/v1/batch/objects", (), {"match": {"class": name, "where": where}})["results"]
+            match = {"match": {"class": name, "where": where}}
+            answer = self.call("DELETE", "/v1/batch/objects", payload=match)["results"]
             count += answer["successful"]
         return count
 
