@@ -7481,7 +7481,11 @@ class _HeldRun:
     def __init__(self, run_id: str, count: int, head: str, text_hash: str, fields: dict[str, Any]) -> None:
         self.run_id, self.count, self.head, self.text_hash, self.fields = run_id, count, head, text_hash, fields
         self.fault: OrchestratorError | None = None
-        self.lock = threading.Lock()  # events are queued in the order of their numbers
+
+    def event(self, kind: str, details: str, now: float) -> tuple[Any, ...]:
+        """The row of the next event."""
+        self.count, self.head = self.count + 1, _link(self.head, self.count + 1, now, kind, details)
+        return self.run_id, self.count, now, kind, details, self.head
 
     def change(self, status: str | None, fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """(what an event says of it, rows for `_WRITES`) of a change of status and fields."""
@@ -7534,7 +7538,7 @@ class Store(_Database):
         super().__init__(path, busy_timeout_seconds)
         self.holder = ":".join(_process_name(os.getpid())) + f".{os.urandom(4).hex()}"
         self._held: dict[str, _HeldRun] = {}
-        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (held run, rows, on_durable, loop), or None to end
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what `_submit` puts there, or None to end
         self._writer: threading.Thread | None = None
         self._next_heartbeat = 0.0
 
@@ -7572,13 +7576,11 @@ class Store(_Database):
         kept it out. After such an error every write of the run is refused, until it is claimed again: what is stored is
         an unbroken beginning of what was recorded.
         """
-        text, status = _stored_json(state), state["status"]
-        about = {"step_id": step_id, "state": _digest(text)}
-        row = (run_id, step_id, status, text)
-        self._submit(self._own(run_id), f"step_{status}", about, [("step", row)], on_durable, loop)
+        row = (run_id, step_id, state["status"], _stored_json(state))
+        self._submit(self._own(run_id), "steps", None, [("step", row)], on_durable, loop)
 
     def note(self, run_id: str, kind: str, details: Mapping[str, Any]) -> None:
-        """An event for the audit trail, such as a provider call: JSON, with texts as their `_digest`."""
+        """An event for the audit trail, such as `provider_call`: JSON, with texts as their `_digest`."""
         self._submit(self._own(run_id), kind, details, [])
 
     def update(
@@ -7601,7 +7603,7 @@ class Store(_Database):
 
     def flush(self) -> None:
         """Returns when everything recorded so far is committed or has failed."""
-        self._write_now(None, "", {}, [])
+        self._write_now(None, "", None, [])
 
     def load(self, run_id: str) -> dict[str, Any]:
         """A run: all that `begin` and `update` were given, status, times, `held_by`, and `steps`: full id -> state."""
@@ -7648,7 +7650,10 @@ class Store(_Database):
         ]  # fmt: skip
 
     def audit(self, run_id: str) -> list[dict[str, Any]]:
-        """A run's events in order: number (from 1), time, kind, details, hash."""
+        """A run's events in order: number (from 1), time, kind, details, hash.
+
+        The details of kind `steps` are the steps that ended: full id -> [status, hash of the state].
+        """
         names = ("number", "time", "kind", "details", "hash")
         with self._transaction(write=False) as execute:
             rows = self._events(execute, run_id)
@@ -7738,24 +7743,18 @@ class Store(_Database):
             raise
 
     def _submit(
-        self, held: _HeldRun | None, kind: str, about: Mapping[str, Any], rows: list[Any], on_durable: Any = None,
-        loop: Any = None,
-    ) -> None:  # fmt: skip
+        self, held: _HeldRun | None, kind: str, about: Any, rows: list[Any], on_durable: Any = None, loop: Any = None
+    ) -> None:
         """Queues rows for `_WRITES`, and an event about them, for the next commit."""
         self._check_open()
-        details, now = _stored_json(about), time.time()
-        with held.lock if held else self._lock:
-            if held:
-                held.count, held.head = held.count + 1, _link(held.head, held.count + 1, now, kind, details)
-                rows.append(("event", (held.run_id, held.count, now, kind, details, held.head)))
-            self._jobs.put((held, rows, on_durable, loop))
+        self._jobs.put((held, kind, about and _stored_json(about), rows, on_durable, loop))
         if self._writer is None:
             with self._lock:
                 if self._writer is None:
                     self._writer = threading.Thread(target=self._write, name="llm_orchestrator-store", daemon=True)
                     self._writer.start()
 
-    def _write_now(self, held: _HeldRun | None, kind: str, about: Mapping[str, Any], rows: list[Any]) -> None:
+    def _write_now(self, held: _HeldRun | None, kind: str, about: Any, rows: list[Any]) -> None:
         """Returns when this, and all before it, is durable."""
         import queue
 
@@ -7781,11 +7780,8 @@ class Store(_Database):
 
     def _commit(self, jobs: list[Any]) -> None:
         """Makes one commit of jobs and tells those who wait for them."""
-        by_run: dict[_HeldRun, dict[str, list[Any]]] = {}
-        for held, rows, _, _ in jobs:
-            for name, row in rows if held and not held.fault else ():
-                by_run.setdefault(held, {}).setdefault(name, []).append(row)
         with self._lock:
+            by_run = _gathered(jobs)
             beat = bool(self._held) and time.monotonic() >= self._next_heartbeat
             try:
                 if by_run or beat:
@@ -7795,7 +7791,7 @@ class Store(_Database):
                 for held in by_run:
                     held.fault = fault
         told: dict[Any, list[Any]] = {}
-        for held, _, on_durable, loop in jobs:
+        for held, _, _, _, on_durable, loop in jobs:
             if on_durable is not None:
                 told.setdefault(loop, []).append((on_durable, held and held.fault))
         for loop, calls in told.items():
@@ -7806,8 +7802,7 @@ class Store(_Database):
         now = time.time()
         with self._transaction() as execute:
             for held, rows in by_run.items():
-                _, number, _, _, _, head = rows["event"][-1]
-                rows["renew"] = [(number, head, now, now + _LEASE_SECONDS, held.run_id, self.holder)]
+                rows["renew"] = [(held.count, held.head, now, now + _LEASE_SECONDS, held.run_id, self.holder)]
                 for name, sql in _WRITES.items():
                     if name in rows and execute(sql, rows[name], many=True).rowcount != 1 and name == "renew":
                         held.fault = OrchestratorError(f"run {held.run_id} was deleted or taken by another process")
@@ -7818,6 +7813,30 @@ class Store(_Database):
 
 
 SQLiteStore = Store
+
+
+def _gathered(jobs: list[Any]) -> dict[_HeldRun, dict[str, list[Any]]]:
+    """The rows of jobs for `_WRITES` by run, with those of the events: one for all steps that follow each other."""
+    by_run: dict[_HeldRun, dict[str, list[Any]]] = {}
+    events: dict[_HeldRun, list[tuple[str, Any]]] = collections.defaultdict(list)
+    for held, kind, about, rows, _, _ in jobs:
+        if held is None or held.fault is not None:
+            continue
+        writes = by_run.setdefault(held, collections.defaultdict(list))
+        for name, row in rows:
+            writes[name].append(row)
+        if kind != "steps":
+            events[held].append((kind, about))
+            continue
+        if not events[held] or events[held][-1][0] != "steps":
+            events[held].append(("steps", {}))
+        _, step_id, status, state = row
+        events[held][-1][1][step_id] = [status, _digest(state)]
+    for held, happened in events.items():
+        for kind, about in happened:
+            details = _stored_json(about) if kind == "steps" else about
+            by_run[held]["event"].append(held.event(kind, details, time.time()))
+    return by_run
 
 
 def _call_all(calls: Iterable[tuple[Callable[[Any], Any], Any]]) -> None:
@@ -7842,8 +7861,8 @@ def _audit_problems(
             about = json.loads(details)
             if kind == "steps_forgotten":
                 states = {step_id: states[step_id] for step_id in states if step_id not in about["step_ids"]}
-            elif kind.startswith("step_"):
-                states[about["step_id"]] = (kind[5:], about["state"])
+            elif kind == "steps":
+                states.update(about)
             elif "document" in about:
                 run.update(about, status=run["status"] if kind in ("run_started", "run_changed") else kind[4:])
     if (number, link) != (count, head):
@@ -7854,7 +7873,7 @@ def _audit_problems(
     for name in now:
         if now[name] != run.get(name):
             yield f"the run's {name} is not what was recorded"
-    stored = {step_id: (step_status, _digest(state)) for step_id, step_status, state in steps}
+    stored = {step_id: [step_status, _digest(state)] for step_id, step_status, state in steps}
     for step_id in {**states, **stored}:
         if states.get(step_id) != stored.get(step_id):
             yield f"the state of step {step_id} is not what was recorded"
