@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib.util
 import json
@@ -191,34 +190,6 @@ def test_a_failing_listener_harms_nobody_else(store: SQLiteStore) -> None:
         store.record("r1", "b", DONE, told.append)
     store.flush()
     assert told == [None]
-
-
-def test_callbacks_come_in_the_event_loop_that_was_named(store: SQLiteStore) -> None:
-    async def main() -> list[Any]:
-        loop, landed, over = asyncio.get_running_loop(), [], asyncio.Event()
-
-        def then(error: Any) -> None:
-            landed.append((error, threading.current_thread() is threading.main_thread()))
-            if len(landed) == 200:
-                over.set()
-
-        for number in range(200):
-            store.record("r1", f"s{number}", DONE, then, loop)
-        await asyncio.wait_for(over.wait(), 30)
-        return landed
-
-    store.begin(RUN)
-    assert asyncio.run(main()) == [(None, True)] * 200
-    assert len(store.load("r1")["steps"]) == 200
-
-
-def test_a_closed_event_loop_keeps_no_record_out(store: SQLiteStore) -> None:
-    loop = asyncio.new_event_loop()
-    loop.close()
-    store.begin(RUN)
-    store.record("r1", "a", DONE, print, loop)
-    store.flush()
-    assert store.load("r1")["steps"] == {"a": DONE}
 
 
 # ---- Leases ----------------------------------------------------------------------------------------------------------
@@ -576,8 +547,8 @@ def test_files_are_for_the_owner_only(tmp_path: Path) -> None:
     try:
         with SQLiteStore(tmp_path / "a.db") as store, ResponseCache(tmp_path / "b.db") as cache:
             store.begin(RUN)
-            cache.put({"a": 1}, {"b": 2})
-            cassette = engine._Cassette(str(tmp_path / "c.jsonl"), replay=False)
+            keep(cache, "hi", "answer")
+            cassette = engine.Cassette(str(tmp_path / "c.jsonl"), replay=False)
             cassette.close()
             modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
     finally:
@@ -855,6 +826,19 @@ def test_a_lookup_among_100000_runs_takes_less_than_10_ms(path: str) -> None:
 # ---- The cache -------------------------------------------------------------------------------------------------------
 
 
+def asked(prompt: Any, **settings: Any) -> CompletionRequest:
+    return CompletionRequest("m", [{"role": "user", "content": str(prompt)}], **settings)
+
+
+def keep(cache: ResponseCache, prompt: Any, text: str) -> None:
+    cache.keep("p", len, asked(prompt), CompletionResponse(text))
+
+
+def recall(cache: ResponseCache, prompt: Any) -> str | None:
+    answer = cache.recall("p", len, asked(prompt))
+    return None if answer is None else str(answer.text)
+
+
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[ResponseCache]:
     with ResponseCache(tmp_path / "cache.db") as opened:
@@ -862,16 +846,41 @@ def cache(tmp_path: Path) -> Iterator[ResponseCache]:
 
 
 def test_a_cache_answers_the_same_request_only(cache: ResponseCache) -> None:
-    cache.put({"model": "m", "prompt": "hi", "temperature": 0}, {"text": "a"})
-    assert cache.get({"temperature": 0, "prompt": "hi", "model": "m"}) == {"text": "a"}
-    assert cache.get({"model": "m", "prompt": "hi"}) is None
-    cache.put({"model": "m", "prompt": "hi", "temperature": 0}, {"text": "b"})
-    assert cache.get({"model": "m", "prompt": "hi", "temperature": 0}) == {"text": "b"}
+    keep(cache, "hi", "a")
+    assert recall(cache, "hi") == "a"
+    assert recall(cache, "hi!") is None
+    assert cache.recall("p", len, asked("hi", temperature=0)) is None
+    assert cache.recall("other name", len, asked("hi")).text == "a"
+    assert cache.recall("p", print, asked("hi")) is None
+    keep(cache, "hi", "b")
+    assert recall(cache, "hi") == "b"
+
+
+def test_a_hit_is_marked_and_whole(cache: ResponseCache) -> None:
+    answer = CompletionResponse("hi", "gpt", 3, 4, "stop", "req-1", [{"id": "1"}], {"x": 1})
+    cache.keep("p", len, asked("hi"), answer)
+    found = cache.recall("p", len, asked("hi"))
+    assert found.metadata.pop("cached") is True
+    assert vars(found) == vars(answer)
+    cache.keep("p", len, EmbeddingRequest("m", ["a"]), EmbeddingResponse([[0.5, 1.0]], "m", 1))
+    assert vars(cache.recall("p", len, EmbeddingRequest("m", ["a"]))) == {"vectors": [[0.5, 1.0]], "model": "m", "tokens": 1}
+
+
+@pytest.mark.parametrize("answer", [RateLimitError("slow down"), None, 5, {"text": "no"}])
+def test_errors_and_nonsense_are_not_kept(cache: ResponseCache, answer: Any) -> None:
+    cache.keep("p", len, asked("hi"), answer)
+    assert recall(cache, "hi") is None
+
+
+def test_the_text_of_a_plain_function_is_kept(cache: ResponseCache) -> None:
+    cache.keep("p", len, asked("hi"), "just text")
+    answer = cache.recall("p", len, asked("hi"))
+    assert (answer.text, answer.model) == ("just text", "m")
 
 
 def test_a_cache_keeps_neither_prompts_nor_keys(cache: ResponseCache) -> None:
-    request = CompletionRequest("m", [{"role": "user", "content": "secret prompt"}], params={"api_key": "sk-123456"})
-    cache.put(engine._request_document("p", request), {"text": "answer"})
+    request = asked("secret prompt", params={"api_key": "sk-123456"})
+    cache.keep("p", len, request, CompletionResponse("answer"))
     cache.close()
     content = b"".join(file.read_bytes() for file in Path(cache.name).parent.iterdir())
     assert b"answer" in content
@@ -879,63 +888,71 @@ def test_a_cache_keeps_neither_prompts_nor_keys(cache: ResponseCache) -> None:
     assert b"sk-123456" not in content
 
 
+def test_a_cache_that_fails_is_a_warning(cache: ResponseCache, caplog: pytest.LogCaptureFixture) -> None:
+    keep(cache, "hi", "a")
+    cache._connection.execute("DROP TABLE answers")
+    keep(cache, "hi", "b")
+    assert recall(cache, "hi") is None
+    assert caplog.text.count("the cache is not used") == 2
+    cache.keep("p", len, asked("hi", params={"x": object()}), CompletionResponse("a"))
+    assert "no JSON form" in caplog.text
+
+
 def test_old_answers_are_not_given_out(tmp_path: Path) -> None:
     path = tmp_path / "cache.db"
     with ResponseCache(path, max_age_seconds=100) as cache:
-        cache.put({"q": 1}, {"a": 1})
-        cache.put({"q": 2}, {"a": 2})
-        edit(str(path), "UPDATE answers SET stored_at = stored_at - 200 WHERE hash = '" + engine._digest({"q": 1}) + "'")
-        assert cache.get({"q": 1}) is None
-        assert cache.get({"q": 2}) == {"a": 2}
+        keep(cache, 1, "a")
+        edit(str(path), "UPDATE answers SET stored_at = stored_at - 200")
+        keep(cache, 2, "b")
+        assert recall(cache, 1) is None
+        assert recall(cache, 2) == "b"
     with ResponseCache(path) as cache:
-        assert cache.get({"q": 1}) == {"a": 1}
+        assert recall(cache, 1) == "a"
     with ResponseCache(path, max_age_seconds=100), ResponseCache(path) as cache:
-        assert cache.get({"q": 1}) is None, "it was deleted"
+        assert recall(cache, 1) is None, "it was deleted"
 
 
 def test_a_full_cache_drops_what_was_not_asked_for_the_longest(tmp_path: Path) -> None:
-    with ResponseCache(tmp_path / "cache.db", max_bytes=350) as cache:
+    with ResponseCache(tmp_path / "cache.db", max_bytes=3500) as cache:
         for number in range(3):
-            cache.put({"q": number}, {"text": "x" * 85})  # 96 bytes each
-        assert cache.get({"q": 0})
-        cache.put({"q": 3}, {"text": "x" * 85})
-        assert [cache.get({"q": number}) is not None for number in range(4)] == [True, False, True, True]
-        cache.put({"q": 4}, {"text": "x" * 1000})
-        assert cache.get({"q": 4}) is None
-        cache.put({"q": 5}, {"text": "y"})
-        assert cache.get({"q": 5}) == {"text": "y"}
+            keep(cache, number, "x" * 850)  # about 1,000 bytes each
+        assert recall(cache, 0)
+        keep(cache, 3, "x" * 850)
+        assert [recall(cache, number) is not None for number in range(4)] == [True, False, True, True]
+        keep(cache, 4, "x" * 5000)
+        assert recall(cache, 4) is None
+        keep(cache, 5, "y")
+        assert recall(cache, 5) == "y"
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.integers(0, 300)), max_size=25))
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.integers(0, 900)), max_size=25))
 def test_the_size_of_a_cache_is_the_sum_of_its_answers_and_within_the_limit(steps: list[tuple[bool, int, int]]) -> None:
-    with ResponseCache(":memory:", max_bytes=1000) as cache:
+    with ResponseCache(":memory:", max_bytes=3000) as cache:
         for put, number, size in steps:
-            if put:
-                cache.put({"q": number}, {"text": "x" * size})
-            else:
-                cache.get({"q": number})
+            keep(cache, number, "x" * size) if put else recall(cache, number)
             with cache._transaction() as execute:
                 total = execute("SELECT size FROM total").fetchone()[0]
-                assert total == execute("SELECT COALESCE(SUM(LENGTH(answer)), 0) FROM answers").fetchone()[0] <= 1000
+                assert total == execute("SELECT COALESCE(SUM(LENGTH(answer)), 0) FROM answers").fetchone()[0] <= 3000
 
 
 def test_threads_and_processes_share_a_cache(cache: ResponseCache) -> None:
     code = """
-        with engine.ResponseCache(sys.argv[1], max_bytes=5000) as cache:
+        def asked(prompt):
+            return engine.CompletionRequest("m", [{"role": "user", "content": str(prompt)}])
+        with engine.ResponseCache(sys.argv[1], max_bytes=9000) as cache:
             for number in range(60):
-                cache.put({"q": number}, {"text": "x" * 100, "n": number})
-                found = cache.get({"q": number % 7})
-                assert found is None or found["n"] == number % 7
+                cache.keep("p", len, asked(number), f"answer {number}")
+                found = cache.recall("p", len, asked(number % 7))
+                assert found is None or found.text == f"answer {number % 7}"
     """
     process = in_process(code, cache.name)
 
     def work(start: int) -> None:
         for number in range(start, start + 40):
-            cache.put({"q": number}, {"n": number})
-            found = cache.get({"q": number})
-            if found not in (None, {"n": number}, {"text": "x" * 100, "n": number}):
-                faults.append(found)
+            keep(cache, number, f"answer {number}")
+            if recall(cache, number) not in (None, f"answer {number}"):
+                faults.append(number)
 
     faults: list[Any] = []
     threads = [threading.Thread(target=work, args=(start,)) for start in (0, 20, 40)]
@@ -1005,42 +1022,55 @@ def test_an_error_survives_the_way_through_json(error: Any) -> None:
 
 
 def recorded(path: Path, *entries: tuple[Any, Any]) -> Any:
-    cassette = engine._Cassette(str(path), replay=False)
+    cassette = engine.Cassette(str(path), replay=False)
     for request, response in entries:
-        cassette.record(request, response)
+        assert cassette.recall("openai", None, request) is None
+        cassette.keep("openai", None, request, response)
     cassette.close()
-    return engine._Cassette(str(path), replay=True)
+    return engine.Cassette(str(path), replay=True)
 
 
 def test_a_cassette_answers_in_the_order_of_recording_and_then_no_more(tmp_path: Path) -> None:
-    cassette = recorded(tmp_path / "c.jsonl", ({"q": 1}, {"text": "a"}), ({"q": 2}, {"text": "x"}), ({"q": 1}, {"text": "b"}))
-    assert cassette.replay({"q": 1}) == {"text": "a"}
-    assert cassette.replay({"q": 1}) == {"text": "b"}
-    assert cassette.replay({"q": 2}) == {"text": "x"}
+    entries = [(1, CompletionResponse("a")), (2, "x"), (1, RateLimitError("slow down", status=429)), (1, "b")]
+    cassette = recorded(tmp_path / "c.jsonl", *((asked(prompt), answer) for prompt, answer in entries))
+    assert cassette.recall("openai", None, asked(1)).text == "a"
+    with pytest.raises(RateLimitError, match="slow down"):
+        cassette.recall("openai", None, asked(1))
+    assert cassette.recall("openai", None, asked(1)).text == "b"
+    assert cassette.recall("openai", None, asked(2)).text == "x"
     with pytest.raises(ExecutionError, match="recorded, but not as often"):
-        cassette.replay({"q": 1})
+        cassette.recall("openai", None, asked(1))
 
 
 def test_a_request_that_was_not_recorded_shows_the_nearest(tmp_path: Path) -> None:
-    near = engine._request_document("openai", HELLO)
-    far = engine._request_document("openai", EmbeddingRequest("embedder", ["something else"]))
-    cassette = recorded(tmp_path / "c.jsonl", (far, {"vectors": [[1]]}), (near, {"text": "hello"}))
+    far = EmbeddingRequest("embedder", ["something else"])
+    cassette = recorded(tmp_path / "c.jsonl", (far, EmbeddingResponse([[1.0]])), (HELLO, "hello"))
     with pytest.raises(ExecutionError) as caught:
-        cassette.replay(engine._request_document("openai", VARIANTS[1]))
+        cassette.recall("openai", None, VARIANTS[1])
     assert '-   "content": "Say hello"' in str(caught.value)
     assert '+   "content": "Say hello!"' in str(caught.value)
     assert "embedder" not in str(caught.value)
     with pytest.raises(ExecutionError, match="nothing is recorded"):
-        recorded(tmp_path / "empty.jsonl").replay({"q": 1})
+        recorded(tmp_path / "empty.jsonl").recall("openai", None, HELLO)
 
 
 def test_a_cassette_holds_no_keys(tmp_path: Path) -> None:
     params = {"api_key": "sk-1", "headers": {"Authorization": "Bearer sk-2", "X-Api-Key": "sk-3"}, "max_tokens": 5}
-    request = engine._request_document("p", CompletionRequest("m", [], params=params, max_tokens=7))
-    recorded(tmp_path / "c.jsonl", (request, {"text": "a", "metadata": {"access_token": "sk-4"}}))
+    answer = CompletionResponse("a", metadata={"access_token": "sk-4"})
+    recorded(tmp_path / "c.jsonl", (asked("hi", params=params, max_tokens=7), answer))
     content = (tmp_path / "c.jsonl").read_text()
     assert "sk-" not in content
+    request = json.loads(content)["request"]
     assert (request["max_tokens"], request["params"]["max_tokens"]) == (7, 5)
+
+
+def test_a_cassette_that_cannot_be_written_any_more_is_an_error(tmp_path: Path) -> None:
+    cassette = engine.Cassette(str(tmp_path / "c.jsonl"), replay=False)
+    with pytest.raises(OrchestratorError, match="no JSON form"):
+        cassette.keep("p", None, asked("hi", params={"x": object()}), "a")
+    cassette.close()
+    with pytest.raises(OrchestratorError, match="cannot be written"):
+        cassette.keep("p", None, asked("hi"), "a")
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"request": {}}', '{"request": {}, "response": 5}', "\xff"])
@@ -1048,13 +1078,13 @@ def test_a_broken_cassette_names_the_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"request": {}, "response": {}}\n' + line + "\n", encoding="latin-1")
     with pytest.raises(OrchestratorError, match=r"c\.jsonl:2: "):
-        engine._Cassette(str(path), replay=True)
+        engine.Cassette(str(path), replay=True)
 
 
 def test_cassettes_that_cannot_be_opened_are_refused(tmp_path: Path) -> None:
     for replay in (True, False):
         with pytest.raises(OrchestratorError, match="cannot be"):
-            engine._Cassette(str(tmp_path / "nowhere" / "c.jsonl"), replay)
+            engine.Cassette(str(tmp_path / "nowhere" / "c.jsonl"), replay)
 
 
 # ---- Small things ----------------------------------------------------------------------------------------------------
