@@ -9183,7 +9183,8 @@ class _Database:
         with self._lock:
             connection, self._connection, self._closed = self._connection, None, True
             if connection is not None and self._pid == os.getpid():
-                connection.close()
+                with contextlib.suppress(Exception):  # it was lost
+                    connection.close()
 
     def __enter__(self) -> Any:
         return self
@@ -9767,7 +9768,7 @@ class ResponseCache(_Database):
     """Answers by the content of their requests, in one SQLite file that threads and processes share.
 
     A request is kept as its hash only. An answer older than `max_age_seconds` is not given out. When the answers
-    together exceed `max_bytes`, those go that were not asked for the longest. A cache that fails only warns, in the log.
+    together exceed `max_bytes`, those go that were not asked for the longest. A failing cache only warns in the log.
     """
 
     APPLICATION_ID = 0x4C4C4D43

@@ -11,6 +11,7 @@ Many machines may use one database; their clocks should agree to a few seconds, 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from typing import Any, Callable
@@ -41,22 +42,27 @@ class PostgresStore(Store):
     def begin_transaction(self, cursor: Any, write: bool) -> None:
         """These drivers begin one by themselves."""
 
+    def explain(self, error: Exception) -> str:
+        """Not every driver says whether its connection was lost: after an error, the next transaction makes another."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                connection.close()
+        return str(error)
+
     def connect(self) -> Any:
+        """A connection to a database that has the tables. Of two processes that make them at once, one fails."""
         connection = self.open()
         cursor = connection.cursor()
         cursor.execute("CREATE TABLE IF NOT EXISTS llm_orchestrator_version (version INTEGER)")
-        connection.commit()
-        if hasattr(connection, "info") or "pg" in type(connection).__module__:  # two processes do not migrate at once
-            cursor.execute("LOCK TABLE llm_orchestrator_version IN EXCLUSIVE MODE")
-        cursor.execute("SELECT version FROM llm_orchestrator_version")
-        version = (cursor.fetchone() or (0,))[0]
+        cursor.execute("SELECT MAX(version) FROM llm_orchestrator_version")
+        version = cursor.fetchone()[0] or 0
         if version > len(self.SCHEMA):
             connection.close()
             raise OrchestratorError(f"{self.name} is of a newer version ({version}); this one knows {len(self.SCHEMA)}")
-        for script in self.SCHEMA[version:]:
+        for number, script in enumerate(self.SCHEMA[version:], version + 1):
             for sql in script.split(";"):
                 cursor.execute(sql)
-        cursor.execute("DELETE FROM llm_orchestrator_version")
-        cursor.execute(self.statement("INSERT INTO llm_orchestrator_version VALUES (?)"), (len(self.SCHEMA),))
+            cursor.execute(self.statement("INSERT INTO llm_orchestrator_version VALUES (?)"), (number,))
         connection.commit()
         return connection

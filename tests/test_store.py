@@ -1122,10 +1122,26 @@ def test_a_store_in_any_database_needs_a_connection_only(path: str) -> None:
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
 
+    class FormatCursor(sqlite3.Cursor):
+        """What a driver does whose paramstyle is `format`."""
+
+        def execute(self, sql: str, parameters: Any = ()) -> Any:
+            return super().execute(sql.replace("%s", "?"), parameters)
+
+        def executemany(self, sql: str, parameters: Any) -> Any:
+            return super().executemany(sql.replace("%s", "?"), parameters)
+
+    class FormatConnection(sqlite3.Connection):
+        def cursor(self) -> Any:  # type: ignore[override]
+            return super().cursor(FormatCursor)
+
     def connect() -> Any:
         return sqlite3.connect(path, check_same_thread=False)
 
-    with example.PostgresStore(connect, paramstyle="numeric") as store:
+    def connect_format() -> Any:
+        return sqlite3.connect(path, check_same_thread=False, factory=FormatConnection)
+
+    with example.PostgresStore(connect_format, paramstyle="format") as store:
         finished(store, "r1", {"a": DONE, "b": FAILED}, "failed")
         store.claim("r1")
         store.record("r1", "b", DONE)
@@ -1133,6 +1149,6 @@ def test_a_store_in_any_database_needs_a_connection_only(path: str) -> None:
     with example.PostgresStore(connect, paramstyle="qmark") as store:
         assert store.load("r1")["steps"] == {"a": DONE, "b": DONE}
         assert store.verify("r1") == []
-    edit(path, "UPDATE llm_orchestrator_version SET version = 9")
+    edit(path, "INSERT INTO llm_orchestrator_version VALUES (9)")
     with pytest.raises(OrchestratorError, match="newer version"), example.PostgresStore(connect, "qmark") as store:
         store.runs()
