@@ -9055,7 +9055,7 @@ def _is_alive(holder: str | None, lease_until: float | None) -> bool:
     """Whether a lease holds: it has not run out, and its process is not known to have ended (here, one can know)."""
     if not holder or (lease_until or 0) <= time.time():
         return False
-    host, pid, token = holder.rsplit(":", 2)
+    host, pid, token = ["", "", *holder.rsplit(":", 2)][-3:]
     own_host, own_pid, own_token = _process_name(os.getpid())
     if host != own_host or os.name != "posix":  # on Windows, os.kill ends a process
         return True
@@ -9063,7 +9063,7 @@ def _is_alive(holder: str | None, lease_until: float | None) -> bool:
         return token.startswith(own_token)  # or else an earlier process had our pid
     try:
         os.kill(int(pid), 0)
-    except OSError as error:
+    except (OSError, ValueError, OverflowError) as error:
         return not isinstance(error, ProcessLookupError)
     return True
 
@@ -9180,9 +9180,11 @@ class _Database:
 
     def close(self) -> None:
         """Ends the connection; whatever is called afterwards is refused."""
+        if self._pid != os.getpid():
+            return  # the connection, and who knows which locks, are the parent's
         with self._lock:
             connection, self._connection, self._closed = self._connection, None, True
-            if connection is not None and self._pid == os.getpid():
+            if connection is not None:
                 with contextlib.suppress(Exception):  # it was lost
                     connection.close()
 
@@ -9319,14 +9321,14 @@ class Store(_Database):
         with self._transaction(write=False) as execute:
             holder, lease_until = self._lease(execute, run_id)
             document, count, head, text_hash, *_ = execute(_RUN_SQL, (run_id,)).fetchone()
+            held = _HeldRun(run_id, count, head, text_hash, json.loads(document))
         known = self._held.get(run_id)
         if (known is not None and known.fault is None) if holder == self.holder else _is_alive(holder, lease_until):
             ending = f"its lease ends in {lease_until - time.time():.0f} s unless renewed"
             raise OrchestratorError(f"run {run_id} is held by a running process, {holder}; {ending}")
         self._held.pop(run_id, None)
         row = (self.holder, time.time() + _LEASE_SECONDS, run_id, holder, lease_until)
-        held, about = _HeldRun(run_id, count, head, text_hash, json.loads(document)), {"by": _whoami(), "from": holder}
-        self._take(held, "run_claimed", about, [("take", row)])
+        self._take(held, "run_claimed", {"by": _whoami(), "from": holder}, [("take", row)])
         return self.load(run_id)
 
     def record(
@@ -9374,9 +9376,9 @@ class Store(_Database):
             listed = execute(f"{_LISTED_SQL} WHERE run_id = ?", (run_id,)).fetchone()
             document, count, head, _, body, *_ = execute(_RUN_SQL, (run_id,)).fetchone()
             steps = execute("SELECT step_id, state FROM steps WHERE run_id = ?", (run_id,)).fetchall()
-        about = {"audit_count": count, "audit_head": head, "workflow_text": json.loads(body) if body else None}
-        states = {step_id: json.loads(state) for step_id, state in steps}
-        return {**json.loads(document), **_run_entry(listed), **about, "steps": states}
+            about = {"audit_count": count, "audit_head": head, "workflow_text": json.loads(body) if body else None}
+            states = {step_id: json.loads(state) for step_id, state in steps}
+            return {**json.loads(document), **_run_entry(listed), **about, "steps": states}
 
     def runs(self, limit: int = 100, status: str | None = None, workflow: str | None = None) -> list[dict[str, Any]]:
         """Runs, newest first: run_id, workflow, status, started_at and updated_at (seconds since 1970), held_by.
@@ -9405,12 +9407,12 @@ class Store(_Database):
         )
         with self._transaction(write=False) as execute:
             rows = execute(sql, () if run_id is None else (run_id,)).fetchall()
-        outer = {(row[0], row[3][: dot.start()]) for row in rows for dot in re.finditer(r"\.", row[3])}
-        names = ("run_id", "workflow", "started_at", "step_id")
-        return [
-            {**dict(zip(names, row)), "inputs": json.loads(row[4]).get("inputs"), **json.loads(row[5])}
-            for row in rows if (row[0], row[3]) not in outer
-        ]  # fmt: skip
+            outer = {(row[0], row[3][: dot.start()]) for row in rows for dot in re.finditer(r"\.", row[3])}
+            names = ("run_id", "workflow", "started_at", "step_id")
+            return [
+                {**dict(zip(names, row)), "inputs": json.loads(row[4]).get("inputs"), **json.loads(row[5])}
+                for row in rows if (row[0], row[3]) not in outer
+            ]  # fmt: skip
 
     def audit(self, run_id: str) -> list[dict[str, Any]]:
         """A run's events in order: number (from 1), time, kind, details, hash.
@@ -9420,7 +9422,7 @@ class Store(_Database):
         names = ("number", "time", "kind", "details", "hash")
         with self._transaction(write=False) as execute:
             rows = self._events(execute, run_id)
-        return [{**dict(zip(names, row)), "details": json.loads(row[3])} for row in rows]
+            return [{**dict(zip(names, row)), "details": json.loads(row[3])} for row in rows]
 
     def verify(self, run_id: str) -> list[str]:
         """What does not fit in a run's audit trail, step states and outcome: edits, deletions, insertions, reorderings.
@@ -9432,7 +9434,7 @@ class Store(_Database):
             self._lease(execute, run_id)
             events, run = self._events(execute, run_id), execute(_RUN_SQL, (run_id,)).fetchone()
             steps = execute("SELECT step_id, status, state FROM steps WHERE run_id = ?", (run_id,)).fetchall()
-        return list(_audit_problems(run_id, events, steps, *run))
+            return list(_audit_problems(run_id, events, steps, *run))
 
     def export(self, run_id: str) -> dict[str, Any]:
         """All about a run: what `load` gives, and its `audit`."""
@@ -9467,10 +9469,11 @@ class Store(_Database):
 
     def close(self) -> None:
         """Commits what was recorded, gives the leases back and ends the writer; later calls are refused."""
-        writer, self._writer = self._writer, None
-        if writer is not None and self._pid == os.getpid():
+        if self._closed or self._pid != os.getpid():
+            return
+        if self._writer is not None:
             self._jobs.put(None)
-            writer.join()
+            self._writer.join()
         with self._lock, contextlib.suppress(OrchestratorError):
             if self._held:
                 with self._transaction() as execute:
@@ -9484,7 +9487,7 @@ class Store(_Database):
         row = execute("SELECT holder, lease_until FROM runs WHERE run_id = ?", (run_id,)).fetchone()
         if row is None:
             raise OrchestratorError(f"{self.name} has no run {run_id!r}")
-        return row[0] or "", row[1] or 0.0
+        return str(row[0] or ""), float(row[1] or 0)
 
     def _events(self, execute: Callable[..., Any], run_id: str) -> Any:
         sql = "SELECT number, time, kind, details, hash FROM audit WHERE run_id = ? ORDER BY number"
@@ -9522,6 +9525,8 @@ class Store(_Database):
                 if self._writer is None:
                     self._writer = threading.Thread(target=self._write, name="llm_orchestrator-store", daemon=True)
                     self._writer.start()
+        if self._closed:  # in this moment
+            self._commit(self._waiting_jobs())
 
     def _write_now(self, held: _HeldRun | None, kind: str, about: Any, rows: list[Any]) -> None:
         """Returns when this, and all before it, is durable."""
@@ -9534,7 +9539,13 @@ class Store(_Database):
             raise error
 
     def _waiting_jobs(self) -> list[Any]:
-        return [self._jobs.get_nowait() for _ in range(min(self._jobs.qsize(), 1000))]
+        import queue
+
+        jobs: list[Any] = []
+        with contextlib.suppress(queue.Empty):
+            while len(jobs) < 1000:
+                jobs.append(self._jobs.get_nowait())
+        return jobs
 
     def _write(self) -> None:
         """The writer's thread: what gathers while one commit is made goes into the next."""
@@ -9550,21 +9561,23 @@ class Store(_Database):
     def _commit(self, jobs: list[Any]) -> None:
         """Makes one commit of jobs and tells those who wait for them."""
         with self._lock:
-            by_run = _gathered(jobs)
-            beat = bool(self._held) and time.monotonic() >= self._next_heartbeat
+            runs = {job[0] for job in jobs if job[0] is not None and job[0].fault is None}
+            beating = [run_id for run_id, held in self._held.items() if held.fault is None]
+            if time.monotonic() < self._next_heartbeat:
+                beating = []
             try:
-                if by_run or beat:
-                    self._write_rows(by_run, beat)
+                if runs or beating:
+                    self._write_rows(_gathered(jobs), beating)
             except Exception as error:
                 fault = error if isinstance(error, OrchestratorError) else OrchestratorError(f"{self.name}: {error!r}")
-                for held in by_run:
+                for held in runs:
                     held.fault = fault
         for held, _, _, _, on_durable in jobs:
             if on_durable is not None:
                 with contextlib.suppress(Exception):  # one listener's fault is not the others'
                     on_durable(held and held.fault)
 
-    def _write_rows(self, by_run: Mapping[_HeldRun, dict[str, list[Any]]], beat: bool) -> None:
+    def _write_rows(self, by_run: Mapping[_HeldRun, dict[str, list[Any]]], beating: list[str]) -> None:
         now = time.time()
         with self._transaction() as execute:
             for held, rows in by_run.items():
@@ -9573,8 +9586,9 @@ class Store(_Database):
                     if name in rows and execute(sql, rows[name], many=True).rowcount != 1 and name == "renew":
                         held.fault = OrchestratorError(f"run {held.run_id} was deleted or taken by another process")
                         break
-            if beat:
-                execute("UPDATE runs SET lease_until = ? WHERE holder = ?", (now + _LEASE_SECONDS, self.holder))
+            if beating:
+                leases = [(now + _LEASE_SECONDS, run_id, self.holder) for run_id in beating]
+                execute("UPDATE runs SET lease_until = ? WHERE run_id = ? AND holder = ?", leases, many=True)
                 self._next_heartbeat = time.monotonic() + _HEARTBEAT_SECONDS
 
 
@@ -9686,10 +9700,12 @@ class _Journal:
         while self.landed:
             error = self.landed.popleft()
             self.error, self.durable = self.error or error, self.durable + 1
-        for waiter in [one for one in self.waiting if one[0] <= self.durable or self.error]:
-            self.waiting.remove(waiter)
-            if not waiter[1].done():
-                waiter[1].set_result(None)
+        waiting, self.waiting = self.waiting, []
+        for number, waiter in waiting:
+            if number > self.durable and self.error is None:
+                self.waiting.append((number, waiter))
+            elif not waiter.done():
+                waiter.set_result(None)
 
     async def barrier(self) -> None:
         """Returns when all that was written down until now is durable; raises what kept it out."""
@@ -9736,10 +9752,12 @@ def _request_document(name: str, request: Any, provider: Any = None) -> dict[str
     source: dict[str, Any] = {"provider": name}
     if provider is not None:
         options = {key: value for key, value in getattr(provider, "options", {}).items() if value is not None}
+        options = _without_secrets(options)
         named = getattr(provider, "TYPE", None) or getattr(provider, "__qualname__", type(provider).__qualname__)
         source = {"provider": named, "base_url": getattr(provider, "base_url", None), "options": options}
-    document: dict[str, Any] = _without_secrets({"kind": kind, **source, **asked})
-    return document
+    if "params" in asked:
+        asked["params"] = _without_secrets(asked["params"])
+    return {"kind": kind, **source, **asked}
 
 
 def _answer_document(answer: Any, model: str = "") -> dict[str, Any]:
@@ -9792,15 +9810,17 @@ class ResponseCache(_Database):
     def recall(self, name: str, provider: Any, request: Any) -> Any:
         """The answer that was kept for the request, marked as `cached` in its metadata; None if there is none."""
         document, now = _request_document(name, request, provider), time.time()
-        with self._forgiving(), self._transaction() as execute:
+        with self._forgiving():
             key, sql = _digest(document), "SELECT answer FROM answers WHERE hash = ? AND stored_at >= ?"
-            row = execute(sql, (key, now - self.max_age_seconds)).fetchone()
-            if row is not None:
-                execute("UPDATE answers SET used_at = ? WHERE hash = ?", (now, key))
-                answer = _answer_from(document["kind"], json.loads(row[0]))
+            with self._transaction(write=False) as execute:
+                row = execute(sql, (key, now - self.max_age_seconds)).fetchone()
+                answer = _answer_from(document["kind"], json.loads(row[0])) if row else None
+            if answer is not None:
+                with self._forgiving(), self._transaction() as execute:
+                    execute("UPDATE answers SET used_at = ? WHERE hash = ?", (now, key))
                 if document["kind"] == "completion":
                     answer.metadata["cached"] = True
-                return answer
+            return answer
         return None
 
     def keep(self, name: str, provider: Any, request: Any, answer: Any) -> None:
@@ -9851,7 +9871,9 @@ class Cassette:
 
     def keep(self, name: str, provider: Any, request: Any, answer: Any) -> None:
         """Records a provider's answer, or its error."""
-        response = _without_secrets(_answer_document(answer, request.model))
+        response = _answer_document(answer, request.model)
+        if "metadata" in response:
+            response["metadata"] = _without_secrets(response["metadata"])
         line = _stored_json({"request": _request_document(name, request), "response": response})
         with self.lock:
             if self.file is not None and response:

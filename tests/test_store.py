@@ -486,6 +486,74 @@ def test_a_locked_file_is_an_error_after_the_busy_timeout(store: SQLiteStore, pa
     assert store.verify("r1") == []
 
 
+DAMAGES = {
+    "a run's document": "UPDATE runs SET document = '{'",
+    "a run's document of another kind": "UPDATE runs SET document = '[1]'",
+    "a step's state": "UPDATE steps SET state = 'gar bage'",
+    "an event's details": "UPDATE audit SET details = x'00ff'",
+    "the workflow's text": "UPDATE texts SET body = 'nothing'",
+    "a lease": "UPDATE runs SET holder = 'somebody', lease_until = 'soon'",
+    "a lease's holder": "UPDATE runs SET holder = 'some:body', lease_until = 9e12",
+    "the removal of a table": "DROP TABLE steps",
+}
+
+
+@pytest.mark.parametrize("statement", DAMAGES.values(), ids=DAMAGES)
+def test_no_damage_to_the_rows_raises_another_error(store: SQLiteStore, path: str, statement: str) -> None:
+    finished(store, "r1", {"a": FAILED}, "failed")
+    edit(path, statement)
+    reads = (store.load, store.claim, store.audit, store.verify, store.export, store.failures, store.delete)
+    calls = [lambda read=read: read("r1") for read in reads]
+    for call in (store.runs, lambda: store.runs(status="running"), lambda: store.prune(0), *calls):
+        with contextlib.suppress(OrchestratorError):
+            call()
+
+
+def test_a_run_that_failed_to_be_written_is_free_for_others_in_time(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(engine, "_LEASE_SECONDS", 0.3)
+    with SQLiteStore(path, busy_timeout_seconds=0.05) as store, SQLiteStore(path) as other:
+        store.begin(RUN)
+        store.begin(run("r2"))
+        blocker = sqlite3.connect(path, isolation_level=None)
+        blocker.execute("BEGIN EXCLUSIVE")
+        store.record("r1", "a", DONE)
+        store.flush()
+        blocker.execute("ROLLBACK")
+        blocker.close()
+        time.sleep(0.5)
+        assert other.claim("r1")["steps"] == {}
+        with pytest.raises(OrchestratorError, match="held by a running process"):
+            other.claim("r2")
+
+
+def test_closing_while_others_write_neither_hangs_nor_loses_a_word(path: str) -> None:
+    for _ in range(20):
+        store, outcomes = SQLiteStore(path), []
+        run_id = os.urandom(4).hex()
+        store.begin(run(run_id))
+
+        def write(store: SQLiteStore = store, run_id: str = run_id, outcomes: list[Any] = outcomes) -> None:
+            for number in range(10**9):
+                try:
+                    store.record(run_id, f"s{number}", DONE, outcomes.append)
+                    if number % 5 == 0:
+                        store.flush()
+                except OrchestratorError:
+                    outcomes.append(number)
+                    return
+
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        time.sleep(0.003)
+        store.close()
+        thread.join(30)
+        assert not thread.is_alive()
+        with SQLiteStore(path) as again:
+            assert len(again.load(run_id)["steps"]) >= outcomes.count(None) > 0
+            assert again.verify(run_id) == []
+
+
 def fill(store: SQLiteStore, path: str) -> list[Any]:
     store.begin(RUN)
     store.record("r1", "a", DONE)
@@ -975,6 +1043,7 @@ VARIANTS = [
     CompletionRequest("gpt", [{"role": "user", "content": "Say hello"}], temperature=0.0, schema={"type": "string"}),
     CompletionRequest("gpt", [{"role": "user", "content": "Say hello"}], temperature=0.0, params={"n": 2}),
     CompletionRequest("gpt", [{"role": "user", "content": "Say hello"}], temperature=0.0, tools=[{"name": "t"}]),
+    CompletionRequest("gpt", [{"role": "user", "content": "Say hello"}], temperature=0.0, tools=[{"name": "t", "secret": 1}]),
     CompletionRequest("gpt", [{"role": "user", "content": "Say hello"}], temperature=0.0, system="Be brief"),
     EmbeddingRequest("gpt", ["Say hello"]),
 ]
@@ -1057,7 +1126,9 @@ def test_a_request_that_was_not_recorded_shows_the_nearest(tmp_path: Path) -> No
 def test_a_cassette_holds_no_keys(tmp_path: Path) -> None:
     params = {"api_key": "sk-1", "headers": {"Authorization": "Bearer sk-2", "X-Api-Key": "sk-3"}, "max_tokens": 5}
     answer = CompletionResponse("a", metadata={"access_token": "sk-4"})
-    recorded(tmp_path / "c.jsonl", (asked("hi", params=params, max_tokens=7), answer))
+    answer.tool_calls = [{"id": "1", "name": "login", "arguments": {"password": "told"}}]
+    replay = recorded(tmp_path / "c.jsonl", (asked("hi", params=params, max_tokens=7), answer))
+    assert replay.recall("openai", None, asked("hi", params=params, max_tokens=7)).tool_calls == answer.tool_calls
     content = (tmp_path / "c.jsonl").read_text()
     assert "sk-" not in content
     request = json.loads(content)["request"]
