@@ -733,7 +733,7 @@ def kill_rounds(path: str, rounds: int) -> int:
 
 
 def test_what_was_reported_durable_survives_kills(path: str) -> None:
-    assert kill_rounds(path, 12) > 0
+    assert kill_rounds(path, 8) > 0
 
 
 @pytest.mark.soak
