@@ -9625,8 +9625,12 @@ class _Journal:
 
 
 def _workflow_text(executor: WorkflowExecutor) -> str:
-    """A workflow and those that it calls, as YAML: what a run depends on besides its inputs."""
-    return "\n# ---- called\n".join(workflow.to_yaml() for workflow in executor._workflows(executor.workflow))
+    """A workflow and those that it calls, as YAML: what a run depends on besides its inputs. Made once for a plan."""
+    kept = vars(executor.workflow._plan())
+    if "text" not in kept:
+        called = executor._workflows(executor.workflow)
+        kept["text"] = "\n# ---- called\n".join(workflow.to_yaml() for workflow in called)
+    return str(kept["text"])
 
 
 # ---- Requests by content: the cache, and record and replay -----------------------------------------------------------
