@@ -8895,47 +8895,35 @@ def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapp
 # ---------------------------------------------------------------------------------------------------------------------
 
 _LEASE_SECONDS, _HEARTBEAT_SECONDS = 30.0, 10.0
-_PUT_TEXT = "INSERT INTO texts VALUES (?, ?) ON CONFLICT (hash) DO NOTHING"
-_PUT_EVENT = "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?)"
-_PUT_STEP = (
-    "INSERT INTO steps VALUES (?, ?, ?, ?)"
-    " ON CONFLICT (run_id, step_id) DO UPDATE SET status = excluded.status, state = excluded.state"
-)
-_FORGET_STEP = "DELETE FROM steps WHERE run_id = ? AND step_id = ?"
-_SET_RUN = "UPDATE runs SET status = COALESCE(?, status), text_hash = ?, document = ? WHERE run_id = ?"
-_RELEASE = "UPDATE runs SET holder = NULL, lease_until = NULL WHERE run_id = ?"
-_RENEW = (
-    "UPDATE runs SET audit_count = ?, audit_head = ?, updated_at = ?, lease_until = ? WHERE run_id = ? AND holder = ?"
-)
-_TAKE = (
-    "UPDATE runs SET holder = ?, lease_until = ? WHERE run_id = ? AND COALESCE(holder, '') = ?"
-    " AND COALESCE(lease_until, 0) = ?"
-)
-_LISTED = ("run_id", "workflow", "status", "started_at", "updated_at", "holder", "lease_until")
-_LISTED_SQL = f"SELECT {', '.join(_LISTED)} FROM runs"
-_stored_json = json.JSONEncoder(separators=(",", ":"), default=_unpacked).encode  # ASCII: any database holds it unchanged
-_sorted_json = json.JSONEncoder(separators=(",", ":"), default=_unpacked, sort_keys=True).encode
+_encoder = functools.partial(json.JSONEncoder, separators=(",", ":"), default=_unpacked)
+_encode = {False: _encoder().encode, True: _encoder(sort_keys=True).encode}
+
+
+def _stored_json(value: Any, sort_keys: bool = False) -> str:
+    """One line of JSON in ASCII, which every database keeps unchanged."""
+    try:
+        return _encode[sort_keys](value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise OrchestratorError(f"what was to be stored has no JSON form: {error}") from None
 
 
 def _digest(value: Any) -> str:
     """The SHA-256 of a text, or of a value as JSON with sorted keys, in hexadecimal."""
     import hashlib
 
-    text = value if isinstance(value, str) else _sorted_json(value)
+    text = value if isinstance(value, str) else _stored_json(value, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _workflow_hash(document: Mapping[str, Any]) -> str:
-    """Equal for documents that mean the same: comments, layout and the order of keys do not count."""
-    return _digest(document)
+_workflow_hash = _digest  # of the document: comments, layout and the order of keys do not count
 
 
 def _workflow_diff(recorded: str, current: str) -> str:
     """How two workflow texts differ, as a unified diff; "" if they do not."""
     import difflib
 
-    lines = difflib.unified_diff(recorded.splitlines(), current.splitlines(), "recorded", "current", lineterm="")
-    return "\n".join(lines)
+    texts = recorded.splitlines(), current.splitlines()
+    return "\n".join(difflib.unified_diff(*texts, "recorded", "current", lineterm=""))
 
 
 def _parse_age(text: str) -> float:
@@ -8946,103 +8934,119 @@ def _parse_age(text: str) -> float:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]
 
 
-# ---- Leases: who may write a run -------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=None)
-def _process_name(pid: int) -> str:
-    """host/scope:pid:random: this process, and no other that ever was; `scope` is the kernel within which pids count."""
+@functools.lru_cache(maxsize=64)
+def _process_name(pid: int) -> tuple[str, str, str]:
+    """(host/scope, pid, random): this process, and no other ever; `scope` is the kernel and container of its pid."""
     import platform
 
     scope = []
-    with contextlib.suppress(OSError):  # Linux: this boot, this container
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            scope = [file.read(), os.readlink("/proc/self/ns/pid")]
-    return f"{platform.node() or 'localhost'}/{_digest(scope)[:8]}:{pid}:{os.urandom(4).hex()}"
+    with contextlib.suppress(OSError, OrchestratorError):  # Linux
+        scope = [_read_file("/proc/sys/kernel/random/boot_id").decode(), os.readlink("/proc/self/ns/pid")]
+    return f"{platform.node() or 'localhost'}/{_digest(scope)[:8]}", str(pid), os.urandom(4).hex()
 
 
 def _whoami() -> str:
     """user@host (process id), for the audit."""
     user = next((os.environ[name] for name in ("USER", "LOGNAME", "USERNAME") if os.environ.get(name)), "unknown")
-    host, pid, _ = _process_name(os.getpid()).rsplit(":", 2)
-    return f"{user}@{host.partition('/')[0]} (process {pid})"
+    return f"{user}@{_process_name(os.getpid())[0].partition('/')[0]} (process {os.getpid()})"
 
 
-def _is_alive(holder: str, lease_until: float) -> bool:
-    """Whether a lease holds: it has not run out, and its process has not certainly ended (of other machines' nobody knows)."""
-    if not holder or lease_until <= time.time():
+def _is_alive(holder: str | None, lease_until: float | None) -> bool:
+    """Whether a lease holds: it has not run out, and its process is not known to have ended (here, one can know)."""
+    if not holder or (lease_until or 0) <= time.time():
         return False
-    host, pid, token = holder.rsplit(":", 2)
-    own_host, own_pid, own_token = _process_name(os.getpid()).rsplit(":", 2)
-    if host != own_host or os.name != "posix":  # on Windows, os.kill ends the process
+    host, pid, token = ["", "", *holder.rsplit(":", 2)][-3:]
+    own_host, own_pid, own_token = _process_name(os.getpid())
+    if host != own_host or os.name != "posix":  # on Windows, os.kill ends a process
         return True
     if pid == own_pid:
-        return token.startswith(own_token)  # or else an earlier process had this id
+        return token.startswith(own_token)  # or else an earlier process had our pid
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is someone else's
-        pass
+    except (OSError, ValueError, OverflowError) as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
-class _HeldRun:
-    """A run that a store may write: the end of its audit chain, its fields, and why it may be written no longer."""
-
-    def __init__(self, run_id: str, count: int = 0, head: str = "", text_hash: str = "") -> None:
-        self.run_id, self.count, self.head, self.text_hash = run_id, count, head or _digest(run_id), text_hash
-        self.fields: dict[str, Any] = {}
-        self.fault: OrchestratorError | None = None
-
-    def event(self, kind: str, details: Mapping[str, Any], now: float) -> tuple[Any, ...]:
-        """The row of the next event."""
-        text = _stored_json(details)
-        self.count, self.head = self.count + 1, _event_hash(self.head, self.count + 1, now, kind, text)
-        return self.run_id, self.count, now, kind, text, self.head
-
-    def change(self, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[tuple[str, str]]]:
-        """(document, what an event says of it, rows of texts) once these fields are set."""
-        self.fields.update(fields)
-        text = self.fields.pop("workflow_text", None)
-        texts = [] if text is None else [(_digest(text), _stored_json(text))]  # once for all runs of a workflow
-        self.text_hash = texts[0][0] if texts else self.text_hash
-        document = _stored_json(self.fields)
-        return document, {"document": _digest(document), "workflow_text": self.text_hash}, texts
-
-
-def _event_hash(head: str, number: int, moment: float, kind: str, details: str) -> str:
-    """An event's link in the chain: it covers the event and the hash of the one before."""
-    return _digest(f"{head}\n{number}\n{moment!r}\n{kind}\n{details}")
-
-
-# ---- Databases -------------------------------------------------------------------------------------------------------
-
-
 class _Database:
-    """One DB-API 2.0 connection, shared by threads, in which everything happens in transactions."""
+    """One connection to a database, shared by threads, in which everything happens in transactions.
 
-    SCHEMA: Sequence[str] = ()  # statements separated by semicolons, one script a version
-    name = "the store"
+    As it stands, it is a file of SQLite that many processes may use: WAL, mode 0600, a version with migrations. For
+    another database, override `connect`, `statement`, `begin_transaction` and `explain`; the SQL is portable.
+    `busy_timeout_seconds` is how long to wait while another process keeps the file locked.
+    """
 
-    def __init__(self) -> None:
+    SCHEMA: tuple[str, ...] = ()  # a script a version: statements separated by semicolons
+    APPLICATION_ID = 0  # tells our kinds of files from each other and from others'
+    SYNCHRONOUS = "NORMAL"
+
+    def __init__(self, path: str | os.PathLike[str], busy_timeout_seconds: float = 10.0) -> None:
+        self.name, self.busy_timeout_seconds = os.fspath(path), busy_timeout_seconds
         self._pid, self._lock, self._closed = os.getpid(), threading.RLock(), False
         self._connection: Any = None
+        with self._transaction(write=False):
+            pass  # what cannot be used is an error now
 
     def connect(self) -> Any:
-        """A new connection to a database that has the tables of `SCHEMA`."""
-        raise NotImplementedError
+        """A new DB-API 2.0 connection to a database with the tables of `SCHEMA`."""
+        try:
+            import sqlite3
+        except ImportError:
+            raise OrchestratorError("this Python has no sqlite3 module, which stores and caches need") from None
+        if self.name != ":memory:":
+            with contextlib.suppress(FileExistsError):  # SQLite gives -wal and -shm the mode of the file
+                os.close(os.open(self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        settings: dict[str, Any] = {"timeout": self.busy_timeout_seconds, "isolation_level": None}
+        connection = sqlite3.connect(self.name, check_same_thread=False, **settings)
+        try:
+            self._migrate(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _migrate(self, connection: Any) -> None:
+        """Brings the tables to this version; a newer or a strange file is refused."""
+
+        def pragma(text: str) -> Any:
+            return (connection.execute(f"PRAGMA {text}").fetchone() or [None])[0]
+
+        ours, deadline = (self.APPLICATION_ID, len(self.SCHEMA)), time.monotonic() + self.busy_timeout_seconds
+        pragma(f"synchronous = {self.SYNCHRONOUS}")
+        if (pragma("application_id"), pragma("user_version"), pragma("journal_mode")) == (*ours, "wal"):
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        kind, version = pragma("application_id"), pragma("user_version")
+        if kind != ours[0] and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+            raise OrchestratorError(f"{self.name} belongs to another program, or is another kind of file of this one")
+        if version > ours[1]:
+            raise OrchestratorError(f"{self.name} is of a newer version ({version}); this one knows {ours[1]}")
+        for statement in ";".join(self.SCHEMA[version:]).split(";"):
+            connection.execute(statement)
+        pragma(f"application_id = {ours[0]}")
+        pragma(f"user_version = {ours[1]}")
+        connection.execute("COMMIT")
+        while pragma("journal_mode") != "wal":
+            try:
+                if pragma("journal_mode = WAL") != "wal":
+                    return  # in memory, or where files cannot be shared so
+            except Exception:  # here SQLite itself does not wait for the others
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def statement(self, sql: str) -> str:
         """The SQL, written with `?` for parameters, as the driver wants it."""
         return sql
 
     def begin_transaction(self, cursor: Any, write: bool) -> None:
-        """Called first in each transaction; most drivers begin one by themselves."""
+        """Called first in each transaction; many drivers begin one by themselves."""
+        cursor.execute("BEGIN IMMEDIATE" if write else "BEGIN")
 
-    def explain(self, error: BaseException) -> str:
+    def explain(self, error: Exception) -> str:
         """A driver's error in words for the user."""
-        return str(error) or repr(error)
+        text = str(error)
+        return next((f"{reason} ({text})" for words, reason in _SQLITE_FAULTS.items() if words in text), text)
 
     @contextlib.contextmanager
     def _transaction(self, write: bool = True) -> Iterator[Callable[..., Any]]:
@@ -9050,8 +9054,7 @@ class _Database:
         with self._lock:
             self._check_open()
             try:
-                if self._connection is None:
-                    self._connection = self.connect()
+                self._connection = self._connection or self.connect()
                 with contextlib.closing(self._connection.cursor()) as cursor:
 
                     def execute(sql: str, parameters: Sequence[Any] = (), many: bool = False) -> Any:
@@ -9062,7 +9065,10 @@ class _Database:
                     yield execute
                     self._connection.commit()
             except BaseException as error:
-                self._undo()
+                try:
+                    _ = self._connection and self._connection.rollback()
+                except Exception:
+                    self._connection = None  # it is lost: the next transaction makes a new one
                 if isinstance(error, OrchestratorError) or not isinstance(error, Exception):
                     raise
                 raise OrchestratorError(f"{self.name}: {self.explain(error)}") from error
@@ -9072,25 +9078,15 @@ class _Database:
             reason = "is closed" if self._closed else "does not outlive a fork: open it in the new process"
             raise OrchestratorError(f"{self.name} {reason}")
 
-    def _undo(self) -> None:
-        """Rolls back; a connection that cannot is dropped, and the next transaction makes a new one."""
-        try:
-            if self._connection is not None:
-                self._connection.rollback()
-        except Exception:
-            self._disconnect()
-
-    def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None and self._pid == os.getpid():
-            with contextlib.suppress(Exception):
-                connection.close()
-
     def close(self) -> None:
         """Ends the connection; whatever is called afterwards is refused."""
+        if self._pid != os.getpid():
+            return  # the connection, and who knows which locks, are the parent's
         with self._lock:
-            self._closed = True
-            self._disconnect()
+            connection, self._connection, self._closed = self._connection, None, True
+            if connection is not None:
+                with contextlib.suppress(Exception):  # it was lost
+                    connection.close()
 
     def __enter__(self) -> Any:
         return self
@@ -9100,113 +9096,99 @@ class _Database:
 
 
 _SQLITE_FAULTS = {
-    "locked": "another process keeps it locked",
-    "full": "no room is left on the disk",
-    "malformed": "the file is damaged",
-    "not a database": "the file is damaged, or is no SQLite database",
-    "readonly": "it cannot be written",
-    "unable to open": "it cannot be opened",
-}
-
-
-class _SQLiteFile(_Database):
-    """A database in one SQLite file that many processes may use: WAL, mode 0600, versions with migrations."""
-
-    APPLICATION_ID = 0  # tells our kinds of files from each other and from others'
-    SYNCHRONOUS = "NORMAL"
-
-    def __init__(self, path: str | os.PathLike[str], busy_timeout_seconds: float = 10.0) -> None:
-        super().__init__()
-        self.name, self.busy_timeout_seconds = os.fspath(path), busy_timeout_seconds
-        with self._transaction(write=False):
-            pass  # a file that cannot be used is an error now
-
-    def begin_transaction(self, cursor: Any, write: bool) -> None:
-        cursor.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-
-    def explain(self, error: BaseException) -> str:
-        if isinstance(error, OSError):
-            return f"it cannot be opened: {error.strerror}"
-        return next((f"{reason} ({error})" for words, reason in _SQLITE_FAULTS.items() if words in str(error)), str(error))
-
-    def connect(self) -> Any:
-        try:
-            import sqlite3
-        except ImportError:
-            raise OrchestratorError("this Python has no sqlite3 module, which stores and caches need") from None
-        if self.name != ":memory:":
-            with contextlib.suppress(FileExistsError):  # SQLite gives -wal and -shm the mode of the file
-                os.close(os.open(self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        connection = sqlite3.connect(
-            self.name, timeout=self.busy_timeout_seconds, isolation_level=None, check_same_thread=False
-        )
-        try:
-            self._migrate(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _migrate(self, connection: Any) -> None:
-        """Sets the connection up and brings the tables to this version; a newer or a strange file is refused."""
-
-        def pragma(name: str) -> Any:
-            return connection.execute(f"PRAGMA {name}").fetchone()[0]
-
-        ours = (len(self.SCHEMA), self.APPLICATION_ID)
-        connection.execute(f"PRAGMA synchronous = {self.SYNCHRONOUS}")
-        if (pragma("user_version"), pragma("application_id")) == ours and pragma("journal_mode") == "wal":
-            return
-        connection.execute("BEGIN IMMEDIATE")
-        version = pragma("user_version")
-        if pragma("application_id") != ours[1] and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-            raise OrchestratorError(f"{self.name} belongs to another program, or is another kind of file of this one")
-        if version > ours[0]:
-            raise OrchestratorError(f"{self.name} is of a newer version ({version}); this one knows {ours[0]}")
-        for script in self.SCHEMA[version:]:
-            for sql in script.split(";"):
-                connection.execute(sql)
-        connection.execute(f"PRAGMA application_id = {ours[1]}")
-        connection.execute(f"PRAGMA user_version = {ours[0]}")
-        connection.execute("COMMIT")
-        deadline = time.monotonic() + self.busy_timeout_seconds
-        while True:  # here SQLite itself does not wait for the others
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                return
-            except Exception:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
+    "locked": "another process keeps it locked", "full": "no room is left on the disk", "malformed": "it is damaged",
+    "not a database": "it is damaged, or no SQLite database", "readonly": "it cannot be written",
+    "unable to open": "it cannot be opened", "[Errno": "it cannot be opened", "UNIQUE": "there is one already",
+}  # fmt: skip
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
+_WRITES = {  # what is done to one run in one commit, in this order
+    "begin": f"INSERT INTO runs VALUES ({', '.join('?' * 11)})",
+    "take": "UPDATE runs SET holder = ?, lease_until = ? WHERE run_id = ?"
+    " AND COALESCE(holder, '') = ? AND COALESCE(lease_until, 0) = ?",
+    "renew": "UPDATE runs SET audit_count = ?, audit_head = ?, updated_at = ?, lease_until = ?"
+    " WHERE run_id = ? AND holder = ?",
+    "text": "INSERT INTO texts VALUES (?, ?) ON CONFLICT (hash) DO NOTHING",
+    "change": "UPDATE runs SET status = COALESCE(?, status), text_hash = ?, document = ? WHERE run_id = ?",
+    "forget": "DELETE FROM steps WHERE run_id = ? AND step_id = ?",
+    "step": "INSERT INTO steps VALUES (?, ?, ?, ?)"
+    " ON CONFLICT (run_id, step_id) DO UPDATE SET status = excluded.status, state = excluded.state",
+    "event": "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?)",
+    "release": "UPDATE runs SET holder = NULL, lease_until = NULL WHERE run_id = ?",
+}
+_LISTED = ("run_id", "workflow", "status", "started_at", "updated_at", "holder", "lease_until")
+_LISTED_SQL = f"SELECT {', '.join(_LISTED)} FROM runs"
+_MAYBE_RUNNING = (
+    "run_id IN (SELECT run_id FROM runs WHERE status = ? UNION SELECT run_id FROM runs WHERE holder IS NOT NULL)"
+)
+_RUN_SQL = (
+    "SELECT document, audit_count, audit_head, text_hash, body, workflow, status"
+    " FROM runs LEFT JOIN texts ON hash = text_hash WHERE run_id = ?"
+)
+
+
+def _run_entry(row: Sequence[Any]) -> dict[str, Any]:
+    """A row of `_LISTED` as users see it: what a process holds is running, whatever became of it before."""
+    held_by = row[5] if _is_alive(*row[5:]) else None
+    status = "running" if held_by else "interrupted" if row[2] == "running" else row[2]
+    return {**dict(zip(_LISTED[:-2], row)), "status": status, "held_by": held_by}
+
+
+def _link(head: str, number: int, moment: float, kind: str, details: str) -> str:
+    """An event's hash in its chain: it covers the event and the hash of the one before."""
+    return _digest(f"{head}\n{number}\n{moment!r}\n{kind}\n{details}")
+
+
+class _HeldRun:
+    """A run that a store may write: the end of its audit chain, its fields, and why it may be written no longer."""
+
+    def __init__(self, run_id: str, count: int, head: str, text_hash: str, fields: dict[str, Any]) -> None:
+        self.run_id, self.count, self.head, self.text_hash, self.fields = run_id, count, head, text_hash, fields
+        self.fault: OrchestratorError | None = None
+
+    def event(self, kind: str, details: str, now: float) -> tuple[Any, ...]:
+        """The row of the next event."""
+        self.count, self.head = self.count + 1, _link(self.head, self.count + 1, now, kind, details)
+        return self.run_id, self.count, now, kind, details, self.head
+
+    def change(self, status: str | None, fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+        """(what an event says of it, rows for `_WRITES`) of a change of status and fields."""
+        changed: dict[str, Any] = {**self.fields, **fields}
+        text, rows = changed.pop("workflow_text", None), []
+        document, self.fields = _stored_json(changed), changed
+        if text is not None:  # kept once for all runs of a workflow
+            self.text_hash = _digest(text)
+            rows.append(("text", (self.text_hash, _stored_json(text))))
+        about = {"document": _digest(document), "workflow_text": self.text_hash}
+        return about, [*rows, ("change", (status, self.text_hash, document, self.run_id))]
+
 
 class Store(_Database):
-    """Where runs are kept: the protocol, and its implementation for any SQL database with a DB-API 2.0 driver.
+    """Where runs are kept: in one SQLite file, which many processes may use at once.
 
-    A subclass says how to `connect` and where its SQL differs (`statement`, `begin_transaction`, `explain`); a store of
-    another kind has the public methods below. To write a run takes its lease, which `begin` and `claim` get and which
-    the store renews by itself until `update(release=True)` or `close`. All methods may be called from any thread and
-    raise OrchestratorError. `record` and `note` return at once; the others have done their work when they return.
+    It is the protocol too: an executor calls `begin`, `claim`, `record`, `note`, `update`, `forget` and `load`. A
+    subclass that overrides what `_Database` names keeps runs in another SQL database. To write a run takes its lease,
+    which `begin` and `claim` get and the store renews by itself until `update(release=True)` or `close`. All methods
+    raise OrchestratorError and may be called from any thread. `record` and `note` return at once; what the others do is
+    durable when they return. A commit is on the disk before it is reported (synchronous = FULL): that costs a fraction
+    of a model call and survives a power failure.
     """
 
+    APPLICATION_ID, SYNCHRONOUS = 0x4C4C4D53, "FULL"
     SCHEMA = (
         """
         CREATE TABLE texts (hash TEXT PRIMARY KEY, body TEXT NOT NULL);
         CREATE TABLE runs (
             run_id TEXT PRIMARY KEY, workflow TEXT NOT NULL, status TEXT NOT NULL, started_at DOUBLE PRECISION NOT NULL,
             updated_at DOUBLE PRECISION NOT NULL, text_hash TEXT NOT NULL, document TEXT NOT NULL,
-            holder TEXT, lease_until DOUBLE PRECISION, audit_count INTEGER NOT NULL, audit_head TEXT NOT NULL
-        );
+            holder TEXT, lease_until DOUBLE PRECISION, audit_count INTEGER NOT NULL, audit_head TEXT NOT NULL);
         CREATE TABLE steps (
-            run_id TEXT, step_id TEXT, status TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY (run_id, step_id)
-        );
+            run_id TEXT, step_id TEXT, status TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY (run_id, step_id));
         CREATE TABLE audit (
             run_id TEXT, number INTEGER, time DOUBLE PRECISION NOT NULL, kind TEXT NOT NULL, details TEXT NOT NULL,
-            hash TEXT NOT NULL, PRIMARY KEY (run_id, number)
-        );
+            hash TEXT NOT NULL, PRIMARY KEY (run_id, number));
         CREATE INDEX runs_by_start ON runs (started_at);
         CREATE INDEX runs_by_status ON runs (status, started_at);
         CREATE INDEX runs_by_workflow ON runs (workflow, started_at);
@@ -9216,115 +9198,98 @@ class Store(_Database):
         """,
     )
 
-    def __init__(self) -> None:
+    def __init__(self, path: str | os.PathLike[str], busy_timeout_seconds: float = 10.0) -> None:
         import queue
 
-        super().__init__()
-        self.holder = f"{_process_name(os.getpid())}.{os.urandom(4).hex()}"
+        super().__init__(path, busy_timeout_seconds)
+        self.holder = ":".join(_process_name(os.getpid())) + f".{os.urandom(4).hex()}"
         self._held: dict[str, _HeldRun] = {}
-        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what `_submit` puts there, or None to end
         self._writer: threading.Thread | None = None
         self._next_heartbeat = 0.0
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """A new run: `run_id`, `workflow` (its name), `workflow_text`, and whatever else is JSON (inputs, hashes ...)."""
-        now, held = time.time(), _HeldRun(run["run_id"])
-        held.fields["started_at"] = now
-        with self._transaction() as execute:
-            if execute("SELECT 1 FROM runs WHERE run_id = ?", (held.run_id,)).fetchall():
-                raise OrchestratorError(f"{self.name} has a run {held.run_id} already")
-            document, about, texts = held.change(run)
-            event = held.event("run_started", {"by": _whoami(), "workflow": run["workflow"], **about}, now)
-            row = (held.run_id, run["workflow"], "running", held.fields["started_at"], now, held.text_hash, document)
-            lease = (self.holder, now + _LEASE_SECONDS, held.count, held.head)
-            execute(f"INSERT INTO runs VALUES ({', '.join('?' * 11)})", row + lease)
-            execute(_PUT_TEXT, texts, many=True)
-            execute(_PUT_EVENT, event)
-        self._held[held.run_id] = held
-        self._wake()
+        """A new run: `run_id`, `workflow` (its name), `workflow_text`, and whatever else is JSON (inputs ...)."""
+        run_id, workflow, now, head = run["run_id"], run["workflow"], time.time(), _digest(run["run_id"])
+        held, begun = _HeldRun(run_id, 0, head, "", {}), run.get("started_at", now)
+        details, rows = held.change(None, {"started_at": begun, **run})
+        row = (run_id, workflow, "running", begun, now, "", "", self.holder, now + _LEASE_SECONDS, 0, head)
+        self._take(held, "run_started", {"by": _whoami(), "workflow": workflow, **details}, [("begin", row), *rows])
 
     def claim(self, run_id: str) -> dict[str, Any]:
         """The run as `load` gives it, now held by this store; an error if another process, or this one, holds it."""
-        own, now = self._held.get(run_id), time.time()
-        with self._transaction() as execute:
+        with self._transaction(write=False) as execute:
             holder, lease_until = self._lease(execute, run_id)
-            if (own is not None and own.fault is None) if holder == self.holder else _is_alive(holder, lease_until):
-                ending = f"its lease ends in {lease_until - now:.0f} s unless renewed"
-                raise OrchestratorError(f"run {run_id} is held by a running process, {holder}; {ending}")
-            taken = execute(_TAKE, (self.holder, now + _LEASE_SECONDS, run_id, holder, lease_until))
-            if taken.rowcount != 1:
-                raise OrchestratorError(f"run {run_id} was taken by another process at this moment")
-            sql = "SELECT audit_count, audit_head, text_hash, document FROM runs WHERE run_id = ?"
-            *chain, document = execute(sql, (run_id,)).fetchone()
-        held = self._held[run_id] = _HeldRun(run_id, *chain)
-        held.fields = json.loads(document)
-        self._apply([(run_id, "run_claimed", {"by": _whoami(), "from": holder or None}, None, None, None)], raises=True)
-        self._wake()
+            document, count, head, text_hash, *_ = execute(_RUN_SQL, (run_id,)).fetchone()
+            held = _HeldRun(run_id, count, head, text_hash, json.loads(document))
+        known = self._held.get(run_id)
+        if (known is not None and known.fault is None) if holder == self.holder else _is_alive(holder, lease_until):
+            ending = f"its lease ends in {lease_until - time.time():.0f} s unless renewed"
+            raise OrchestratorError(f"run {run_id} is held by a running process, {holder}; {ending}")
+        self._held.pop(run_id, None)
+        row = (self.holder, time.time() + _LEASE_SECONDS, run_id, holder, lease_until)
+        self._take(held, "run_claimed", {"by": _whoami(), "from": holder}, [("take", row)])
         return self.load(run_id)
-
-    def journal(self, run_id: str, loop: asyncio.AbstractEventLoop) -> _Journal:
-        """What a run writes to."""
-        return _Journal(self, run_id, loop)
-
-    def difference(self, run: Mapping[str, Any], executor: WorkflowExecutor) -> str:
-        """How the workflow that a run (of `load`) was started with differs from an executor's; "" if it does not."""
-        return _workflow_diff(run["workflow_text"] or "", _workflow_text(executor))
 
     def record(
         self, run_id: str, step_id: str, state: Mapping[str, Any], on_durable: Callable[[Any], Any] | None = None
     ) -> None:
-        """The final state of a step (full id): JSON with at least `status`, not to be changed until it is durable.
+        """The final state of a step (full id): JSON with at least `status`.
 
-        `on_durable(error)` is called in the writer's thread: with None once this and all that was recorded before is
-        committed, or with the OrchestratorError that kept it out. After an error every later write of the run fails with
-        it too, until it is claimed again: what is stored is always an unbroken beginning of what was recorded.
+        `on_durable(error)` is called in the writer's thread, where it must not wait for the store: with None once this
+        and all before it is committed, or with the OrchestratorError that kept it out. After such an error every write
+        of the run is refused, until it is claimed again: what is stored is an unbroken beginning of what was recorded.
         """
-        self._enqueue((run_id, f"step_{state['status']}", None, (step_id, state), None, on_durable))
+        row = (run_id, step_id, state["status"], _stored_json(state))
+        self._submit(self._own(run_id), "steps", None, [("step", row)], on_durable)
 
     def note(self, run_id: str, kind: str, details: Mapping[str, Any]) -> None:
-        """An event for the audit trail, such as a provider call: JSON, with texts as their `_digest`."""
-        self._enqueue((run_id, kind, details, None, None, None))
+        """An event for the audit trail, such as `provider_call`: JSON, with texts as their `_digest`."""
+        self._submit(self._own(run_id), kind, details, [])
 
     def update(
         self, run_id: str, status: str | None = None, fields: Mapping[str, Any] | None = None, release: bool = False
     ) -> None:
         """Sets a run's status and fields (outputs, error, workflow_text ...); `release` gives its lease back."""
-        self.flush()
-        kind = f"run_{status}" if status else "run_changed" if fields else "run_released"
-        self._apply([(run_id, kind, None, None, (status, fields or {}, release), None)], raises=True)
+        held = self._own(run_id)
+        about, rows = held.change(status, fields or {})
+        rows += [("release", (run_id,))] if release else []
+        self._write_now(held, f"run_{status}" if status else "run_changed", about, rows)
+        if release:
+            self._held.pop(run_id, None)
 
     def forget(self, run_id: str, step_ids: Iterable[str]) -> None:
         """Deletes the states of steps (full ids), which are to run again."""
         self.flush()
-        self._apply([(run_id, "steps_forgotten", {"step_ids": list(step_ids)}, None, None, None)], raises=True)
+        gone = list(step_ids)
+        rows = [("forget", (run_id, step_id)) for step_id in gone]
+        self._write_now(self._own(run_id), "steps_forgotten", {"step_ids": gone}, rows)
 
     def flush(self) -> None:
         """Returns when everything recorded so far is committed or has failed."""
-        done = threading.Event()
-        self._enqueue((None, "", None, None, None, lambda error: done.set()))
-        done.wait()
+        self._write_now(None, "", None, [])
 
     def load(self, run_id: str) -> dict[str, Any]:
         """A run: all that `begin` and `update` were given, status, times, `held_by`, and `steps`: full id -> state."""
         with self._transaction(write=False) as execute:
             self._lease(execute, run_id)
             listed = execute(f"{_LISTED_SQL} WHERE run_id = ?", (run_id,)).fetchone()
-            sql = "SELECT document, audit_count, audit_head, body FROM runs LEFT JOIN texts ON hash = text_hash"
-            document, count, head, body = execute(f"{sql} WHERE run_id = ?", (run_id,)).fetchone()
+            document, count, head, _, body, *_ = execute(_RUN_SQL, (run_id,)).fetchone()
             steps = execute("SELECT step_id, state FROM steps WHERE run_id = ?", (run_id,)).fetchall()
-        about = {"audit_count": count, "audit_head": head, "workflow_text": json.loads(body) if body else None}
-        states = {step_id: json.loads(state) for step_id, state in steps}
-        return {**json.loads(document), **_run_entry(listed), **about, "steps": states}
+            about = {"audit_count": count, "audit_head": head, "workflow_text": json.loads(body) if body else None}
+            states = {step_id: json.loads(state) for step_id, state in steps}
+            return {**json.loads(document), **_run_entry(listed), **about, "steps": states}
 
     def runs(self, limit: int = 100, status: str | None = None, workflow: str | None = None) -> list[dict[str, Any]]:
         """Runs, newest first: run_id, workflow, status, started_at and updated_at (seconds since 1970), held_by.
 
         A run whose process ended without a word is shown, and found, as `interrupted`.
         """
-        stored = {"status": "running" if status == "interrupted" else status, "workflow": workflow}
-        where = {f"{name} = ?": value for name, value in stored.items() if value is not None} or {"1 = ?": 1}
-        most = "" if stored["status"] == "running" else f"LIMIT {int(limit)}"  # those are told apart below
-        sql = f"{_LISTED_SQL} WHERE {' AND '.join(where)} ORDER BY started_at DESC, run_id {most}"
+        unsure = status in ("running", "interrupted")  # which of both, the leases tell
+        asked = {"workflow = ?": workflow, _MAYBE_RUNNING if unsure else "status = ?": "running" if unsure else status}
+        where = {condition: value for condition, value in asked.items() if value is not None}
+        most = "" if unsure else f"LIMIT {int(limit)}"
+        sql = f"{_LISTED_SQL} WHERE {' AND '.join(['1 = 1', *where])} ORDER BY started_at DESC, run_id {most}"
         with self._transaction(write=False) as execute:
             entries = [_run_entry(row) for row in execute(sql, tuple(where.values())).fetchall()]
         return [entry for entry in entries if status in (None, entry["status"])][:limit]
@@ -9334,27 +9299,30 @@ class Store(_Database):
 
         Of a container and the children that made it fail, only the children.
         """
+        only = "" if run_id is None else "AND runs.run_id = ?"
         sql = (
-            "SELECT runs.run_id, workflow, started_at, document, step_id, state FROM steps JOIN runs"
-            f" ON runs.run_id = steps.run_id WHERE steps.status = 'failed' AND {'1' if run_id is None else 'runs.run_id'} = ?"
+            "SELECT runs.run_id, workflow, started_at, step_id, document, state FROM steps JOIN runs"
+            f" ON runs.run_id = steps.run_id WHERE steps.status = 'failed' {only}"
             f" ORDER BY started_at DESC, runs.run_id, step_id LIMIT {int(limit)}"
         )
         with self._transaction(write=False) as execute:
-            rows = execute(sql, (1 if run_id is None else run_id,)).fetchall()
-        outer = {(row[0], row[4][: dot.start()]) for row in rows for dot in re.finditer(r"\.", row[4])}
-        return [
-            {"run_id": run, "workflow": workflow, "started_at": started_at, "step_id": step_id,
-             "inputs": json.loads(document).get("inputs"), **json.loads(state)}
-            for run, workflow, started_at, document, step_id, state in rows if (run, step_id) not in outer
-        ]  # fmt: skip
+            rows = execute(sql, () if run_id is None else (run_id,)).fetchall()
+            outer = {(row[0], row[3][: dot.start()]) for row in rows for dot in re.finditer(r"\.", row[3])}
+            names = ("run_id", "workflow", "started_at", "step_id")
+            return [
+                {**dict(zip(names, row)), "inputs": json.loads(row[4]).get("inputs"), **json.loads(row[5])}
+                for row in rows if (row[0], row[3]) not in outer
+            ]  # fmt: skip
 
     def audit(self, run_id: str) -> list[dict[str, Any]]:
-        """A run's events in order: number (from 1), time, kind, details, hash."""
+        """A run's events in order: number (from 1), time, kind, details, hash.
+
+        The details of kind `steps` are the steps that ended: full id -> [status, hash of the state].
+        """
         names = ("number", "time", "kind", "details", "hash")
         with self._transaction(write=False) as execute:
-            sql = f"SELECT {', '.join(names)} FROM audit WHERE run_id = ? ORDER BY number"
-            events = [dict(zip(names, row)) for row in execute(sql, (run_id,)).fetchall()]
-        return [{**event, "details": json.loads(event["details"])} for event in events]
+            rows = self._events(execute, run_id)
+            return [{**dict(zip(names, row)), "details": json.loads(row[3])} for row in rows]
 
     def verify(self, run_id: str) -> list[str]:
         """What does not fit in a run's audit trail, step states and outcome: edits, deletions, insertions, reorderings.
@@ -9364,13 +9332,9 @@ class Store(_Database):
         """
         with self._transaction(write=False) as execute:
             self._lease(execute, run_id)
-            sql = "SELECT number, time, kind, details, hash FROM audit WHERE run_id = ? ORDER BY number"
-            events = execute(sql, (run_id,)).fetchall()
+            events, run = self._events(execute, run_id), execute(_RUN_SQL, (run_id,)).fetchone()
             steps = execute("SELECT step_id, status, state FROM steps WHERE run_id = ?", (run_id,)).fetchall()
-            columns = "audit_count, audit_head, workflow, status, document, text_hash, body"
-            joined = "FROM runs LEFT JOIN texts ON hash = text_hash WHERE run_id = ?"
-            run = execute(f"SELECT {columns} {joined}", (run_id,)).fetchone()
-        return [*_event_problems(run_id, events, *run[:2]), *_state_problems(events, steps, *run[2:])]
+            return list(_audit_problems(run_id, events, steps, *run))
 
     def export(self, run_id: str) -> dict[str, Any]:
         """All about a run: what `load` gives, and its `audit`."""
@@ -9386,35 +9350,48 @@ class Store(_Database):
 
     def prune(self, older_than_seconds: float) -> list[str]:
         """Deletes the ended runs that nothing was written to for so long and returns their ids; paused ones stay."""
+        sql = f"{_LISTED_SQL} WHERE updated_at < ? AND status <> 'paused' ORDER BY updated_at"
         with self._transaction(write=False) as execute:
-            sql = f"{_LISTED_SQL} WHERE updated_at < ? ORDER BY updated_at"
             entries = [_run_entry(row) for row in execute(sql, (time.time() - older_than_seconds,)).fetchall()]
-        old = [entry["run_id"] for entry in entries if entry["status"] not in ("running", "paused") and not entry["held_by"]]
+        old = [entry["run_id"] for entry in entries if not entry["held_by"]]
         for start in range(0, len(old), 100):  # short transactions: others write meanwhile
             with self._transaction() as execute:
                 self._delete(execute, old[start : start + 100])
         return old
 
+    def journal(self, run_id: str, loop: asyncio.AbstractEventLoop) -> _Journal:
+        """What a run writes to."""
+        return _Journal(self, run_id, loop)
+
+    def difference(self, run: Mapping[str, Any], executor: WorkflowExecutor) -> str:
+        """How the workflow that a run (of `load`) was started with differs from an executor's; "" if it does not."""
+        return _workflow_diff(run["workflow_text"] or "", _workflow_text(executor))
+
     def close(self) -> None:
         """Commits what was recorded, gives the leases back and ends the writer; later calls are refused."""
-        writer, self._writer = self._writer, None
-        if writer is not None and self._pid == os.getpid():
+        if self._closed or self._pid != os.getpid():
+            return
+        if self._writer is not None:
             self._jobs.put(None)
-            writer.join()
+            self._writer.join()
         with self._lock, contextlib.suppress(OrchestratorError):
             if self._held:
                 with self._transaction() as execute:
                     execute("UPDATE runs SET holder = NULL, lease_until = NULL WHERE holder = ?", (self.holder,))
             self._held.clear()
         super().close()
-        self._apply(self._waiting_jobs())  # of threads that came too late: they are told so
+        self._commit(self._waiting_jobs())  # of threads that came too late: they are told so
 
     def _lease(self, execute: Callable[..., Any], run_id: str) -> tuple[str, float]:
         """(holder or "", end of the lease) of a run; an error if there is no such run."""
         row = execute("SELECT holder, lease_until FROM runs WHERE run_id = ?", (run_id,)).fetchone()
         if row is None:
             raise OrchestratorError(f"{self.name} has no run {run_id!r}")
-        return row[0] or "", row[1] or 0.0
+        return str(row[0] or ""), float(row[1] or 0)
+
+    def _events(self, execute: Callable[..., Any], run_id: str) -> Any:
+        sql = "SELECT number, time, kind, details, hash FROM audit WHERE run_id = ? ORDER BY number"
+        return execute(sql, (run_id,)).fetchall()
 
     def _delete(self, execute: Callable[..., Any], run_ids: list[str]) -> None:
         for table in ("steps", "audit", "runs"):
@@ -9423,20 +9400,52 @@ class Store(_Database):
 
     # The writer
 
-    def _enqueue(self, job: tuple[Any, ...]) -> None:
+    def _own(self, run_id: str) -> _HeldRun:
         self._check_open()
-        self._jobs.put(job)
-        self._wake()
+        held = self._held.get(run_id)
+        if held is None or held.fault is not None:
+            raise (held and held.fault) or OrchestratorError(f"run {run_id} is not held: begin or claim it first")
+        return held
 
-    def _wake(self) -> None:
+    def _take(self, held: _HeldRun, kind: str, about: Mapping[str, Any], rows: list[Any]) -> None:
+        if self._held.setdefault(held.run_id, held) is not held:
+            raise OrchestratorError(f"run {held.run_id} is held by a running process, this one")
+        try:
+            self._write_now(held, kind, about, rows)
+        except OrchestratorError:
+            self._held.pop(held.run_id, None)
+            raise
+
+    def _submit(self, held: _HeldRun | None, kind: str, about: Any, rows: list[Any], on_durable: Any = None) -> None:
+        """Queues rows for `_WRITES`, and an event about them, for the next commit."""
+        self._check_open()
+        self._jobs.put((held, kind, about and _stored_json(about), rows, on_durable))
         if self._writer is None:
             with self._lock:
-                if self._writer is None and not self._closed:
+                if self._writer is None:
                     self._writer = threading.Thread(target=self._write, name="llm_orchestrator-store", daemon=True)
                     self._writer.start()
+        if self._closed:  # in this moment
+            self._commit(self._waiting_jobs())
+
+    def _write_now(self, held: _HeldRun | None, kind: str, about: Any, rows: list[Any]) -> None:
+        """Returns when this, and all before it, is durable."""
+        import queue
+
+        outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._submit(held, kind, about, rows, outcome.put)
+        error = outcome.get()
+        if error is not None:
+            raise error
 
     def _waiting_jobs(self) -> list[Any]:
-        return [self._jobs.get_nowait() for _ in range(min(self._jobs.qsize(), 1000))]
+        import queue
+
+        jobs: list[Any] = []
+        with contextlib.suppress(queue.Empty):
+            while len(jobs) < 1000:
+                jobs.append(self._jobs.get_nowait())
+        return jobs
 
     def _write(self) -> None:
         """The writer's thread: what gathers while one commit is made goes into the next."""
@@ -9447,137 +9456,101 @@ class Store(_Database):
             jobs = []
             with contextlib.suppress(queue.Empty):
                 jobs = [self._jobs.get(timeout=_HEARTBEAT_SECONDS), *self._waiting_jobs()]
-            self._apply([job for job in jobs if job is not None])
+            self._commit([job for job in jobs if job is not None])
 
-    def _apply(self, jobs: list[tuple[Any, ...]], raises: bool = False) -> None:
-        """One commit of jobs (run_id, kind, details, step, changes, on_durable), told to those who wait for it."""
-        by_run: dict[str, list[Any]] = {}
-        for job in jobs:
-            if job[0] is not None:
-                by_run.setdefault(job[0], []).append(job)
-        faults: dict[str, OrchestratorError] = {}
+    def _commit(self, jobs: list[Any]) -> None:
+        """Makes one commit of jobs and tells those who wait for them."""
         with self._lock:
+            runs = {job[0] for job in jobs if job[0] is not None and job[0].fault is None}
+            beating = [run_id for run_id, held in self._held.items() if held.fault is None]
+            if time.monotonic() < self._next_heartbeat:
+                beating = []
             try:
-                self._commit(by_run, faults)
+                if runs or beating:
+                    self._write_rows(_gathered(jobs), beating)
             except Exception as error:
                 fault = error if isinstance(error, OrchestratorError) else OrchestratorError(f"{self.name}: {error!r}")
-                faults = dict.fromkeys(by_run, fault)
-            for run_id in set(faults) & set(self._held):
-                self._held[run_id].fault = faults[run_id]
-        for run_id, *_, on_durable in jobs:
+                for held in runs:
+                    held.fault = fault
+        for held, _, _, _, on_durable in jobs:
             if on_durable is not None:
                 with contextlib.suppress(Exception):  # one listener's fault is not the others'
-                    on_durable(faults.get(run_id))
-        if raises and faults:
-            raise next(iter(faults.values()))
+                    on_durable(held and held.fault)
 
-    def _commit(self, by_run: Mapping[str, list[Any]], faults: dict[str, OrchestratorError]) -> None:
-        now, ready = time.time(), []
-        for run_id, jobs in by_run.items():
-            try:
-                ready.append(self._prepared(run_id, jobs, now))
-            except OrchestratorError as fault:
-                faults[run_id] = fault
-        beat = bool(self._held) and time.monotonic() >= self._next_heartbeat
-        if not (ready or beat):
-            return
+    def _write_rows(self, by_run: Mapping[_HeldRun, dict[str, list[Any]]], beating: list[str]) -> None:
+        now = time.time()
         with self._transaction() as execute:
-            for held, statements in ready:
-                values = (held.count, held.head, now, now + _LEASE_SECONDS, held.run_id, self.holder)
-                if execute(_RENEW, values).rowcount != 1:
-                    faults[held.run_id] = OrchestratorError(f"run {held.run_id} was deleted or taken by another process")
-                    continue
-                for sql, rows in statements.items():
-                    execute(sql, rows, many=True)
-            if beat:
-                execute("UPDATE runs SET lease_until = ? WHERE holder = ?", (now + _LEASE_SECONDS, self.holder))
+            for held, rows in by_run.items():
+                rows["renew"] = [(held.count, held.head, now, now + _LEASE_SECONDS, held.run_id, self.holder)]
+                for name, sql in _WRITES.items():
+                    if name in rows and execute(sql, rows[name], many=True).rowcount != 1 and name == "renew":
+                        held.fault = OrchestratorError(f"run {held.run_id} was deleted or taken by another process")
+                        break
+            if beating:
+                leases = [(now + _LEASE_SECONDS, run_id, self.holder) for run_id in beating]
+                execute("UPDATE runs SET lease_until = ? WHERE run_id = ? AND holder = ?", leases, many=True)
                 self._next_heartbeat = time.monotonic() + _HEARTBEAT_SECONDS
-        for held, statements in ready:
-            if _RELEASE in statements:
-                self._held.pop(held.run_id, None)
 
-    def _prepared(self, run_id: str, jobs: list[Any], now: float) -> tuple[_HeldRun, dict[str, list[Any]]]:
-        """The run and its statements: SQL -> rows of parameters."""
-        held = self._held.get(run_id)
+
+SQLiteStore = Store
+
+
+def _gathered(jobs: list[Any]) -> dict[_HeldRun, dict[str, list[Any]]]:
+    """The rows of jobs for `_WRITES` by run, with those of the events: one for all steps that follow each other."""
+    by_run: dict[_HeldRun, dict[str, list[Any]]] = {}
+    events: dict[_HeldRun, list[tuple[str, Any]]] = collections.defaultdict(list)
+    for held, kind, about, rows, _ in jobs:
         if held is None or held.fault is not None:
-            raise (held and held.fault) or OrchestratorError(f"run {run_id} is not held: begin or claim it first")
-        statements: dict[str, list[Any]] = collections.defaultdict(list)
-        try:
-            for _, kind, details, step, changes, _ in jobs:
-                if step is not None:
-                    text = _stored_json(step[1])
-                    statements[_PUT_STEP].append((run_id, step[0], step[1]["status"], text))
-                    details = {"step_id": step[0], "state": _digest(text)}
-                elif changes is not None:
-                    document, details, texts = held.change(changes[1])
-                    statements[_PUT_TEXT] += texts
-                    statements[_SET_RUN].append((changes[0], held.text_hash, document, run_id))
-                    if changes[2]:
-                        statements[_RELEASE].append((run_id,))
-                elif kind == "steps_forgotten":
-                    statements[_FORGET_STEP] += [(run_id, step_id) for step_id in details["step_ids"]]
-                statements[_PUT_EVENT].append(held.event(kind, details, now))
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise OrchestratorError(f"run {run_id}: {kind} has no JSON form: {error}") from None
-        return held, statements
+            continue
+        writes = by_run.setdefault(held, collections.defaultdict(list))
+        for name, row in rows:
+            writes[name].append(row)
+        if kind != "steps":
+            events[held].append((kind, about))
+            continue
+        if not events[held] or events[held][-1][0] != "steps":
+            events[held].append(("steps", {}))
+        _, step_id, status, state = row
+        events[held][-1][1][step_id] = [status, _digest(state)]
+    for held, happened in events.items():
+        for kind, about in happened:
+            details = _stored_json(about) if kind == "steps" else about
+            by_run[held]["event"].append(held.event(kind, details, time.time()))
+    return by_run
 
 
-class SQLiteStore(_SQLiteFile, Store):
-    """Runs in one SQLite file, which many processes may use at once.
-
-    Each commit reaches the disk before it is reported (synchronous = FULL): it costs a fraction of a model call and
-    survives a power failure. `busy_timeout_seconds` is how long another process may keep the file locked.
-    """
-
-    APPLICATION_ID, SYNCHRONOUS = 0x4C4C4D53, "FULL"
-
-
-def _run_entry(row: Sequence[Any]) -> dict[str, Any]:
-    """A row of `_LISTED` as users see it."""
-    *_, holder, lease_until = row
-    entry = dict(zip(_LISTED[:-2], row), held_by=holder if _is_alive(holder, lease_until) else None)
-    if entry["status"] == "running" and entry["held_by"] is None:
-        entry["status"] = "interrupted"
-    return entry
-
-
-def _event_problems(run_id: str, events: Iterable[Any], count: int, head: str) -> Iterator[str]:
-    """Breaks in a run's chain of events, which should have so many links and end with this hash."""
+def _audit_problems(
+    run_id: str, events: Iterable[Any], steps: Iterable[Any], document: str, count: int, head: str, text_hash: str,
+    body: str | None, workflow: str, status: str,
+) -> Iterator[str]:  # fmt: skip
+    """Breaks in a run's chain of events, and where its row and its steps are not what the events tell."""
     number, link = 0, _digest(run_id)
-    for stored_number, moment, kind, details, stored_link in events:
-        if stored_number != number + 1 or stored_link != _event_hash(link, number + 1, moment, kind, details):
-            yield f"event {stored_number} ({kind}): it was changed or added, or the one before it changed, removed or moved"
-        number, link = stored_number, stored_link  # so that each fault is told once
-    if (number, link) != (count, head):
-        yield f"the last event is number {number}, not the one written as number {count}"
-
-
-def _state_problems(
-    events: Iterable[Any], steps: list[Any], workflow: str, status: str, document: str, text_hash: str, body: str | None
-) -> Iterator[str]:
-    """Where a run's row and its steps are not what its events tell."""
-    told: dict[str, Any] = {}
-    states: dict[str, Any] = {}  # step id -> (status, hash)
-    for _, _, kind, details, _ in events:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # the chain tells of those that cannot be read
+    run: dict[str, Any] = {"status": "running"}
+    states: dict[str, Any] = {}
+    for found, moment, kind, details, hash in events:
+        if found != number + 1 or hash != _link(link, number + 1, moment, kind, details):
+            yield f"event {found} ({kind}) was changed or added, or the one before it was changed, removed or moved"
+        number, link = found, hash  # so that each fault is told once
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # of those, the chain tells
             about = json.loads(details)
-            if kind.startswith("step_"):
-                states[about["step_id"]] = (kind[5:], about["state"])
-            elif kind == "steps_forgotten":
+            if kind == "steps_forgotten":
                 states = {step_id: states[step_id] for step_id in states if step_id not in about["step_ids"]}
+            elif kind == "steps":
+                states.update(about)
             elif "document" in about:
-                now = {"run_started": "running", "run_changed": told.get("status"), "run_released": told.get("status")}
-                told.update(about, status=now.get(kind, kind[4:]))
-    found = {"workflow": workflow, "status": status, "document": _digest(document), "workflow_text": text_hash}
-    for name, value in found.items():
-        if value != told.get(name):
-            yield f"the run's {name} is not what was recorded"
+                run.update(about, status=run["status"] if kind in ("run_started", "run_changed") else kind[4:])
+    if (number, link) != (count, head):
+        yield f"the last event is number {number}, and not the one that was written as number {count}"
     if text_hash and (body is None or _digest(json.loads(body)) != text_hash):
         yield "the text of the workflow is not what was recorded"
-    stored = {step_id: (step_status, _digest(state)) for step_id, step_status, state in steps}
+    now = {"workflow": workflow, "status": status, "document": _digest(document), "workflow_text": text_hash}
+    for name in now:
+        if now[name] != run.get(name):
+            yield f"the run's {name} is not what was recorded"
+    stored = {step_id: [step_status, _digest(state)] for step_id, step_status, state in steps}
     for step_id in {**states, **stored}:
         if states.get(step_id) != stored.get(step_id):
-            yield f"step {step_id}: its state is not what was recorded"
+            yield f"the state of step {step_id} is not what was recorded"
 
 
 class _Journal:
@@ -9608,7 +9581,7 @@ class _Journal:
 
     def call(self, step_id: str, provider: str, request: Any, answer: Any) -> None:
         """Notes a call of a provider: hashes of what was asked and answered, not the texts."""
-        asked, answered = _request_document(provider, request), _answer_document(answer)
+        asked, answered = _request_document(provider, request), _answer_document(answer, request.model)
         names = ("input_tokens", "output_tokens", "tokens", "error")
         used = {name: answered[name] for name in names if answered.get(name) is not None}
         about = {"step_id": step_id, "provider": provider, "model": request.model, **used}
@@ -9626,12 +9599,13 @@ class _Journal:
         self.delivering = False
         while self.landed:
             error = self.landed.popleft()
-            self.error = self.error or error
-            self.durable += 1
-        for waiter in [one for one in self.waiting if one[0] <= self.durable or self.error]:
-            self.waiting.remove(waiter)
-            if not waiter[1].done():
-                waiter[1].set_result(None)
+            self.error, self.durable = self.error or error, self.durable + 1
+        waiting, self.waiting = self.waiting, []
+        for number, waiter in waiting:
+            if number > self.durable and self.error is None:
+                self.waiting.append((number, waiter))
+            elif not waiter.done():
+                waiter.set_result(None)
 
     async def barrier(self) -> None:
         """Returns when all that was written down until now is durable; raises what kept it out."""
@@ -9654,8 +9628,12 @@ class _Journal:
 
 
 def _workflow_text(executor: WorkflowExecutor) -> str:
-    """A workflow and those that it calls, as YAML: what a run depends on besides its inputs."""
-    return "\n# ---- called\n".join(workflow.to_yaml() for workflow in executor._workflows(executor.workflow))
+    """A workflow and those that it calls, as YAML: what a run depends on besides its inputs. Made once for a plan."""
+    kept = vars(executor.workflow._plan())
+    if "text" not in kept:
+        called = executor._workflows(executor.workflow)
+        kept["text"] = "\n# ---- called\n".join(workflow.to_yaml() for workflow in called)
+    return str(kept["text"])
 
 
 # ---- Requests by content: the cache, and record and replay -----------------------------------------------------------
@@ -9671,45 +9649,48 @@ def _without_secrets(value: Any) -> Any:
 
 
 def _request_document(name: str, request: Any, provider: Any = None) -> dict[str, Any]:
-    """A request to the provider of this name as JSON, without keys: what an answer depends on.
-
-    With the provider itself, also what of it counts: its type, address and options.
-    """
-    asked = {key: value for key, value in vars(request).items() if value not in (None, {}, []) and key not in _NOT_ASKED}
-    document = {"kind": "completion" if hasattr(request, "messages") else "embedding", "provider": name, **asked}
+    """What an answer depends on, as JSON without keys: the provider (by name, or what it is if given), the request."""
+    kind = "completion" if hasattr(request, "messages") else "embedding"
+    given = {key: value for key, value in vars(request).items() if value not in (None, {}, [])}
+    asked = {key: value for key, value in given.items() if key not in ("on_text", "stream")}
+    source: dict[str, Any] = {"provider": name}
     if provider is not None:
-        kind = getattr(provider, "TYPE", None) or getattr(provider, "__qualname__", type(provider).__qualname__)
-        options = {key: value for key, value in (getattr(provider, "options", None) or {}).items() if value is not None}
-        document.update(provider=kind, base_url=getattr(provider, "base_url", None), options=options)
-    return dict(_without_secrets(document))
+        options = {key: value for key, value in getattr(provider, "options", {}).items() if value is not None}
+        options = _without_secrets(options)
+        named = getattr(provider, "TYPE", None) or getattr(provider, "__qualname__", type(provider).__qualname__)
+        source = {"provider": named, "base_url": getattr(provider, "base_url", None), "options": options}
+    if "params" in asked:
+        asked["params"] = _without_secrets(asked["params"])
+    return {"kind": kind, **source, **asked}
 
 
-_NOT_ASKED = ("on_text", "stream")  # the answer is the same
-
-
-def _answer_document(answer: Any) -> dict[str, Any]:
-    """A response, or an error of the ProviderError family, as JSON."""
-    if not isinstance(answer, BaseException):
+def _answer_document(answer: Any, model: str = "") -> dict[str, Any]:
+    """A response, a text that stands for one, or an error of the ProviderError family, as JSON; {} for others."""
+    if isinstance(answer, (CompletionResponse, EmbeddingResponse)):
         return dict(vars(answer))
-    return {"error": {"type": type(answer).__name__, "message": str(answer), **vars(answer)}}
+    if isinstance(answer, ProviderError):
+        return {"error": {"type": type(answer).__name__, "message": str(answer), **vars(answer)}}
+    return dict(vars(CompletionResponse(answer, model))) if isinstance(answer, str) else {}
 
 
 def _answer_from(kind: str, document: Mapping[str, Any]) -> Any:
-    """The response that `_answer_document` wrote down; an error is raised."""
-    fault = dict(document.get("error") or {})
-    if not fault:
-        return (CompletionResponse if kind == "completion" else EmbeddingResponse)(**document)
-    known = {error.__name__: error for error in (ProviderError, *ProviderError.__subclasses__())}
+    """The response to a completion or embedding that `_answer_document` wrote down; an error is raised."""
+    if "error" not in document:
+        answer: Any = CompletionResponse("") if kind == "completion" else EmbeddingResponse([])
+        vars(answer).update(document)
+        return answer
+    known = {error.__name__: error for error in ProviderError.__subclasses__()}
+    fault = dict(document["error"])
     error = known.get(fault.pop("type"), ProviderError)(fault.pop("message"))
     vars(error).update(fault)
     raise error
 
 
-class ResponseCache(_SQLiteFile):
+class ResponseCache(_Database):
     """Answers by the content of their requests, in one SQLite file that threads and processes share.
 
-    Requests and answers are JSON maps; a request is kept as its hash only. An answer older than `max_age_seconds` is not
-    given out; when all answers together exceed `max_bytes`, those that were not asked for the longest are deleted.
+    A request is kept as its hash only. An answer older than `max_age_seconds` is not given out. When the answers
+    together exceed `max_bytes`, those go that were not asked for the longest. A failing cache only warns in the log.
     """
 
     APPLICATION_ID = 0x4C4C4D43
@@ -9726,48 +9707,45 @@ class ResponseCache(_SQLiteFile):
         self, path: str | os.PathLike[str], max_age_seconds: float | None = None, max_bytes: int | None = None
     ) -> None:
         super().__init__(path)
-        self.max_age_seconds, self.max_bytes = max_age_seconds, max_bytes
-        if max_age_seconds is not None:
-            with self._transaction() as execute:
-                self._drop(execute, "stored_at < ?", time.time() - max_age_seconds)
+        self.max_age_seconds, self.max_bytes = math.inf if max_age_seconds is None else max_age_seconds, max_bytes
+        with self._transaction() as execute:
+            self._drop(execute, "stored_at < ?", time.time() - self.max_age_seconds)
 
     def recall(self, name: str, provider: Any, request: Any) -> Any:
-        """The answer that was kept for a provider's request, marked as such; None if there is none."""
-        document = _request_document(name, request, provider)
-        found = self.get(document)
-        answer = None if found is None else _answer_from(document["kind"], found)
-        if answer is not None and hasattr(answer, "metadata"):
-            answer.metadata["cached"] = True
-        return answer
+        """The answer that was kept for the request, marked as `cached` in its metadata; None if there is none."""
+        document, now = _request_document(name, request, provider), time.time()
+        with self._forgiving():
+            key, sql = _digest(document), "SELECT answer FROM answers WHERE hash = ? AND stored_at >= ?"
+            with self._transaction(write=False) as execute:
+                row = execute(sql, (key, now - self.max_age_seconds)).fetchone()
+                answer = _answer_from(document["kind"], json.loads(row[0])) if row else None
+            if answer is not None:
+                with self._forgiving(), self._transaction() as execute:
+                    execute("UPDATE answers SET used_at = ? WHERE hash = ?", (now, key))
+                if document["kind"] == "completion":
+                    answer.metadata["cached"] = True
+            return answer
+        return None
 
     def keep(self, name: str, provider: Any, request: Any, answer: Any) -> None:
-        """Keeps a provider's answer; errors are not kept."""
-        if isinstance(answer, str):
-            answer = CompletionResponse(answer, request.model)
-        if isinstance(answer, (CompletionResponse, EmbeddingResponse)):
-            self.put(_request_document(name, request, provider), _answer_document(answer))
-
-    def get(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The answer to the same request, or None."""
-        oldest = time.time() - (self.max_age_seconds if self.max_age_seconds is not None else math.inf)
-        with self._transaction() as execute:
-            key = _digest(request)
-            row = execute("SELECT answer FROM answers WHERE hash = ? AND stored_at >= ?", (key, oldest)).fetchone()
-            if row is None:
-                return None
-            execute("UPDATE answers SET used_at = ? WHERE hash = ?", (time.time(), key))
-        answer: dict[str, Any] = json.loads(row[0])
-        return answer
-
-    def put(self, request: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-        """Keeps an answer, in place of an older one to the same request."""
-        with self._transaction() as execute:
-            key, text, now = _digest(request), _stored_json(answer), time.time()
+        """Keeps a provider's answer, in place of an older one to the same request; errors are not kept."""
+        document, now = _answer_document(answer, request.model), time.time()
+        if "error" in document or not document:
+            return
+        with self._forgiving(), self._transaction() as execute:
+            key, text = _digest(_request_document(name, request, provider)), _stored_json(document)
             self._drop(execute, "hash = ?", key)
             execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?)", (key, text, len(text), now, now))
             execute("UPDATE total SET size = size + ?", (len(text),))
             while self.max_bytes is not None and execute("SELECT size FROM total").fetchone()[0] > self.max_bytes:
                 self._drop(execute, "hash = (SELECT hash FROM answers ORDER BY used_at LIMIT ?)", 1)
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except OrchestratorError as error:
+            _logger().warning("the cache is not used: %s", error)
 
     def _drop(self, execute: Callable[..., Any], condition: str, value: Any) -> None:
         gone = f"(SELECT COALESCE(SUM(size), 0) FROM answers WHERE {condition})"
@@ -9776,78 +9754,68 @@ class ResponseCache(_SQLiteFile):
 
 
 class Cassette:
-    """Requests and their answers as JSON lines {"request", "response"}: written anew, or read and answered from."""
+    """Requests and their answers as JSON lines {"request", "response"}: written anew, or answered from."""
 
     def __init__(self, path: str, replay: bool) -> None:
         self.path, self.replays, self.lock, self.file = path, replay, threading.Lock(), None
-        self.answers: dict[str, list[Any]] = {}  # canonical request -> its answers, in the order of recording
-        self.given: dict[str, int] = collections.defaultdict(int)
-        if not replay:
-            try:
-                descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-            except OSError as error:
-                raise OrchestratorError(f"{path}: cannot be written: {error.strerror}") from None
-            self.file = open(descriptor, "w", encoding="ascii")
+        self.answers: dict[str, collections.deque[Any]] = {}  # request as JSON -> answers not given yet, in their order
+        try:
+            if not replay:
+                mode = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
+                self.file = os.fdopen(os.open(path, mode, 0o600), "w", encoding="ascii")
+        except OSError as error:
+            raise OrchestratorError(f"{path}: cannot be written: {error.strerror}") from None
         for number, line in enumerate(_read_file(path).splitlines() if replay else (), 1):
             try:
-                entry = json.loads(line) if line.strip() else None
-                if entry is not None:
-                    self.answers.setdefault(_sorted_json(entry["request"]), []).append(dict(entry["response"]))
+                entry = json.loads(line)
+                key, answer = _stored_json(entry["request"], sort_keys=True), dict(entry["response"])
+                self.answers.setdefault(key, collections.deque()).append(answer)
             except (ValueError, KeyError, TypeError) as error:
-                raise OrchestratorError(f"{path}:{number}: is no recorded request with its response: {error!r}") from None
-
-    def recall(self, name: str, provider: Any, request: Any) -> Any:
-        """The next recorded answer; None while recording. Raises the error that was recorded, or ExecutionError."""
-        if self.file is not None:
-            return None
-        document = _request_document(name, request)
-        return _answer_from(document["kind"], self.replay(document))
+                raise OrchestratorError(f"{path}:{number}: not a request with its response: {error!r}") from None
 
     def keep(self, name: str, provider: Any, request: Any, answer: Any) -> None:
         """Records a provider's answer, or its error."""
-        if self.file is not None:
-            if isinstance(answer, str):
-                answer = CompletionResponse(answer, request.model)
-            self.record(_request_document(name, request), _answer_document(answer))
-
-    def record(self, request: Mapping[str, Any], response: Mapping[str, Any]) -> None:
-        line = _stored_json({"request": request, "response": _without_secrets(response)})
+        response = _answer_document(answer, request.model)
+        if "metadata" in response:
+            response["metadata"] = _without_secrets(response["metadata"])
+        line = _stored_json({"request": _request_document(name, request), "response": response})
         with self.lock:
-            if self.file is not None:
-                self.file.write(line + "\n")
-                self.file.flush()
+            if self.file is not None and response:
+                try:
+                    self.file.write(line + "\n")
+                    self.file.flush()
+                except (OSError, ValueError) as error:  # a full disk; a file that was closed
+                    raise OrchestratorError(f"{self.path}: cannot be written: {error}") from None
 
-    def replay(self, request: Mapping[str, Any]) -> Any:
-        """The next recorded answer to the same request; an ExecutionError that shows the nearest one if there is none."""
-        key = _sorted_json(request)
+    def recall(self, name: str, provider: Any, request: Any) -> Any:
+        """The next recorded answer to the same request; None while recording. What was recorded as an error is raised.
+
+        An ExecutionError shows the nearest recorded request if there is no answer to this one.
+        """
+        if not self.replays:
+            return None
+        document = _request_document(name, request)
+        key = _stored_json(document, sort_keys=True)
         with self.lock:
-            number = self.given[key]
-            self.given[key] += 1
-        answers = self.answers.get(key, ())
-        if number < len(answers):
-            return answers[number]
-        if answers:
-            reason = f"it was recorded {len(answers)} times and is asked once more"
-        else:
-            reason = self._nearest(key)
-        raise ExecutionError(f"{self.path}: no answer to this request: {reason}")
+            answer = self.answers[key].popleft() if self.answers.get(key) else None
+        if answer is None:
+            reason = "it was recorded, but not as often" if key in self.answers else self._nearest(key)
+            raise ExecutionError(f"{self.path} has no answer to this request: {reason}")
+        return _answer_from(document["kind"], answer)
 
     def _nearest(self, key: str) -> str:
-        """How the request differs from the recorded one that is most like it."""
-        import difflib
-
-        if not self.answers:
-            return "nothing is recorded"
+        """How the request differs from the recorded one that has most words in common with it."""
         words = set(re.findall(r"\w+", key))
 
         def likeness(recorded: str) -> float:
             others = set(re.findall(r"\w+", recorded))
-            return len(words & others) / len(words | others)
+            return len(words & others) / (len(words | others) or 1)
 
+        if not self.answers:
+            return "nothing is recorded"
         nearest = max(self.answers, key=likeness)
-        shown = [json.dumps(json.loads(text), indent=1, ensure_ascii=False).split("\n") for text in (nearest, key)]
-        lines = difflib.unified_diff(*shown, "the nearest recorded", "asked", lineterm="", n=0)
-        return "\n".join([f"{len(self.answers)} others are recorded", *(_shorten(line, 300) for line in [*lines][:30])])
+        lines = _workflow_diff(*(json.dumps(json.loads(text), indent=1, ensure_ascii=False) for text in (nearest, key)))
+        return "\n".join(["the nearest one differs:", *(_shorten(line, 300) for line in lines.split("\n")[2:40])])
 
     def close(self) -> None:
         if self.file is not None:
