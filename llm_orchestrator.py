@@ -1177,7 +1177,7 @@ if TYPE_CHECKING:
     _Helpers = Mapping[str, Callable[..., Any]]
     Reference = tuple[tuple[str, ...], bool, int]  # segments, required, position
 
-_MAX_NESTING = 100
+_MAX_NESTING, _MAX_ITEMS, _MAX_ARGUMENTS = 100, 400_000, 1000  # of blocks and calls; texts and tags; what a tag is given
 _NAME = r"""[^\s!"#%-,./;->@\[-^`{-~]+"""
 _STEP = rf"(?:{_NAME}|\[[^\]\\]*(?:\\\]?[^\]\\]*)*\])"
 _PATH = rf"@?(?:(?:\.\.?/)*{_STEP}(?:[./]{_STEP}|\[\d+\])*|\.\.?(?:/\.\.?)*)"
@@ -1186,7 +1186,7 @@ _TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED})|(?P<mark>[()|])|(?P<path>(?=[^\
 _STEPS = re.compile(rf"\.\.?(?=/|\Z)|{_STEP}")
 _WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)[A-Za-z_][\w-]*(?:\.[\w-]+)*)"
 _SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?) ?{_WORDS}(?: {_WORDS})? ?(?(1)>>|\}}\}}(?!\}}))")
-_OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
+_OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<(?=(?:[^<\n]|<(?!<))*>>)"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
 _TAG = re.compile(r"(\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
 _TAG_ENDS = {
     "{{": r"\s*(?:()\}\}(?!\})|(~)\}\})", "{{{": r"\s*\}(~?)\}\}", "{{!": r"(~?)\}\}",
@@ -1235,6 +1235,8 @@ def _scan(source: str) -> list[str | _Tag]:
                 raise TemplateError(error.args[0], source, error.args[1]) from None
             search = position + 1
             continue
+        if len(items) > _MAX_ITEMS:
+            raise TemplateError(f"more than {_MAX_ITEMS} texts and tags in one template", source, position)
         if start < position - escaped:
             items.append(source[start : position - escaped])
         start, search = position, position + 2
@@ -1289,7 +1291,9 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
     """Reads head, arguments, named arguments and block parameters into the tag; returns the match of its end."""
     if depth > _MAX_NESTING:
         raise _Malformed(f"sub-expressions nested deeper than {_MAX_NESTING}", position)
-    ending, nodes, named = re.compile(_TAG_ENDS[opener]), [], {}
+    nodes: list[_Node] = []
+    named: dict[str, _Node] = {}
+    ending = re.compile(_TAG_ENDS[opener])
     while not (end := ending.match(source, position, limit)):
         token, key = _TOKEN.match(source, position, limit), ""
         if token and nodes and token["path"] == "as" and not tag.names:
@@ -1299,6 +1303,8 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
         if token and nodes and (equals := re.compile(r"\s*=").match(source, token.end(), limit)):
             key = token["path"] or ""
             token = _TOKEN.match(source, equals.end(), limit) if re.fullmatch(_STEP, key) else None
+        if len(nodes) + len(named) > _MAX_ARGUMENTS:
+            raise _Malformed(f"a tag has at most {_MAX_ARGUMENTS} arguments", position)
         if not token or (not key and named) or tag.names:
             rest = source[position : min(limit, position + 60)].lstrip()
             if opener == "{{" and rest.startswith("}}}"):
@@ -2372,7 +2378,8 @@ def _compile_regex(pattern: str) -> re.Pattern[str]:
 
 def _guarded(pattern: re.Pattern[str], text: str) -> re.Pattern[str]:
     """The pattern; ConditionError if to search this text with it could take more than a second or two."""
-    if _regex_cost(pattern.pattern).steps(text) > _MAX_STEPS:
+    cost = _regex_cost(pattern.pattern)
+    if len(text) > cost.safe_length and cost.steps(text) > _MAX_STEPS:
         raise ConditionError("this regular expression can take forever on this text; simplify or anchor it", pattern.pattern)
     return pattern
 
@@ -2380,7 +2387,7 @@ def _guarded(pattern: re.Pattern[str], text: str) -> re.Pattern[str]:
 def _guarded_search(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     """pattern.search(text), or ConditionError as in _guarded; a pattern that begins with a run takes less here."""
     cost = _regex_cost(pattern.pattern)
-    if cost.by_runs and cost.steps(text, by_runs=True) <= _MAX_STEPS:
+    if len(text) > cost.safe_length and cost.by_runs and cost.steps(text, by_runs=True) <= _MAX_STEPS:
         return cost.by_runs.search(text)  # type: ignore[no-any-return]
     return _guarded(pattern, text).search(text)
 
@@ -2416,7 +2423,10 @@ class _RegexCost:
         self.anchored = begins == "AT_BEGINNING_STRING" or (begins == "AT_BEGINNING" and not tree.state.flags & re.M)
         self.mark = "\n" if begins == "AT_BEGINNING" else self.literal(nodes)
         self.entry, self.by_runs = self.literal(nodes[1:]), self.started_by_runs(nodes)
-        if self.total(self.products, 1 if self.anchored else 50, dict.fromkeys(self.runs, 50)) > _MAX_STEPS:
+        self.safe_length = 25  # of texts that need no closer look
+        while self.safe_length < 1e7 and self.total(self.products, self.safe_length * 2) <= _MAX_STEPS:
+            self.safe_length *= 2
+        if self.safe_length < 50:
             raise ConditionError("this regular expression can take forever on some texts", pattern)
 
     def literal(self, nodes: Any) -> str:
@@ -2437,19 +2447,17 @@ class _RegexCost:
         guard = (_regex_parser.ASSERT_NOT, (-1, self.tree(*repeated)))
         return _regex_compiler.compile(self.tree(guard, *nodes))  # type: ignore[no-any-return]
 
-    def total(self, products: Any, starts: int, lengths: Mapping[str, int]) -> int:
-        return self.ways * starts * sum(math.prod(lengths[run] + 1 for run in runs) for runs in products)
+    def total(self, products: Any, length: int, starts: int = 0, runs: Mapping[str, int] | None = None) -> int:
+        """The steps for a text of some length, for the places where a search may start, and for its longest runs."""
+        longest = runs or dict.fromkeys(self.runs, length)
+        each = sum(math.prod(longest[run] + 1 for run in product) for product in products)
+        return length + self.ways * (1 if self.anchored else starts or length) * each
 
     def steps(self, text: str, by_runs: bool = False) -> int:
-        """At most how many steps a search of the text takes; runs are measured only if that matters."""
-        starts = text.count(self.entry if by_runs else self.mark) + 1
-        products, lengths = self.rest if by_runs else self.products, dict.fromkeys(self.runs, len(text))
-        most = self.total(products, 1 if self.anchored else starts, lengths)
-        if most > _MAX_STEPS:
-            for key, run in self.runs.items():
-                lengths[key] = max((len(found[0]) for found in run.finditer(text)), default=0)
-            most = self.total(products, 1 if self.anchored else starts, lengths)
-        return most + len(text)
+        """At most how many steps a search of the text takes."""
+        starts, products = text.count(self.entry if by_runs else self.mark) + 1, self.rest if by_runs else self.products
+        runs = {key: max((len(found[0]) for found in run.finditer(text)), default=0) for key, run in self.runs.items()}
+        return self.total(products, len(text), starts, runs)
 
     def sequence(self, nodes: Any, state: Any, depth: int) -> Any:
         for operation, argument in reversed(list(nodes)):
