@@ -1184,7 +1184,7 @@ _PATH = rf"@?(?:(?:\.\.?/)*{_STEP}(?:[./]{_STEP}|\[\d+\])*|\.\.?(?:/\.\.?)*)"
 _QUOTED = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
 _TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))")
 _STEPS = re.compile(rf"\.\.?(?=/|\Z)|{_STEP}")
-_WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)[A-Za-z_][\w-]*(?:\.[\w-]+)*)"
+_WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)[A-Za-z_][\w-]*(?:\.(?!this\b)[\w-]+)*)"
 _SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?) ?{_WORDS}(?: {_WORDS})? ?(?(1)>>|\}}\}}(?!\}}))")
 _OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<(?=(?:[^<\n]|<(?!<))*>>)"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
 _TAG = re.compile(r"(\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
@@ -1306,10 +1306,13 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
         if len(nodes) + len(named) > _MAX_ARGUMENTS:
             raise _Malformed(f"a tag has at most {_MAX_ARGUMENTS} arguments", position)
         if not token or (not key and named) or tag.names:
-            rest = source[position : min(limit, position + 60)].lstrip()
+            space = re.compile(r"\s*").match(source, position, limit)
+            position = space.end() if space else position
+            rest = source[position : min(limit, position + 60)]
             if opener == "{{" and rest.startswith("}}}"):
                 raise _Malformed("'}}}' closes only '{{{': put a space before a brace that is text", position)
-            raise _Malformed(f"unexpected {rest.split()[0]!r} in a tag" if rest else f"{opener!r} is never closed", position)
+            word = re.split(r"[\s})>]", rest)[0] or rest[:1]
+            raise _Malformed(f"unexpected {word!r} in a tag" if rest else f"{opener!r} is never closed", position)
         node, position = _read_operand(source, token, limit, depth)
         if key:
             named[_unbracketed(key)] = node
@@ -1765,7 +1768,7 @@ class _TemplateCompiler:
         self.inlines: dict[str, _Read] = {}  # and its inline partials
         self.scopes: list[bool | None] = [True]  # is `this` the root, level by level? None: depends on a value
         self.names: dict[str, int] = {}  # block parameters: how many scopes there are where each is `this`; 0: never
-        self.guards: list[Sequence[str]] = []  # the paths that the #if and #unless around ask for
+        self.guards: list[tuple[str, ...]] = []  # the paths that the #if and #unless around ask for
         self.references: list[tuple[tuple[str, ...], bool, int, bool]] = []  # the last: starts at @root
         self.calls: list[tuple[str, bool, set[str], int]] = []  # partials: name, context is the root, keys, position
         self.framed = False  # whether what was compiled last looks at its frame
@@ -1943,8 +1946,9 @@ class _TemplateCompiler:
 
     def refer(self, steps: Sequence[str], lenient: bool, position: int, absolute: bool) -> None:
         if steps:
-            required = not lenient and not any(steps[: len(guard)] == guard for guard in self.guards)
-            self.references.append((tuple(steps), required, position, absolute))
+            segments = tuple(steps)
+            required = not lenient and not any(segments[: len(guard)] == guard for guard in self.guards)
+            self.references.append((segments, required, position, absolute))
 
     def missing(self, text: str, steps: Sequence[str], start: _Read | None, position: int) -> _Read:
         """Raises the error for a missing value: what there is instead, and how a name outside of the block is written."""
