@@ -1165,9 +1165,9 @@ def _finite(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Templates: text -> compiled closures -> text or a value. Handlebars without HTML escaping, in two spellings, {{x}} and
-# <<x>>. The source is scanned into texts and tags, the lines of stand-alone tags are taken out, and each tag becomes a
-# closure `read(this, frame)`. Linear in the source; paths reach keys and indexes only; values are never rendered again.
+# 4. Templates: text -> compiled closures -> text or a value. Handlebars without HTML escaping, in two spellings, {{x}}
+# and <<x>>. The source is scanned into texts and tags, the lines of stand-alone tags are taken out, and each tag becomes
+# a closure `read(this, frame)`. Linear in the source; paths reach keys and indexes only; no value is rendered again.
 # ---------------------------------------------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
@@ -1177,7 +1177,7 @@ if TYPE_CHECKING:
     _Helpers = Mapping[str, Callable[..., Any]]
     Reference = tuple[tuple[str, ...], bool, int]  # segments, required, position
 
-_MAX_NESTING, _MAX_ITEMS, _MAX_ARGUMENTS = 100, 400_000, 1000  # of blocks and calls; texts and tags; what a tag is given
+_MAX_NESTING, _MAX_ITEMS, _MAX_ARGUMENTS = 100, 400_000, 1000  # of blocks and calls; texts and tags; in a tag
 _NAME = r"""[^\s!"#%-,./;->@\[-^`{-~]+"""
 _STEP = rf"(?:{_NAME}|\[[^\]\\]*(?:\\\]?[^\]\\]*)*\])"
 _PATH = rf"@?(?:(?:\.\.?/)*{_STEP}(?:[./]{_STEP}|\[\d+\])*|\.\.?(?:/\.\.?)*)"
@@ -1189,8 +1189,8 @@ _SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?) ?{_WORDS}(?: {_WORDS})? ?(?(1
 _OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<(?=(?:[^<\n]|<(?!<))*>>)"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
 _TAG = re.compile(r"(\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
 _TAG_ENDS = {
-    "{{": r"\s*(?:()\}\}(?!\})|(~)\}\})", "{{{": r"\s*\}(~?)\}\}", "{{!": r"(~?)\}\}",
-    "{{!--": r"--(~?)\}\}", "<<": r"\s*(~?)>>", "<<<": r"\s*>(~?)>>", "<<!": "(~?)>>", "<<!--": "--(~?)>>", "(": r"\s*()\)",
+    "{{": r"\s*(?:\}\}(?!\})|~\}\})", "{{{": r"\s*\}~?\}\}", "{{!": r"~?\}\}",
+    "{{!--": r"--~?\}\}", "<<": r"\s*~?>>", "<<<": r"\s*>~?>>", "<<!": "~?>>", "<<!--": "--~?>>", "(": r"\s*\)",
 }  # fmt: skip
 _BLOCK_PARAMETERS, _RAW_BLOCK = rf"\s+\|\s*({_NAME}(?:\s+{_NAME})*)\s*\|", r"\{{4}raw\}{4}(.*?)\{{4}/raw\}{4}"
 _STANDALONE = frozenset(("#", "^", "/", "else", ">", "#>", "#*", "!"))
@@ -1296,10 +1296,10 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
     ending = re.compile(_TAG_ENDS[opener])
     while not (end := ending.match(source, position, limit)):
         token, key = _TOKEN.match(source, position, limit), ""
-        if token and nodes and token["path"] == "as" and not tag.names:
-            if names := re.compile(_BLOCK_PARAMETERS).match(source, token.end(), limit):
-                tag.names, position = names[1].split(), names.end()
-                continue
+        parameters = re.compile(_BLOCK_PARAMETERS)
+        if token and nodes and token["path"] == "as" and (names := parameters.match(source, token.end(), limit)):
+            tag.names, position = names[1].split(), names.end()
+            continue
         if token and nodes and (equals := re.compile(r"\s*=").match(source, token.end(), limit)):
             key = token["path"] or ""
             token = _TOKEN.match(source, equals.end(), limit) if re.fullmatch(_STEP, key) else None
@@ -1385,7 +1385,7 @@ def _strip_lines(items: list[str | _Tag]) -> list[Any]:
 # ---- Values: lookup, truth, text, comparison -------------------------------------------------------------------------
 
 _MISSING: Any = object()
-_PLAIN = frozenset((str, int, float, bool, list, dict, tuple))  # what a path may end at as it is; null goes the slow way
+_PLAIN = frozenset((str, int, float, bool, list, dict, tuple))  # what a path may end at as it is
 _ATOMS, _NUMBERS = frozenset((str, int, float, bool)), frozenset((int, float))
 _KINDS: tuple[tuple[Any, str], ...] = (
     (type(None), "null"), (bool, "a boolean"), ((int, float), "a number"), (str, "text"), ((list, tuple), "a list"),
@@ -1714,7 +1714,7 @@ def _if_block(read: _Read, body: _Read, inverse: _Read, zero: _Read) -> _Read:
 
 
 def _scope_block(
-    kind: str, read: _Read, body: _Read, inverse: _Read, names: Sequence[str], framed: bool, refuse: Callable[[Any], None]
+    kind: str, read: _Read, body: _Read, inverse: _Read, names: Sequence[str], framed: bool, refuse: Callable[..., None]
 ) -> _Read:
     """each: the body for each item; with: once, the value as `this`; a section ("") does as the value asks for."""
     loop, (looped, skipped) = _loop(body, names, framed), _SCOPES[kind]
@@ -1766,7 +1766,7 @@ class _TemplateCompiler:
         self.next = self.nesting = 0
         self.end = _Tag("", 0)  # the tag that ended the program compiled last
         self.inlines: dict[str, _Read] = {}  # and its inline partials
-        self.scopes: list[bool | None] = [True]  # is `this` the root, level by level? None: depends on a value
+        self.scopes: tuple[bool | None, ...] = (True,)  # is `this` the root, level by level? None: depends on a value
         self.names: dict[str, int] = {}  # block parameters: how many scopes there are where each is `this`; 0: never
         self.guards: list[tuple[str, ...]] = []  # the paths that the #if and #unless around ask for
         self.references: list[tuple[tuple[str, ...], bool, int, bool]] = []  # the last: starts at @root
@@ -1776,14 +1776,14 @@ class _TemplateCompiler:
     def error(self, reason: str, position: int) -> TemplateError:
         return TemplateError(reason + (f" in partial {self.name!r}" if self.name else ""), self.source, position)
 
-    def program(self, opener: _Tag | None, scope: Sequence[bool | None] = (), names: Sequence[str] = ()) -> _Read:
+    def program(self, opener: _Tag | None, scope: tuple[bool | None, ...] = (), names: Sequence[str] = ()) -> _Read:
         """Compiles up to the tag that ends the opener's body, or to the end of the source."""
         parts: list[Any] = []
         inlines: dict[str, _Read] = {}
-        outer_scopes, outer_names, end = len(self.scopes), self.names, _Tag("", 0)
+        outer, end = (self.scopes, self.names), _Tag("", 0)
         self.scopes += scope
         if names:
-            self.names = {**outer_names, **dict.fromkeys(names, 0), names[0]: len(self.scopes) if scope == (False,) else 0}
+            self.names = {**self.names, **dict.fromkeys(names, 0), names[0]: scope == (False,) and len(self.scopes)}
         self.nesting += 1
         if self.nesting > _MAX_NESTING + 1:
             raise self.error(f"blocks nested deeper than {_MAX_NESTING}", opener.position if opener else 0)
@@ -1804,10 +1804,8 @@ class _TemplateCompiler:
             raise self.error(f"block '{opener.sign}{opener.name}' is never closed", opener.position)
         if end.sign and not opener:
             raise self.error(f"'{end.sign}{end.name}' outside of a block", end.position)
-        del self.scopes[outer_scopes:]
-        self.names = outer_names
+        (self.scopes, self.names), self.end, self.inlines, program = outer, end, inlines, _joined(parts)
         self.nesting -= 1
-        self.end, self.inlines, program = end, inlines, _joined(parts)
         if not inlines:
             return program
 
@@ -1826,12 +1824,10 @@ class _TemplateCompiler:
             ending = f"'/{self.end.name}'" if self.end.sign == "/" else "a second else"
             raise self.error(f"{ending} does not close '{opener.sign}{opener.name}' of line {line}", self.end.position)
 
-    def bodies(self, tag: _Tag, scope: Sequence[bool | None], chained: bool) -> tuple[_Read, _Read]:
+    def bodies(self, tag: _Tag, scope: tuple[bool | None, ...], chained: bool) -> tuple[_Read, _Read]:
         """The body and the inverse of a block. A chained one (`else if`) leaves its end to the block it is in."""
-        first: tuple[Any, ...] = (scope, tag.names)
-        second: tuple[Any, ...] = ((), ())
-        if tag.sign == "^":
-            first, second = second, first
+        inside: list[Any] = [(scope, tag.names), ((), ())]  # what the body sees, and the inverse
+        first, second = reversed(inside) if tag.sign == "^" else inside
         body, inverse = self.program(tag, *first), _nothing
         if self.end.sign == "else" and self.end.head:
             self.end.sign = "#"
@@ -1855,7 +1851,8 @@ class _TemplateCompiler:
 
     def block(self, tag: _Tag, chained: bool = False) -> _Read:
         """A block: if, unless, each, with, or a section over the value of the tag."""
-        kind = tag.name if tag.name in _BLOCKS and tag.name not in self.helpers and tag.head and tag.head[0] == "path" else ""
+        assert tag.head
+        kind = tag.name if tag.name in _BLOCKS and tag.name not in self.helpers and tag.head[0] == "path" else ""
         if kind and len(tag.arguments) != 1:
             raise self.error(f"#{kind} takes one argument", tag.position)
         tests, seen, guarded, around = kind in _LENIENT, len(self.references), len(self.guards), self.framed
@@ -1879,9 +1876,9 @@ class _TemplateCompiler:
         return _scope_block(kind, read, body, inverse, tag.names, framed, refuse)
 
     def value(self, tag: _Tag) -> _Read:
-        """`{{head arguments}}`: a helper's value if arguments or a helper of the caller's ask for one, else a path's."""
+        """`{{head arguments}}`: a helper's value if there are arguments or a helper of the caller's, else a path's."""
         assert tag.head
-        kind, content, text, position = tag.head
+        kind, _, text, position = tag.head
         if kind != "call" and (tag.arguments or tag.named or text in self.helpers):
             return self.call(tag, False)
         if tag.arguments or tag.named or (tag.names and not tag.sign):
@@ -1899,7 +1896,8 @@ class _TemplateCompiler:
         named, strict = self.named(tag, lenient), self.strict and not lenient
 
         def read(this: Any, frame: Any) -> Any:
-            values, keywords = [read(this, frame) for read in reads], {key: read(this, frame) for key, read in named.items()}
+            values = [read(this, frame) for read in reads]
+            keywords = {key: read(this, frame) for key, read in named.items()}
             try:
                 value = function(*values, **keywords)
             except RecursionError:
@@ -1951,7 +1949,7 @@ class _TemplateCompiler:
             self.references.append((segments, required, position, absolute))
 
     def missing(self, text: str, steps: Sequence[str], start: _Read | None, position: int) -> _Read:
-        """Raises the error for a missing value: what there is instead, and how a name outside of the block is written."""
+        """Raises the error for a missing value: what there is instead, and how to write a name outside of the block."""
         hint = f"; outside of the block: ../{text} or @root.{text}" if len(self.scopes) > 1 and not start else ""
 
         def fail(this: Any, frame: Any) -> Any:
@@ -1987,7 +1985,7 @@ class _TemplateCompiler:
         def render(this: Any, frame: _Frame) -> str:
             known = _to_text(name_of(this, frame)) if name_of else name
             if frame["level"] >= _MAX_NESTING:
-                raise self.error(f"partial recursion: {known!r} is more than {_MAX_NESTING} partials deep", tag.position)
+                raise self.error(f"partial recursion: {known!r} is over {_MAX_NESTING} partials deep", tag.position)
             value = context(this, frame) if context else this
             if named:
                 values = {key: read(this, frame) for key, read in named.items()}
@@ -2006,7 +2004,7 @@ class _TemplateCompiler:
                 inner["partial-block"] = (block, frame) if block else frame["partial-block"]
             if defined:
                 inner["partials"] = {**inner["partials"], **{key: (body, frame) for key, body in defined.items()}}
-            text = program(value, inner)
+            text = program(value, inner)  # type: ignore[misc]
             return re.sub(r"^(?!\Z)", indent, text, flags=re.M) if indent else str(text)
 
         return render
@@ -2031,7 +2029,9 @@ class Template:
     `\\{{x}}` and `\\<<x>>` are text too. Numbers that JSON cannot write (nan, infinity) are refused.
     """
 
-    __slots__ = ("_calls", "_constant", "_framed", "_partials", "_program", "_references", "_value", "is_expression", "source")
+    __slots__ = (
+        "_calls", "_constant", "_framed", "_partials", "_program", "_references", "_value", "is_expression", "source"
+    )  # fmt: skip
 
     def __init__(
         self, source: str, strict: bool = True, partials: Mapping[str, Any] | None = None,
@@ -2079,17 +2079,20 @@ class Template:
 
 
 def _compile_value(
-    value: Any, strict: bool = True, partials: Mapping[str, Any] | None = None, helpers: _Helpers | None = None, depth: int = 0
-) -> tuple[Callable[[Any], Any], tuple[Reference, ...]]:
+    value: Any, strict: bool = True, partials: Mapping[str, Any] | None = None, helpers: _Helpers | None = None,
+    depth: int = 0,
+) -> tuple[Callable[[Any], Any], tuple[Reference, ...]]:  # fmt: skip
     """(context -> value, references) for a JSON-like value whose texts, keys aside, are templates."""
     if depth > _MAX_NESTING:
         raise TemplateError(f"values nested deeper than {_MAX_NESTING}")
     if isinstance(value, str) and ("{{" in value or "<<" in value):
         template = Template(value, strict, partials, helpers)
-        return (template.evaluate, template.references) if not template._constant else (_constant(template.render({})), ())
+        evaluate = _constant(template.render({})) if template._constant else template.evaluate
+        return evaluate, template.references
     items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
     compiled = [_compile_value(item, strict, partials, helpers, depth + 1) for item in items]
-    results, references = [evaluate for evaluate, _ in compiled], tuple(found for _, inner in compiled for found in inner)
+    results = [evaluate for evaluate, _ in compiled]
+    references = tuple(found for _, inner in compiled for found in inner)
     if all(getattr(evaluate, "constant", _MISSING) is item for evaluate, item in zip(results, items)):
         return _constant(value), ()
     if isinstance(value, dict):
@@ -2099,8 +2102,8 @@ def _compile_value(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Conditions: text -> compiled predicate. A parser of its own (never `eval`); a reference or a tag is an operand, so that
-# no value can change the expression. Regular expressions pass a guard that bounds what backtracking may cost.
+# 5. Conditions: text -> compiled predicate. A parser of its own (never `eval`); a reference or a tag is an operand, so
+# that no value can change the expression. Regular expressions pass a guard that bounds what backtracking may cost.
 # ---------------------------------------------------------------------------------------------------------------------
 
 _CONDITION_TOKEN = re.compile(
@@ -2128,7 +2131,9 @@ def _contains(container: Any, item: Any) -> bool:
         return False
     if not isinstance(item, (str, int, float)) or not isinstance(container, (str, Mapping)):
         raise TypeError(f"cannot look for {_kind(item)} in {_kind(container)}")
-    return _to_text(item) in container if isinstance(container, str) else _child(container, _to_text(item)) is not _MISSING
+    if isinstance(container, str):
+        return _to_text(item) in container
+    return _child(container, _to_text(item)) is not _MISSING
 
 
 def _on_texts(test: Callable[[str, str], bool]) -> Callable[[Any, Any], bool]:
@@ -2165,7 +2170,7 @@ class _ConditionParser:
         self.advance()
 
     def advance(self) -> None:
-        """To the next token: its kind (None for none), its text and where it starts; `mark` is an operator's spelling."""
+        """To the next token: its kind (None for none), text and start; `mark` is the spelling of an operator."""
         match = _CONDITION_TOKEN.match(self.source, self.end)
         self.kind = match.lastgroup if match else None
         self.word, self.start = (match[self.kind], match.start(self.kind)) if match and self.kind else ("", self.end)
@@ -2180,7 +2185,8 @@ class _ConditionParser:
         if not rest:
             return self.error("the condition ends too early", self.start)
         hints = {"=": ": use '=='", "'": ": this text is never closed", '"': ": this text is never closed"}
-        return self.error(f"unexpected {rest[1][:40]!r}{hints.get(rest[1][0], '') if not self.word else ''}", rest.start(1))
+        hint = "" if self.word else hints.get(rest[1][0], "")
+        return self.error(f"unexpected {rest[1][:40]!r}{hint}", rest.start(1))
 
     def expect(self, mark: str) -> None:
         if self.mark != mark:
@@ -2207,7 +2213,7 @@ class _ConditionParser:
         return left
 
     def junction(self, terms: list[_Read], decisive: bool) -> _Read:
-        """`or` (an operand that holds decides) or `and` (one that does not); its value is that of the deciding operand."""
+        """`or` (an operand that holds decides) or `and` (one that does not): the value of the deciding operand."""
 
         def read(this: Any, frame: Any) -> Any:
             value = None
@@ -2301,7 +2307,8 @@ class _ConditionParser:
         if text.lower() in _CONSTANTS:
             return _constant(_CONSTANTS[text.lower()])
         if self.mark != "(":
-            steps = tuple(step.strip("[]'\"") if step[0] == "[" else step for step in re.findall(r"\[[^\]]*\]|[\w-]+", text))
+            found = re.findall(r"\[[^\]]*\]|[\w-]+", text)
+            steps = tuple(step.strip("[]'\"") if step[0] == "[" else step for step in found)
             self.references.append((steps, False, start))
             return _path_reader(steps)
         function = _FUNCTIONS.get(text.lower())
@@ -2328,10 +2335,10 @@ class Condition:
     Operators, loosest first: or ||, and &&, not !, then == != < <= > >= in, not in, contains, matches (regular
     expression), startswith, endswith. What is missing is null.
 
-    Equality: a text equals the number that it spells and, in any case, the boolean; booleans and numbers are never equal
-    (`true == 1` is false); lists and maps are equal item by item. Order: numbers, or texts by code point; a text that
-    spells a number orders with numbers; null orders with nothing (false). Truth: Handlebars', with the texts "false",
-    "no" and "0" false too. `or` and `and` give the value of the operand that decides, as in Python.
+    Equality: a text equals the number that it spells and, in any case, the boolean; booleans and numbers are never
+    equal (`true == 1` is false); lists and maps are equal item by item. Order: numbers, or texts by code point; a text
+    that spells a number orders with numbers; null orders with nothing (false). Truth: Handlebars', with the texts
+    "false", "no" and "0" false too. `or` and `and` give the value of the operand that decides, as in Python.
     """
 
     __slots__ = ("_read", "references", "source")
@@ -2384,7 +2391,7 @@ def _guarded(pattern: re.Pattern[str], text: str) -> re.Pattern[str]:
     """The pattern; ConditionError if to search this text with it could take more than a second or two."""
     cost = _regex_cost(pattern.pattern)
     if len(text) > cost.safe_length and cost.steps(text) > _MAX_STEPS:
-        raise ConditionError("this regular expression can take forever on this text; simplify or anchor it", pattern.pattern)
+        raise ConditionError("this regular expression can take forever on this text; anchor it", pattern.pattern)
     return pattern
 
 
@@ -2392,7 +2399,7 @@ def _guarded_search(pattern: re.Pattern[str], text: str) -> re.Match[str] | None
     """pattern.search(text), or ConditionError as in _guarded; a pattern that begins with a run takes less here."""
     cost = _regex_cost(pattern.pattern)
     if len(text) > cost.safe_length and cost.by_runs and cost.steps(text, by_runs=True) <= _MAX_STEPS:
-        return cost.by_runs.search(text)  # type: ignore[no-any-return]
+        return cost.by_runs.search(text)
     return _guarded(pattern, text).search(text)
 
 
@@ -2455,7 +2462,7 @@ class _RegexCost:
         """The steps for a text of some length, for the places where a search may start, and for its longest runs."""
         longest = runs or dict.fromkeys(self.runs, length)
         each = sum(math.prod(longest[run] + 1 for run in product) for product in products)
-        return length + self.ways * (1 if self.anchored else starts or length) * each
+        return int(length + self.ways * (1 if self.anchored else starts or length) * each)
 
     def steps(self, text: str, by_runs: bool = False) -> int:
         """At most how many steps a search of the text takes."""
@@ -2480,7 +2487,8 @@ class _RegexCost:
     def characters(self, node: Any) -> frozenset[str]:
         """The sample characters that a node takes."""
         if repr(node) not in self.known:
-            self.known[repr(node)] = frozenset(filter(_regex_compiler.compile(self.tree(node), self.flags).match, self.samples))
+            single = _regex_compiler.compile(self.tree(node), self.flags)
+            self.known[repr(node)] = frozenset(filter(single.match, self.samples))
         return self.known[repr(node)]  # type: ignore[no-any-return]
 
     def node(self, operation: Any, argument: Any, state: Any, depth: int) -> Any:

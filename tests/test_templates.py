@@ -40,7 +40,8 @@ CASES = {
     "maps of any type": ("{{m.k}} {{m}}", {"m": MappingProxyType({"k": 1})}, '1 {"k":1}'),
     "no HTML escaping": ("{{a}}{{{a}}}{{&a}}", {"a": "<&>"}, "<&><&><&>"),
     "a value with tags is text": ("{{a}}{{{b}}}", {"a": "{{b}}", "b": "<<a>>"}, "{{b}}<<a>>"),
-    "literals": ("{{json 'a\\'b'}} {{json 1.5}} {{json true}} {{json null}} {{json -3}}", {}, '"a\'b" 1.5 true null -3'),
+    "literals": ("{{json 'a\\'b'}} {{json 1.5}} {{json true}} {{json null}} {{json -3}}", {},
+        '"a\'b" 1.5 true null -3'),
     # blocks
     "if": ("{{#if a}}yes{{/if}}", {"a": "x"}, "yes"),
     "if else": ("{{#if a}}yes{{else}}no{{/if}}", {"a": []}, "no"),
@@ -52,7 +53,8 @@ CASES = {
     "each over texts": ("{{#each a}}{{this}}{{.}}{{/each}}", {"a": ["x", "y"]}, "xxyy"),
     "each over a map": ("{{#each a}}{{@key}}={{this}};{{/each}}", {"a": {"k": 1, "l": 2}}, "k=1;l=2;"),
     "each else": ("{{#each a}}x{{else}}none{{/each}}", {"a": []}, "none"),
-    "index, first and last": ("{{#each a}}{{@index}}{{@first}}{{@last}} {{/each}}", {"a": [7, 8]}, "0truefalse 1falsetrue "),
+    "index, first and last": ("{{#each a}}{{@index}}{{@first}}{{@last}} {{/each}}", {"a": [7, 8]},
+        "0truefalse 1falsetrue "),
     "the index of the loop around": (
         "{{#each a}}{{#each this}}{{@../index}}{{@index}} {{/each}}{{/each}}", {"a": [[1], [2, 3]]}, "00 10 11 "),
     "block parameters": ("{{#each a as |v k|}}{{k}}{{v.x}}{{/each}}", {"a": [{"x": "p"}, {"x": "q"}]}, "0p1q"),
@@ -62,7 +64,8 @@ CASES = {
     "block parameters shadow": ("{{#with a as |x|}}{{#with b as |x|}}{{x}}{{/with}}{{x.y}}{{/with}}",
                                 {"a": {"b": 1, "y": 2}}, "12"),
     "the context around": ("{{#each people}}{{../title}}:{{name}} {{/each}}", PEOPLE, "List:Ann List:Bob "),
-    "two contexts up": ("{{#with a}}{{#with b}}{{../../t}}{{../c}}{{/with}}{{/with}}", {"t": 1, "a": {"c": 2, "b": {}}}, "12"),
+    "two contexts up": ("{{#with a}}{{#with b}}{{../../t}}{{../c}}{{/with}}{{/with}}",
+        {"t": 1, "a": {"c": 2, "b": {}}}, "12"),
     "if does not change the context": ("{{#with a}}{{#if b}}{{../t}}{{/if}}{{/with}}", {"t": 1, "a": {"b": 1}}, "1"),
     "the root": ("{{#each people}}{{@root.title}}{{/each}}", PEOPLE, "ListList"),
     "this names the key": ("{{#with a}}{{this.if}}{{./b}}{{/with}}", {"a": {"if": 1, "b": 2}}, "12"),
@@ -73,7 +76,7 @@ CASES = {
     "an inverse section": ("{{^a}}no{{/a}}{{^b}}no{{/b}}", {"a": []}, "nono"),
     "an inverse mark is else": ("{{#if a}}x{{^}}y{{/if}}", {}, "y"),
     "a loop in a loop in a loop": (
-        "{{#each a}}{{#each this}}{{#each this}}{{@../../index}}{{@../index}}{{@index}}{{this}} {{/each}}{{/each}}{{/each}}",
+        "{{#each a}}{{#each .}}{{#each .}}{{@../../index}}{{@../index}}{{@index}}{{this}} {{/each}}{{/each}}{{/each}}",
         {"a": [[["x"]], [["y", "z"]]]}, "000x 100y 101z "),
     # calls
     "a sub-expression": ("{{#if (eq a 1)}}yes{{/if}}", {"a": "1"}, "yes"),
@@ -84,7 +87,8 @@ CASES = {
     "length": ("{{length a}}{{length m}}{{length 'abc'}}{{length none}}", {"a": [1, 2], "m": {"k": 1}}, "2130"),
     "join": ("{{join a}}|{{join a '\\n'}}", {"a": [1, None, "x"]}, "1, , x|1\n\nx"),
     "case and trim": ("{{upper 'é'}}{{lower 'ÀB'}}{{trim '  x '}}", {}, "Éàbx"),
-    "truncate": ("{{truncate a 5}}|{{truncate a 20}}|{{truncate a 4 '…'}}", {"a": "hello world"}, "he...|hello world|hel…"),
+    "truncate": ("{{truncate a 5}}|{{truncate a 20}}|{{truncate a 4 '…'}}", {"a": "hello world"},
+        "he...|hello world|hel…"),
     "comparisons": ("{{eq 1 '1'}}{{ne a b}}{{lt 1 2}}{{le 2 2}}{{gt 1 2}}{{ge 1 2}}", {"a": 1, "b": 2},
                     "truetruetruetruefalsefalse"),
     "and, or, not": ("{{and 1 'x'}}{{or 0 'y'}}{{not 0}}{{and 0 1}}", {}, "xytrue0"),
@@ -130,8 +134,10 @@ def test_angle_brackets_are_another_spelling(source, context, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["a << b", "cout << x << endl;", "cat <<EOF\nhi\nEOF\n", "<<", "<<<", "<< not a tag", "x <<a\n>>", "1 << 2 >> 3", '<<"a">>',
-     "<<5>>", "<< a ! >>", "<<>>", "<<#>>", "<<a <<", "a <<= 1; b >>= 2", "{ }", "{a}", "}} >>", "<!-- x -->", "vector<vector<int>>",
+    ["a << b", "cout << x << endl;", "cat <<EOF\nhi\nEOF\n", "<<", "<<<", "<< not a tag", "x <<a\n>>", "1 << 2 >> 3",
+        '<<"a">>',
+     "<<5>>", "<< a ! >>", "<<>>", "<<#>>", "<<a <<", "a <<= 1; b >>= 2", "{ }", "{a}", "}} >>", "<!-- x -->",
+     "vector<vector<int>>",
      "<<! never closed", "<<a/../b>>"],
 )  # fmt: skip
 def test_what_is_no_tag_is_plain_text(text):
@@ -210,7 +216,8 @@ def test_strict_names_the_missing_path_what_is_there_and_the_position(source, wo
 
 
 @pytest.mark.parametrize(
-    "source", ["{{#if x.y}}a{{/if}}", "{{#unless x}}{{/unless}}", "{{default x ''}}", "{{#if (not x)}}{{/if}}", "{{null}}"]
+    "source",
+    ["{{#if x.y}}a{{/if}}", "{{#unless x}}{{/unless}}", "{{default x ''}}", "{{#if (not x)}}{{/if}}", "{{null}}"]
 )
 def test_strict_lets_the_absence_of_a_value_be_asked_for(source):
     Template(source).render({"null": None})
@@ -227,7 +234,8 @@ class Secret:
         return "leaked"
 
 
-@pytest.mark.parametrize("path", ["o.password", "o.__class__", "t.upper", "l.append", "m.items", "m.__class__.__mro__", "o.k", "t.0"])
+@pytest.mark.parametrize("path",
+    ["o.password", "o.__class__", "t.upper", "l.append", "m.items", "m.__class__.__mro__", "o.k", "t.0"])
 def test_a_path_never_reaches_python_attributes(path):
     context = {"o": Secret(), "t": "text", "l": [1], "m": {"k": 1}}
     assert Template("{{" + path + "}}", strict=False).evaluate(context) is None
@@ -245,7 +253,8 @@ def test_one_expression_gives_the_value_itself():
     assert Template("<<a>>").evaluate({"a": values}) is values
     assert Template("{{ length a }}").evaluate({"a": values}) == 6
     assert Template(" {{a}}").evaluate({"a": values[0]}) == " [1]"
-    assert [Template(source).is_expression for source in ("{{a}}", "{{a}} ", "x", "{{! }}", "{{#a}}{{/a}}")] == [True] + [False] * 4
+    assert [Template(source).is_expression for source in ("{{a}}", "{{a}} ", "x", "{{! }}",
+        "{{#a}}{{/a}}")] == [True] + [False] * 4
 
 
 def test_a_helper_of_the_caller_comes_first_and_gets_named_arguments():
@@ -263,7 +272,8 @@ def test_partials_recurse_over_data_and_endless_recursion_is_an_error():
 
 
 def test_references_are_the_paths_read_from_the_root():
-    source = "{{a.b}}{{#if c}}{{c.d}}{{/if}}{{#each e}}{{f}}{{@root.g}}{{../h}}{{/each}}{{default i 1}}{{> p}}{{upper j}}"
+    source = "{{a.b}}{{#if c}}{{c.d}}{{/if}}{{#each e}}{{f}}{{@root.g}}{{../h}}{{/each}}{{default i 1}}{{> p}}"
+    source += "{{upper j}}"
     found = {".".join(steps): required for steps, required, _ in Template(source, partials={"p": "{{k}}"}).references}
     assert found == {
         "a.b": True, "c": False, "c.d": False, "e": True, "g": True, "h": True, "i": False, "k": True, "j": True
@@ -291,7 +301,8 @@ JSON = st.recursive(
 @given(JSON, st.text(max_size=10))
 def test_a_value_renders_as_its_text_whatever_it_is(value, around):
     around = around.replace("{", "").replace("<", "").replace("\\", "")
-    expected = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    expected = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False,
+        separators=(",", ":"))
     assert Template(around + "{{v}}" + around).render({"v": value}) == around + expected + around
     assert Template("{{v}}").evaluate({"v": value}) is value
 
@@ -307,8 +318,10 @@ def test_a_loop_is_the_join_of_its_bodies(items):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.sampled_from(["{{", "}}", "<<", ">>", "#if ", "/if", "a", ".", "../", " ", "\n", "{", "}", "[", "]", "'", "(", ")",
-                                 "|", "as", "else", "^", "~", "!", "--", "@", "=", ">", "*", "&", "\\", "0", "é"]), max_size=14))
+@given(st.lists(st.sampled_from(["{{", "}}", "<<", ">>", "#if ", "/if", "a", ".", "../", " ", "\n", "{", "}", "[", "]",
+    "'", "(", ")",
+                                 "|", "as", "else", "^", "~", "!", "--", "@", "=", ">", "*", "&", "\\", "0", "é"]),
+                                 max_size=14))
 def test_any_text_renders_or_is_a_template_error(pieces):
     try:
         assert isinstance(render("".join(pieces), {"a": {"a": [1]}}), str)
