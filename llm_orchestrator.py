@@ -1166,7 +1166,7 @@ def _finite(value: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Templates: text -> compiled closures -> text or a value. Handlebars without HTML escaping, in two spellings, {{x}}
-# and <<x>>. The source is scanned into texts and tags, the lines of stand-alone tags are taken out, and each tag becomes
+# and <<x>>. The source is scanned into texts and tags, the lines of stand-alone tags are taken out, each tag becomes
 # a closure `read(this, frame)`. Linear in the source; paths reach keys and indexes only; no value is rendered again.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1184,7 +1184,7 @@ _PATH = rf"@?(?:(?:\.\.?/)*{_STEP}(?:[./]{_STEP}|\[\d+\])*|\.\.?(?:/\.\.?)*)"
 _QUOTED = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
 _TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))")
 _STEPS = re.compile(rf"\.\.?(?=/|\Z)|{_STEP}")
-_WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)[A-Za-z_][\w-]*(?:\.(?!this\b)[\w-]+)*)"
+_WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)@?[A-Za-z_][\w-]*(?:\.(?!this\b)[\w-]+)*)"
 _SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?) ?{_WORDS}(?: {_WORDS})? ?(?(1)>>|\}}\}}(?!\}}))")
 _OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<(?=(?:[^<\n]|<(?!<))*>>)"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
 _TAG = re.compile(r"(\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
@@ -1255,10 +1255,12 @@ def _read_tag(source: str, position: int) -> _Tag:
         return _Tag("else", position, position + 8)
     simple = _SIMPLE_TAG.match(source, position)
     if simple:
-        _, sign, head, argument = simple.groups()
-        tag = _Tag(sign, position, simple.end(), ("path", (0, head.split("."), False), head, simple.start(3)))
-        if argument:
-            tag.arguments = (("path", (0, argument.split("."), False), argument, simple.start(4)),)
+        (_, sign, *texts), starts = simple.groups(), (simple.start(3), simple.start(4))
+        head, *arguments = [
+            ("path", (0, text.lstrip("@").split("."), False), text, start) for text, start in zip(texts, starts) if text
+        ]
+        tag = _Tag(sign, position, simple.end(), head)
+        tag.arguments = arguments
         return tag
     match = _TAG.match(source, position)
     assert match
@@ -2065,17 +2067,24 @@ class Template:
 
     @property
     def references(self) -> tuple[Reference, ...]:
-        """Every path read from the root: (segments, required, position). Required: it raises if missing and strict."""
-        return tuple(reference[:3] for reference in self._root_references(()))
+        """Every path read from the root: (segments, required, position). Required: it raises if missing and strict.
 
-    def _root_references(self, active: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool, int, bool]]:
-        found = list(self._references)
-        for name, at_root, keys, position in self._calls:
-            partial = self._partials.template(name) if name not in active else None
-            for steps, required, _, absolute in partial._root_references((*active, name)) if partial else ():
-                if absolute or (at_root and steps[0] not in keys):
-                    found.append((steps, required, position, absolute))
-        return found
+        What a partial reads counts at the position of the tag that calls it; names that the tag sets are hidden."""
+        found: list[Reference] = []
+        waiting: list[Any] = [(self, True, frozenset(), None)]  # template, is its context the root, hidden names, place
+        seen = set()
+        while waiting:
+            template, at_root, hidden, place = waiting.pop(0)
+            for steps, required, position, absolute in template._references:
+                if absolute or (at_root and steps[0] not in hidden):
+                    found.append((steps, required, position if place is None else place))
+            for name, same, keys, position in template._calls:
+                call = (name, at_root and same, hidden | keys)
+                partial = None if call in seen else self._partials.template(name)
+                seen.add(call)
+                if partial:
+                    waiting.append((partial, *call[1:], position if place is None else place))
+        return tuple(found)
 
 
 def _compile_value(

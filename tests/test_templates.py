@@ -385,3 +385,10 @@ def test_a_big_template_compiles_and_renders_under_a_small_stack():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.strip() == "x", done.stderr
+
+
+def test_references_through_partials_that_call_each_other_are_found_once():
+    partials = {f"p{level}": f"{{{{> p{level + 1}}}}}" * 2 + f"{{{{x{level}}}}}" for level in range(40)}
+    template = Template("{{> p0}}{{> q x1=1}}", partials={**partials, "p40": "{{> p0}}", "q": "{{x1}}{{y}}"})
+    assert {steps for steps, *_ in template.references} == {(f"x{level}",) for level in range(40)} | {("y",)}
+    assert {position for *_, position in template.references} == {0, 8}
