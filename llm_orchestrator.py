@@ -1067,9 +1067,9 @@ def _finite(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Templates: text -> compiled closures -> text or a value. Handlebars without HTML escaping, in two spellings, {{x}} and
-# <<x>>. The source is scanned into texts and tags, the lines of stand-alone tags are taken out, and each tag becomes a
-# closure `read(this, frame)`. Linear in the source; paths reach keys and indexes only; values are never rendered again.
+# 4. Templates: text -> compiled closures -> text or a value. Handlebars without HTML escaping, in two spellings, {{x}}
+# and <<x>>. The source is scanned into texts and tags, the lines of stand-alone tags are taken out, each tag becomes
+# a closure `read(this, frame)`. Linear in the source; paths reach keys and indexes only; no value is rendered again.
 # ---------------------------------------------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
@@ -1079,20 +1079,20 @@ if TYPE_CHECKING:
     _Helpers = Mapping[str, Callable[..., Any]]
     Reference = tuple[tuple[str, ...], bool, int]  # segments, required, position
 
-_MAX_NESTING = 100
+_MAX_NESTING, _MAX_ITEMS, _MAX_ARGUMENTS = 100, 400_000, 1000  # of blocks and calls; texts and tags; in a tag
 _NAME = r"""[^\s!"#%-,./;->@\[-^`{-~]+"""
 _STEP = rf"(?:{_NAME}|\[[^\]\\]*(?:\\\]?[^\]\\]*)*\])"
 _PATH = rf"@?(?:(?:\.\.?/)*{_STEP}(?:[./]{_STEP}|\[\d+\])*|\.\.?(?:/\.\.?)*)"
 _QUOTED_TEXT = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
 _TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED_TEXT})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))")
 _STEPS = re.compile(rf"\.\.?(?=/|\Z)|{_STEP}")
-_WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)[A-Za-z_][\w-]*(?:\.[\w-]+)*)"
+_WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)@?[A-Za-z_][\w-]*(?:\.(?!this\b)[\w-]+)*)"
 _SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?) ?{_WORDS}(?: {_WORDS})? ?(?(1)>>|\}}\}}(?!\}}))")
-_OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
+_OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<(?=(?:[^<\n]|<(?!<))*>>)"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
 _TAG = re.compile(r"(\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
 _TAG_ENDS = {
-    "{{": r"\s*(?:()\}\}(?!\})|(~)\}\})", "{{{": r"\s*\}(~?)\}\}", "{{!": r"(~?)\}\}",
-    "{{!--": r"--(~?)\}\}", "<<": r"\s*(~?)>>", "<<<": r"\s*>(~?)>>", "<<!": "(~?)>>", "<<!--": "--(~?)>>", "(": r"\s*()\)",
+    "{{": r"\s*(?:\}\}(?!\})|~\}\})", "{{{": r"\s*\}~?\}\}", "{{!": r"~?\}\}",
+    "{{!--": r"--~?\}\}", "<<": r"\s*~?>>", "<<<": r"\s*>~?>>", "<<!": "~?>>", "<<!--": "--~?>>", "(": r"\s*\)",
 }  # fmt: skip
 _BLOCK_PARAMETERS, _RAW_BLOCK = rf"\s+\|\s*({_NAME}(?:\s+{_NAME})*)\s*\|", r"\{{4}raw\}{4}(.*?)\{{4}/raw\}{4}"
 _STANDALONE = frozenset(("#", "^", "/", "else", ">", "#>", "#*", "!"))
@@ -1137,6 +1137,8 @@ def _scan(source: str) -> list[str | _Tag]:
                 raise TemplateError(error.args[0], source, error.args[1]) from None
             search = position + 1
             continue
+        if len(items) > _MAX_ITEMS:
+            raise TemplateError(f"more than {_MAX_ITEMS} texts and tags in one template", source, position)
         if start < position - escaped:
             items.append(source[start : position - escaped])
         start, search = position, position + 2
@@ -1155,10 +1157,12 @@ def _read_tag(source: str, position: int) -> _Tag:
         return _Tag("else", position, position + 8)
     simple = _SIMPLE_TAG.match(source, position)
     if simple:
-        _, sign, head, argument = simple.groups()
-        tag = _Tag(sign, position, simple.end(), ("path", (0, head.split("."), False), head, simple.start(3)))
-        if argument:
-            tag.arguments = (("path", (0, argument.split("."), False), argument, simple.start(4)),)
+        (_, sign, *texts), starts = simple.groups(), (simple.start(3), simple.start(4))
+        head, *arguments = [
+            ("path", (0, text.lstrip("@").split("."), False), text, start) for text, start in zip(texts, starts) if text
+        ]
+        tag = _Tag(sign, position, simple.end(), head)
+        tag.arguments = arguments
         return tag
     match = _TAG.match(source, position)
     assert match
@@ -1191,21 +1195,28 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
     """Reads head, arguments, named arguments and block parameters into the tag; returns the match of its end."""
     if depth > _MAX_NESTING:
         raise _Malformed(f"sub-expressions nested deeper than {_MAX_NESTING}", position)
-    ending, nodes, named = re.compile(_TAG_ENDS[opener]), [], {}
+    nodes: list[_Node] = []
+    named: dict[str, _Node] = {}
+    ending = re.compile(_TAG_ENDS[opener])
     while not (end := ending.match(source, position, limit)):
         token, key = _TOKEN.match(source, position, limit), ""
-        if token and nodes and token["path"] == "as" and not tag.names:
-            if names := re.compile(_BLOCK_PARAMETERS).match(source, token.end(), limit):
-                tag.names, position = names[1].split(), names.end()
-                continue
+        parameters = re.compile(_BLOCK_PARAMETERS)
+        if token and nodes and token["path"] == "as" and (names := parameters.match(source, token.end(), limit)):
+            tag.names, position = names[1].split(), names.end()
+            continue
         if token and nodes and (equals := re.compile(r"\s*=").match(source, token.end(), limit)):
             key = token["path"] or ""
             token = _TOKEN.match(source, equals.end(), limit) if re.fullmatch(_STEP, key) else None
+        if len(nodes) + len(named) > _MAX_ARGUMENTS:
+            raise _Malformed(f"a tag has at most {_MAX_ARGUMENTS} arguments", position)
         if not token or (not key and named) or tag.names:
-            rest = source[position : min(limit, position + 60)].lstrip()
+            space = re.compile(r"\s*").match(source, position, limit)
+            position = space.end() if space else position
+            rest = source[position : min(limit, position + 60)]
             if opener == "{{" and rest.startswith("}}}"):
                 raise _Malformed("'}}}' closes only '{{{': put a space before a brace that is text", position)
-            raise _Malformed(f"unexpected {rest.split()[0]!r} in a tag" if rest else f"{opener!r} is never closed", position)
+            word = re.split(r"[\s})>]", rest)[0] or rest[:1]
+            raise _Malformed(f"unexpected {word!r} in a tag" if rest else f"{opener!r} is never closed", position)
         node, position = _read_operand(source, token, limit, depth)
         if key:
             named[_unbracketed(key)] = node
@@ -1278,7 +1289,7 @@ def _strip_lines(items: list[str | _Tag]) -> list[Any]:
 # ---- Values: lookup, truth, text, comparison -------------------------------------------------------------------------
 
 _MISSING: Any = object()
-_PLAIN = frozenset((str, int, float, bool, list, dict, tuple))  # what a path may end at as it is; null goes the slow way
+_PLAIN = frozenset((str, int, float, bool, list, dict, tuple))  # what a path may end at as it is
 _ATOMS, _NUMBERS = frozenset((str, int, float, bool)), frozenset((int, float))
 _KINDS: tuple[tuple[Any, str], ...] = (
     (type(None), "null"), (bool, "a boolean"), ((int, float), "a number"), (str, "text"), ((list, tuple), "a list"),
@@ -1607,7 +1618,7 @@ def _if_block(read: _Read, body: _Read, inverse: _Read, zero: _Read) -> _Read:
 
 
 def _scope_block(
-    kind: str, read: _Read, body: _Read, inverse: _Read, names: Sequence[str], framed: bool, refuse: Callable[[Any], None]
+    kind: str, read: _Read, body: _Read, inverse: _Read, names: Sequence[str], framed: bool, refuse: Callable[..., None]
 ) -> _Read:
     """each: the body for each item; with: once, the value as `this`; a section ("") does as the value asks for."""
     loop, (looped, skipped) = _loop(body, names, framed), _SCOPES[kind]
@@ -1659,9 +1670,9 @@ class _TemplateCompiler:
         self.next = self.nesting = 0
         self.end = _Tag("", 0)  # the tag that ended the program compiled last
         self.inlines: dict[str, _Read] = {}  # and its inline partials
-        self.scopes: list[bool | None] = [True]  # is `this` the root, level by level? None: depends on a value
+        self.scopes: tuple[bool | None, ...] = (True,)  # is `this` the root, level by level? None: depends on a value
         self.names: dict[str, int] = {}  # block parameters: how many scopes there are where each is `this`; 0: never
-        self.guards: list[Sequence[str]] = []  # the paths that the #if and #unless around ask for
+        self.guards: list[tuple[str, ...]] = []  # the paths that the #if and #unless around ask for
         self.references: list[tuple[tuple[str, ...], bool, int, bool]] = []  # the last: starts at @root
         self.calls: list[tuple[str, bool, set[str], int]] = []  # partials: name, context is the root, keys, position
         self.framed = False  # whether what was compiled last looks at its frame
@@ -1669,14 +1680,14 @@ class _TemplateCompiler:
     def error(self, reason: str, position: int) -> TemplateError:
         return TemplateError(reason + (f" in partial {self.name!r}" if self.name else ""), self.source, position)
 
-    def program(self, opener: _Tag | None, scope: Sequence[bool | None] = (), names: Sequence[str] = ()) -> _Read:
+    def program(self, opener: _Tag | None, scope: tuple[bool | None, ...] = (), names: Sequence[str] = ()) -> _Read:
         """Compiles up to the tag that ends the opener's body, or to the end of the source."""
         parts: list[Any] = []
         inlines: dict[str, _Read] = {}
-        outer_scopes, outer_names, end = len(self.scopes), self.names, _Tag("", 0)
+        outer, end = (self.scopes, self.names), _Tag("", 0)
         self.scopes += scope
         if names:
-            self.names = {**outer_names, **dict.fromkeys(names, 0), names[0]: len(self.scopes) if scope == (False,) else 0}
+            self.names = {**self.names, **dict.fromkeys(names, 0), names[0]: scope == (False,) and len(self.scopes)}
         self.nesting += 1
         if self.nesting > _MAX_NESTING + 1:
             raise self.error(f"blocks nested deeper than {_MAX_NESTING}", opener.position if opener else 0)
@@ -1697,10 +1708,8 @@ class _TemplateCompiler:
             raise self.error(f"block '{opener.sign}{opener.name}' is never closed", opener.position)
         if end.sign and not opener:
             raise self.error(f"'{end.sign}{end.name}' outside of a block", end.position)
-        del self.scopes[outer_scopes:]
-        self.names = outer_names
+        (self.scopes, self.names), self.end, self.inlines, program = outer, end, inlines, _joined(parts)
         self.nesting -= 1
-        self.end, self.inlines, program = end, inlines, _joined(parts)
         if not inlines:
             return program
 
@@ -1719,12 +1728,10 @@ class _TemplateCompiler:
             ending = f"'/{self.end.name}'" if self.end.sign == "/" else "a second else"
             raise self.error(f"{ending} does not close '{opener.sign}{opener.name}' of line {line}", self.end.position)
 
-    def bodies(self, tag: _Tag, scope: Sequence[bool | None], chained: bool) -> tuple[_Read, _Read]:
+    def bodies(self, tag: _Tag, scope: tuple[bool | None, ...], chained: bool) -> tuple[_Read, _Read]:
         """The body and the inverse of a block. A chained one (`else if`) leaves its end to the block it is in."""
-        first: tuple[Any, ...] = (scope, tag.names)
-        second: tuple[Any, ...] = ((), ())
-        if tag.sign == "^":
-            first, second = second, first
+        inside: list[Any] = [(scope, tag.names), ((), ())]  # what the body sees, and the inverse
+        first, second = reversed(inside) if tag.sign == "^" else inside
         body, inverse = self.program(tag, *first), _nothing
         if self.end.sign == "else" and self.end.head:
             self.end.sign = "#"
@@ -1748,7 +1755,8 @@ class _TemplateCompiler:
 
     def block(self, tag: _Tag, chained: bool = False) -> _Read:
         """A block: if, unless, each, with, or a section over the value of the tag."""
-        kind = tag.name if tag.name in _BLOCKS and tag.name not in self.helpers and tag.head and tag.head[0] == "path" else ""
+        assert tag.head
+        kind = tag.name if tag.name in _BLOCKS and tag.name not in self.helpers and tag.head[0] == "path" else ""
         if kind and len(tag.arguments) != 1:
             raise self.error(f"#{kind} takes one argument", tag.position)
         tests, seen, guarded, around = kind in _LENIENT, len(self.references), len(self.guards), self.framed
@@ -1772,9 +1780,9 @@ class _TemplateCompiler:
         return _scope_block(kind, read, body, inverse, tag.names, framed, refuse)
 
     def value(self, tag: _Tag) -> _Read:
-        """`{{head arguments}}`: a helper's value if arguments or a helper of the caller's ask for one, else a path's."""
+        """`{{head arguments}}`: a helper's value if there are arguments or a helper of the caller's, else a path's."""
         assert tag.head
-        kind, content, text, position = tag.head
+        kind, _, text, position = tag.head
         if kind != "call" and (tag.arguments or tag.named or text in self.helpers):
             return self.call(tag, False)
         if tag.arguments or tag.named or (tag.names and not tag.sign):
@@ -1792,7 +1800,8 @@ class _TemplateCompiler:
         named, strict = self.named(tag, lenient), self.strict and not lenient
 
         def read(this: Any, frame: Any) -> Any:
-            values, keywords = [read(this, frame) for read in reads], {key: read(this, frame) for key, read in named.items()}
+            values = [read(this, frame) for read in reads]
+            keywords = {key: read(this, frame) for key, read in named.items()}
             try:
                 value = function(*values, **keywords)
             except RecursionError:
@@ -1839,11 +1848,12 @@ class _TemplateCompiler:
 
     def refer(self, steps: Sequence[str], lenient: bool, position: int, absolute: bool) -> None:
         if steps:
-            required = not lenient and not any(steps[: len(guard)] == guard for guard in self.guards)
-            self.references.append((tuple(steps), required, position, absolute))
+            segments = tuple(steps)
+            required = not lenient and not any(segments[: len(guard)] == guard for guard in self.guards)
+            self.references.append((segments, required, position, absolute))
 
     def missing(self, text: str, steps: Sequence[str], start: _Read | None, position: int) -> _Read:
-        """Raises the error for a missing value: what there is instead, and how a name outside of the block is written."""
+        """Raises the error for a missing value: what there is instead, and how to write a name outside of the block."""
         hint = f"; outside of the block: ../{text} or @root.{text}" if len(self.scopes) > 1 and not start else ""
 
         def fail(this: Any, frame: Any) -> Any:
@@ -1879,7 +1889,7 @@ class _TemplateCompiler:
         def render(this: Any, frame: _Frame) -> str:
             known = _to_text(name_of(this, frame)) if name_of else name
             if frame["level"] >= _MAX_NESTING:
-                raise self.error(f"partial recursion: {known!r} is more than {_MAX_NESTING} partials deep", tag.position)
+                raise self.error(f"partial recursion: {known!r} is over {_MAX_NESTING} partials deep", tag.position)
             value = context(this, frame) if context else this
             if named:
                 values = {key: read(this, frame) for key, read in named.items()}
@@ -1898,7 +1908,7 @@ class _TemplateCompiler:
                 inner["partial-block"] = (block, frame) if block else frame["partial-block"]
             if defined:
                 inner["partials"] = {**inner["partials"], **{key: (body, frame) for key, body in defined.items()}}
-            text = program(value, inner)
+            text = program(value, inner)  # type: ignore[misc]
             return re.sub(r"^(?!\Z)", indent, text, flags=re.M) if indent else str(text)
 
         return render
@@ -1923,7 +1933,9 @@ class Template:
     `\\{{x}}` and `\\<<x>>` are text too. Numbers that JSON cannot write (nan, infinity) are refused.
     """
 
-    __slots__ = ("_calls", "_constant", "_framed", "_partials", "_program", "_references", "_value", "is_expression", "source")
+    __slots__ = (
+        "_calls", "_constant", "_framed", "_partials", "_program", "_references", "_value", "is_expression", "source"
+    )  # fmt: skip
 
     def __init__(
         self, source: str, strict: bool = True, partials: Mapping[str, Any] | None = None,
@@ -1957,33 +1969,41 @@ class Template:
 
     @property
     def references(self) -> tuple[Reference, ...]:
-        """Every path read from the root: (segments, required, position). Required: it raises if missing and strict."""
-        found = [reference[:3] for reference in self._references]
-        calls = [(name, at_root, frozenset(keys), position) for name, at_root, keys, position in self._calls]
-        seen: set[tuple[str, bool, frozenset[str]]] = set()
-        for name, at_root, keys, position in calls:  # which grows: partials that call each other often are read once
-            partial = self._partials.template(name) if (name, at_root, keys) not in seen else None
-            seen.add((name, at_root, keys))
-            for steps, required, _, absolute in partial._references if partial else ():
-                if absolute or (at_root and steps[0] not in keys):
-                    found.append((steps, required, position))
-            for inner, inner_at_root, inner_keys, _ in partial._calls if partial else ():
-                calls.append((inner, at_root and inner_at_root, keys | inner_keys, position))
+        """Every path read from the root: (segments, required, position). Required: it raises if missing and strict.
+
+        What a partial reads counts at the position of the tag that calls it; names that the tag sets are hidden."""
+        found: list[Reference] = []
+        waiting: list[Any] = [(self, True, frozenset(), None)]  # template, is its context the root, hidden names, place
+        seen = set()
+        while waiting:
+            template, at_root, hidden, place = waiting.pop(0)
+            for steps, required, position, absolute in template._references:
+                if absolute or (at_root and steps[0] not in hidden):
+                    found.append((steps, required, position if place is None else place))
+            for name, same, keys, position in template._calls:
+                call = (name, at_root and same, hidden | keys)
+                partial = None if call in seen else self._partials.template(name)
+                seen.add(call)
+                if partial:
+                    waiting.append((partial, *call[1:], position if place is None else place))
         return tuple(found)
 
 
 def _compile_value(
-    value: Any, strict: bool = True, partials: Mapping[str, Any] | None = None, helpers: _Helpers | None = None, depth: int = 0
-) -> tuple[Callable[[Any], Any], tuple[Reference, ...]]:
+    value: Any, strict: bool = True, partials: Mapping[str, Any] | None = None, helpers: _Helpers | None = None,
+    depth: int = 0,
+) -> tuple[Callable[[Any], Any], tuple[Reference, ...]]:  # fmt: skip
     """(context -> value, references) for a JSON-like value whose texts, keys aside, are templates."""
     if depth > _MAX_NESTING:
         raise TemplateError(f"values nested deeper than {_MAX_NESTING}")
     if isinstance(value, str) and ("{{" in value or "<<" in value):
         template = Template(value, strict, partials, helpers)
-        return (template.evaluate, template.references) if not template._constant else (_constant(template.render({})), ())
+        evaluate = _constant(template.render({})) if template._constant else template.evaluate
+        return evaluate, template.references
     items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
     compiled = [_compile_value(item, strict, partials, helpers, depth + 1) for item in items]
-    results, references = [evaluate for evaluate, _ in compiled], tuple(found for _, inner in compiled for found in inner)
+    results = [evaluate for evaluate, _ in compiled]
+    references = tuple(found for _, inner in compiled for found in inner)
     if all(getattr(evaluate, "constant", _MISSING) is item for evaluate, item in zip(results, items)):
         return _constant(value), ()
     if isinstance(value, dict):
@@ -1993,8 +2013,8 @@ def _compile_value(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Conditions: text -> compiled predicate. A parser of its own (never `eval`); a reference or a tag is an operand, so that
-# no value can change the expression. Regular expressions pass a guard that bounds what backtracking may cost.
+# 5. Conditions: text -> compiled predicate. A parser of its own (never `eval`); a reference or a tag is an operand, so
+# that no value can change the expression. Regular expressions pass a guard that bounds what backtracking may cost.
 # ---------------------------------------------------------------------------------------------------------------------
 
 _CONDITION_TOKEN = re.compile(
@@ -2022,7 +2042,9 @@ def _contains(container: Any, item: Any) -> bool:
         return False
     if not isinstance(item, (str, int, float)) or not isinstance(container, (str, Mapping)):
         raise TypeError(f"cannot look for {_kind(item)} in {_kind(container)}")
-    return _to_text(item) in container if isinstance(container, str) else _child(container, _to_text(item)) is not _MISSING
+    if isinstance(container, str):
+        return _to_text(item) in container
+    return _child(container, _to_text(item)) is not _MISSING
 
 
 def _on_texts(test: Callable[[str, str], bool]) -> Callable[[Any, Any], bool]:
@@ -2059,7 +2081,7 @@ class _ConditionParser:
         self.advance()
 
     def advance(self) -> None:
-        """To the next token: its kind (None for none), its text and where it starts; `mark` is an operator's spelling."""
+        """To the next token: its kind (None for none), text and start; `mark` is the spelling of an operator."""
         match = _CONDITION_TOKEN.match(self.source, self.end)
         self.kind = match.lastgroup if match else None
         self.word, self.start = (match[self.kind], match.start(self.kind)) if match and self.kind else ("", self.end)
@@ -2074,7 +2096,8 @@ class _ConditionParser:
         if not rest:
             return self.error("the condition ends too early", self.start)
         hints = {"=": ": use '=='", "'": ": this text is never closed", '"': ": this text is never closed"}
-        return self.error(f"unexpected {rest[1][:40]!r}{hints.get(rest[1][0], '') if not self.word else ''}", rest.start(1))
+        hint = "" if self.word else hints.get(rest[1][0], "")
+        return self.error(f"unexpected {rest[1][:40]!r}{hint}", rest.start(1))
 
     def expect(self, mark: str) -> None:
         if self.mark != mark:
@@ -2101,7 +2124,7 @@ class _ConditionParser:
         return left
 
     def junction(self, terms: list[_Read], decisive: bool) -> _Read:
-        """`or` (an operand that holds decides) or `and` (one that does not); its value is that of the deciding operand."""
+        """`or` (an operand that holds decides) or `and` (one that does not): the value of the deciding operand."""
 
         def read(this: Any, frame: Any) -> Any:
             value = None
@@ -2195,7 +2218,8 @@ class _ConditionParser:
         if text.lower() in _CONSTANTS:
             return _constant(_CONSTANTS[text.lower()])
         if self.mark != "(":
-            steps = tuple(step.strip("[]'\"") if step[0] == "[" else step for step in re.findall(r"\[[^\]]*\]|[\w-]+", text))
+            found = re.findall(r"\[[^\]]*\]|[\w-]+", text)
+            steps = tuple(step.strip("[]'\"") if step[0] == "[" else step for step in found)
             self.references.append((steps, False, start))
             return _path_reader(steps)
         function = _FUNCTIONS.get(text.lower())
@@ -2222,10 +2246,10 @@ class Condition:
     Operators, loosest first: or ||, and &&, not !, then == != < <= > >= in, not in, contains, matches (regular
     expression), startswith, endswith. What is missing is null.
 
-    Equality: a text equals the number that it spells and, in any case, the boolean; booleans and numbers are never equal
-    (`true == 1` is false); lists and maps are equal item by item. Order: numbers, or texts by code point; a text that
-    spells a number orders with numbers; null orders with nothing (false). Truth: Handlebars', with the texts "false",
-    "no" and "0" false too. `or` and `and` give the value of the operand that decides, as in Python.
+    Equality: a text equals the number that it spells and, in any case, the boolean; booleans and numbers are never
+    equal (`true == 1` is false); lists and maps are equal item by item. Order: numbers, or texts by code point; a text
+    that spells a number orders with numbers; null orders with nothing (false). Truth: Handlebars', with the texts
+    "false", "no" and "0" false too. `or` and `and` give the value of the operand that decides, as in Python.
     """
 
     __slots__ = ("_read", "references", "source")
@@ -2276,16 +2300,17 @@ def _compile_regex(pattern: str) -> re.Pattern[str]:
 
 def _guarded(pattern: re.Pattern[str], text: str) -> re.Pattern[str]:
     """The pattern; ConditionError if to search this text with it could take more than a second or two."""
-    if _regex_cost(pattern.pattern).steps(text) > _MAX_STEPS:
-        raise ConditionError("this regular expression can take forever on this text; simplify or anchor it", pattern.pattern)
+    cost = _regex_cost(pattern.pattern)
+    if len(text) > cost.safe_length and cost.steps(text) > _MAX_STEPS:
+        raise ConditionError("this regular expression can take forever on this text; anchor it", pattern.pattern)
     return pattern
 
 
 def _guarded_search(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     """pattern.search(text), or ConditionError as in _guarded; a pattern that begins with a run takes less here."""
     cost = _regex_cost(pattern.pattern)
-    if cost.by_runs and cost.steps(text, by_runs=True) <= _MAX_STEPS:
-        return cost.by_runs.search(text)  # type: ignore[no-any-return]
+    if len(text) > cost.safe_length and cost.by_runs and cost.steps(text, by_runs=True) <= _MAX_STEPS:
+        return cost.by_runs.search(text)
     return _guarded(pattern, text).search(text)
 
 
@@ -2320,7 +2345,10 @@ class _RegexCost:
         self.anchored = begins == "AT_BEGINNING_STRING" or (begins == "AT_BEGINNING" and not tree.state.flags & re.M)
         self.mark = "\n" if begins == "AT_BEGINNING" else self.literal(nodes)
         self.entry, self.by_runs = self.literal(nodes[1:]), self.started_by_runs(nodes)
-        if self.total(self.products, 1 if self.anchored else 50, dict.fromkeys(self.runs, 50)) > _MAX_STEPS:
+        self.safe_length = 25  # of texts that need no closer look
+        while self.safe_length < 1e7 and self.total(self.products, self.safe_length * 2) <= _MAX_STEPS:
+            self.safe_length *= 2
+        if self.safe_length < 50:
             raise ConditionError("this regular expression can take forever on some texts", pattern)
 
     def literal(self, nodes: Any) -> str:
@@ -2341,19 +2369,17 @@ class _RegexCost:
         guard = (_regex_parser.ASSERT_NOT, (-1, self.tree(*repeated)))
         return _regex_compiler.compile(self.tree(guard, *nodes))  # type: ignore[no-any-return]
 
-    def total(self, products: Any, starts: int, lengths: Mapping[str, int]) -> int:
-        return self.ways * starts * sum(math.prod(lengths[run] + 1 for run in runs) for runs in products)
+    def total(self, products: Any, length: int, starts: int = 0, runs: Mapping[str, int] | None = None) -> int:
+        """The steps for a text of some length, for the places where a search may start, and for its longest runs."""
+        longest = runs or dict.fromkeys(self.runs, length)
+        each = sum(math.prod(longest[run] + 1 for run in product) for product in products)
+        return int(length + self.ways * (1 if self.anchored else starts or length) * each)
 
     def steps(self, text: str, by_runs: bool = False) -> int:
-        """At most how many steps a search of the text takes; runs are measured only if that matters."""
-        starts = text.count(self.entry if by_runs else self.mark) + 1
-        products, lengths = self.rest if by_runs else self.products, dict.fromkeys(self.runs, len(text))
-        most = self.total(products, 1 if self.anchored else starts, lengths)
-        if most > _MAX_STEPS:
-            for key, run in self.runs.items():
-                lengths[key] = max((len(found[0]) for found in run.finditer(text)), default=0)
-            most = self.total(products, 1 if self.anchored else starts, lengths)
-        return most + len(text)
+        """At most how many steps a search of the text takes."""
+        starts, products = text.count(self.entry if by_runs else self.mark) + 1, self.rest if by_runs else self.products
+        runs = {key: max((len(found[0]) for found in run.finditer(text)), default=0) for key, run in self.runs.items()}
+        return self.total(products, len(text), starts, runs)
 
     def sequence(self, nodes: Any, state: Any, depth: int) -> Any:
         for operation, argument in reversed(list(nodes)):
@@ -2372,7 +2398,8 @@ class _RegexCost:
     def characters(self, node: Any) -> frozenset[str]:
         """The sample characters that a node takes."""
         if repr(node) not in self.known:
-            self.known[repr(node)] = frozenset(filter(_regex_compiler.compile(self.tree(node), self.flags).match, self.samples))
+            single = _regex_compiler.compile(self.tree(node), self.flags)
+            self.known[repr(node)] = frozenset(filter(single.match, self.samples))
         return self.known[repr(node)]  # type: ignore[no-any-return]
 
     def node(self, operation: Any, argument: Any, state: Any, depth: int) -> Any:
