@@ -1255,11 +1255,9 @@ def _read_tag(source: str, position: int) -> _Tag:
         return _Tag("else", position, position + 8)
     simple = _SIMPLE_TAG.match(source, position)
     if simple:
-        (_, sign, *texts), starts = simple.groups(), (simple.start(3), simple.start(4))
-        head, *arguments = [
-            ("path", (0, text.lstrip("@").split("."), False), text, start) for text, start in zip(texts, starts) if text
-        ]
-        tag = _Tag(sign, position, simple.end(), head)
+        found = [(simple[group], simple.start(group)) for group in (3, 4) if simple[group]]
+        head, *arguments = [("path", (0, text.lstrip("@").split("."), False), text, start) for text, start in found]
+        tag = _Tag(simple[2], position, simple.end(), head)
         tag.arguments = arguments
         return tag
     match = _TAG.match(source, position)
