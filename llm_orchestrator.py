@@ -1075,7 +1075,7 @@ def _finite(value: Any) -> Any:
 if TYPE_CHECKING:
     _Frame = dict[str, Any]  # what a tag sees besides `this`, see _root_frame
     _Read = Callable[[Any, Any], Any]  # (this, frame) -> value
-    _Operand = tuple[str, Any, str, int]  # kind ("literal", "path", "key", "call"), content, text, position
+    _Expression = tuple[str, Any, str, int]  # kind ("literal", "path", "key", "call"), content, text, position
     _Helpers = Mapping[str, Callable[..., Any]]
     Reference = tuple[tuple[str, ...], bool, int]  # segments, required, position
 
@@ -1106,13 +1106,13 @@ class _Malformed(Exception):
 class _Tag:
     """One tag: its sign ("" for a value), what it calls with what, block parameters, and `~` on either side."""
 
-    arguments: Sequence[_Operand] = ()
-    named: Mapping[str, _Operand] = {}
+    arguments: Sequence[_Expression] = ()
+    named: Mapping[str, _Expression] = {}
     names: Sequence[str] = ()
     left = right = False
     indent = ""
 
-    def __init__(self, sign: str, position: int, end: int = 0, head: _Operand | None = None) -> None:
+    def __init__(self, sign: str, position: int, end: int = 0, head: _Expression | None = None) -> None:
         self.sign, self.position, self.end, self.head = sign, position, end, head
 
     @property
@@ -1157,11 +1157,9 @@ def _read_tag(source: str, position: int) -> _Tag:
         return _Tag("else", position, position + 8)
     simple = _SIMPLE_TAG.match(source, position)
     if simple:
-        (_, sign, *texts), starts = simple.groups(), (simple.start(3), simple.start(4))
-        head, *arguments = [
-            ("path", (0, text.lstrip("@").split("."), False), text, start) for text, start in zip(texts, starts) if text
-        ]
-        tag = _Tag(sign, position, simple.end(), head)
+        found = [(simple[group], simple.start(group)) for group in (3, 4) if simple[group]]
+        head, *arguments = [("path", (0, text.lstrip("@").split("."), False), text, start) for text, start in found]
+        tag = _Tag(simple[2], position, simple.end(), head)
         tag.arguments = arguments
         return tag
     match = _TAG.match(source, position)
@@ -1195,8 +1193,8 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
     """Reads head, arguments, named arguments and block parameters into the tag; returns the match of its end."""
     if depth > _MAX_NESTING:
         raise _Malformed(f"sub-expressions nested deeper than {_MAX_NESTING}", position)
-    nodes: list[_Node] = []
-    named: dict[str, _Node] = {}
+    nodes: list[_Expression] = []
+    named: dict[str, _Expression] = {}
     ending = re.compile(_TAG_ENDS[opener])
     while not (end := ending.match(source, position, limit)):
         token, key = _TOKEN.match(source, position, limit), ""
@@ -1227,7 +1225,7 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
     return end
 
 
-def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> tuple[_Operand, int]:
+def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> tuple[_Expression, int]:
     """The node that a token opens (a path, a literal or a sub-expression) and where it ends."""
     kind = token.lastgroup or ""
     text, start, end = token[kind], token.start(kind), token.end()
@@ -1818,7 +1816,7 @@ class _TemplateCompiler:
     def named(self, tag: _Tag, lenient: bool = False) -> dict[str, _Read]:
         return {key: self.expression(node, lenient) for key, node in tag.named.items()}
 
-    def expression(self, node: _Operand, lenient: bool = False, raw: bool = False) -> _Read:
+    def expression(self, node: _Expression, lenient: bool = False, raw: bool = False) -> _Read:
         """The closure of a node. Lenient: a missing value is null. Raw: a view at the end of a path stays a view."""
         kind, content, text, position = node
         if kind == "literal":
@@ -4940,11 +4938,11 @@ class Provider:
 
     @classmethod
     def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        """Which variable has to be set, if one has to."""
-        if not (settings.get("base_url") or cls.BASE_URL):
-            return " or ".join(cls.URL_VARIABLES)
+        """Which variables have to be set, if any have to."""
         keyed = settings.get("api_key") or settings.get(cls.TOKEN_OPTION) or not cls.NEEDS_KEY
-        return "" if keyed else " or ".join(cls.KEY_VARIABLES)
+        placed = settings.get("base_url") or cls.BASE_URL
+        missing = () if placed else cls.URL_VARIABLES, () if keyed else cls.KEY_VARIABLES
+        return " and ".join(" or ".join(names) for names in missing if names)
 
     def address(self, base_url: str) -> str:
         """The base URL without the PREFIX, or another version, that it may end with."""
