@@ -4941,8 +4941,6 @@ class Provider:
     @classmethod
     def missing_settings(cls, settings: Mapping[str, Any]) -> str:
         """Which variable has to be set, if one has to."""
-        if not (settings.get("base_url") or cls.BASE_URL):
-            return " or ".join(cls.URL_VARIABLES)
         keyed = settings.get("api_key") or settings.get(cls.TOKEN_OPTION) or not cls.NEEDS_KEY
         return "" if keyed else " or ".join(cls.KEY_VARIABLES)
 
@@ -5403,6 +5401,10 @@ class AzureOpenAIProvider(OpenAIProvider):
         "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None,
     }  # fmt: skip
     TOKEN_OPTION, KEY_HEADER = "ad_token", ("api-key", "")
+
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        return super().missing_settings(settings) if settings.get("base_url") else "AZURE_OPENAI_ENDPOINT"
 
     def place(self, path: str, model: str) -> str:
         version = str(self.options["api_version"] or "v1")
