@@ -4938,7 +4938,11 @@ class Provider:
 
     @classmethod
     def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+<<<<<<< HEAD
         """Which variables have to be set, if any have to."""
+=======
+        """Which variable has to be set, if one has to."""
+>>>>>>> 618ef0f14366f96ea24b7eeb2049630e7cc9d60d
         keyed = settings.get("api_key") or settings.get(cls.TOKEN_OPTION) or not cls.NEEDS_KEY
         placed = settings.get("base_url") or cls.BASE_URL
         missing = () if placed else cls.URL_VARIABLES, () if keyed else cls.KEY_VARIABLES
@@ -5401,6 +5405,10 @@ class AzureOpenAIProvider(OpenAIProvider):
         "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None,
     }  # fmt: skip
     TOKEN_OPTION, KEY_HEADER = "ad_token", ("api-key", "")
+
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        return super().missing_settings(settings) if settings.get("base_url") else "AZURE_OPENAI_ENDPOINT"
 
     def place(self, path: str, model: str) -> str:
         version = str(self.options["api_version"] or "v1")
