@@ -4938,11 +4938,7 @@ class Provider:
 
     @classmethod
     def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-<<<<<<< HEAD
         """Which variables have to be set, if any have to."""
-=======
-        """Which variable has to be set, if one has to."""
->>>>>>> 618ef0f14366f96ea24b7eeb2049630e7cc9d60d
         keyed = settings.get("api_key") or settings.get(cls.TOKEN_OPTION) or not cls.NEEDS_KEY
         placed = settings.get("base_url") or cls.BASE_URL
         missing = () if placed else cls.URL_VARIABLES, () if keyed else cls.KEY_VARIABLES
