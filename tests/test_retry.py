@@ -115,9 +115,9 @@ def test_null_means_the_default() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["exponential", "linear", "constant"])
-@pytest.mark.parametrize("initial", [0, 1, "200000h", 1_000_000_000_000])
+@pytest.mark.parametrize("initial", [0, 1, "24h", 86_400_000])
 def test_no_number_of_failures_overflows(strategy: str, initial: Any) -> None:
-    policy = RetryPolicy(1000, strategy, initial, "200000h", 1000, jitter=False)
+    policy = RetryPolicy(1000, strategy, initial, "24h", 1000, jitter=False)
     delays = [policy.delay_seconds(failures) for failures in (1, 2, 100, 103, 104, 999, 10**9)]
     assert delays == sorted(delays)
     assert all(delay == 0 for delay in delays) if initial == 0 else delays[-1] is not None
