@@ -2461,7 +2461,7 @@ _regex_cost = functools.lru_cache(maxsize=256)(_RegexCost)
 
 _ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_LONGEST_SECONDS = 1e9  # that a clock, a lock and a socket all take
+_LONGEST_SECONDS = 1e9  # that a clock, a lock and a socket all take; longer durations mean this
 _MAX_WORKFLOW_DEPTH = 16
 if TYPE_CHECKING:
     _Path = tuple[Any, ...]  # of keys and indexes, from the top of the document
@@ -2477,7 +2477,7 @@ def _seconds(value: Any, bare_unit: str) -> float | None:
         seconds = float(match[1]) * _UNIT_SECONDS[match[2] or bare_unit] if match else seconds
     elif _is_number(value):
         seconds = value * _UNIT_SECONDS[bare_unit]
-    return seconds if 0 <= seconds <= _LONGEST_SECONDS else None
+    return min(seconds, _LONGEST_SECONDS) if 0 <= seconds < 1e12 else None
 
 
 def _type_name(value: Any) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import gc
 import json
 import math
 import subprocess
@@ -567,18 +566,6 @@ def test_containers_nest_as_deep_as_a_document_may() -> None:
     assert Workflow.from_yaml(workflow.to_yaml()).validate() == []
     with pytest.raises(ValidationError, match="nested deeper than 100"):
         Workflow.from_dict({"name": "t", "steps": [{"id": "a", "type": "parallel", "tasks": [{"tasks": [step]}]}]})
-
-
-def test_a_library_user_in_a_thread_keeps_the_garbage_collector() -> None:
-    assert gc.isenabled()
-    Workflow.from_yaml(steps(LLM)).validate()
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        Workflow.from_yaml(steps(LLM)).validate()
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
 
 
 @pytest.mark.slow
