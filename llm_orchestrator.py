@@ -29,7 +29,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import gc
 import itertools
 import json
 import math
@@ -41,7 +40,6 @@ import time
 from bisect import bisect_right
 from collections import ChainMap
 from collections.abc import Mapping
-from types import SimpleNamespace
 
 __version__ = "0.1.0"
 
@@ -8116,9 +8114,8 @@ class _StepRun:
     def count(self, request: Any, answer: Any) -> None:
         """Adds what an answer says that it used, and what that cost."""
         inputs, outputs = _used_tokens(answer)
-        total = getattr(answer, "total_tokens", None)
-        used = {"input_tokens": inputs, "output_tokens": outputs}
-        used["total_tokens"] = total if _is_integer(total) and total > 0 else inputs + outputs
+        total = _tokens(answer, "total_tokens") or inputs + outputs
+        used = {"input_tokens": inputs, "output_tokens": outputs, "total_tokens": total}
         cost = self.run.budget.cost(request.model, inputs, outputs)
         self.add_usage(used if cost is None else {**used, "cost": cost})
 
@@ -8278,9 +8275,13 @@ class _Gate:
 
 def _used_tokens(answer: Any) -> tuple[int, int]:
     """(input, output) tokens that an answer says it used."""
-    counts = (getattr(answer, name, None) for name in ("input_tokens", "tokens", "output_tokens"))
-    inputs, texts, outputs = (max(count, 0) if _is_integer(count) else 0 for count in counts)
-    return inputs or texts, outputs
+    return _tokens(answer, "input_tokens") or _tokens(answer, "tokens"), _tokens(answer, "output_tokens")
+
+
+def _tokens(answer: Any, name: str) -> int:
+    """A count of an answer; 0 if it has none."""
+    count = getattr(answer, name, None)
+    return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0
 
 
 class BudgetExceededError(ExecutionError):
@@ -10523,28 +10524,30 @@ class _Batch:
         """Opens the results, and takes over what an earlier run of the same batch has done."""
         partial = f"{path}.partial"
         if os.path.exists(partial):
-            with open(partial, encoding="utf-8") as lines:
+            with open(partial, encoding="utf-8", errors="replace") as lines:
                 whole = [line for line in lines if line.endswith("\n")]
-            if not whole or json.loads(whole[0]) != self.identity:
+            if not whole or whole[0].strip() != _to_json(self.identity):
                 raise OrchestratorError(f"{partial} is of another batch: remove it, or choose another --out")
             with open(path, "a+b") as out:
                 out.seek(0)
                 size = 0
-                for line in out:
-                    if line.endswith(b"\n"):
-                        size += len(line)
-                        self.count(json.loads(line))
-                        self.next += 1
+                for written in out:
+                    if written.endswith(b"\n"):
+                        size += len(written)
+                        entry = json.loads(written)
+                        self.count(entry)
+                        self.next = entry["line"]
                 out.truncate(size)
             for line in whole[1:]:
-                if json.loads(line)["line"] > self.next:
-                    self.early[json.loads(line)["line"] - 1] = line
-                    self.count(json.loads(line))
+                entry = json.loads(line)
+                if entry["line"] > self.next:
+                    self.early[entry["line"] - 1] = line
+                    self.count(entry)
         elif os.path.exists(path):
-            raise OrchestratorError(f"{path} is there already, and no unfinished batch: remove it, or choose another --out")
+            raise OrchestratorError(f"{path} is there, but no unfinished batch: remove it, or choose another --out")
         _replace_file(partial, "".join([_to_json(self.identity) + "\n", *self.early.values()]))
-        self.partial = open(partial, "a", encoding="utf-8", newline="")
-        self.out = open(path, "a", encoding="utf-8", newline="")
+        self.partial = open(partial, "a", encoding="utf-8", newline="")  # noqa: SIM115
+        self.out = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115
         self.write_out()
 
     def inputs(self, common: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
