@@ -6258,6 +6258,7 @@ _HANDLERS: dict[str, Callable[[_StepRun, dict[str, Any]], Awaitable[tuple[Any, .
 
 _DEFAULT_CONCURRENCY = 4
 _PROVIDER_TYPES = frozenset(("llm", "embed", "vector_search", "vector_upsert"))
+_PATIENCE_SECONDS = 0.5  # after which what did not heed its cancellation is cancelled again
 _SLICE_SECONDS = 0.004  # how long steps that never wait may keep the event loop to themselves
 _USAGE = ("input_tokens", "output_tokens", "total_tokens", "calls")
 
@@ -6631,7 +6632,9 @@ class _GraphRun:
         finally:
             while self.tasks:
                 with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait(list(self.tasks))
+                    await asyncio.wait(list(self.tasks), timeout=_PATIENCE_SECONDS if self.cancelled else None)
+                if self.cancelled:
+                    self.abort()
             self.close()
         if self.crash is not None:
             raise self.crash
@@ -6640,13 +6643,14 @@ class _GraphRun:
 
     def is_over(self) -> bool:
         idle = not self.tasks and not self.draining
-        return not self.unfinished or self.crash is not None or (idle and (self.cancelled or self.paused))
+        return not self.unfinished or self.crash is not None or self.cancelled or (idle and self.paused)
 
     def abort(self) -> None:
         """Cancels what runs; what has not begun will not."""
         self.cancelled = True
         for task in list(self.tasks):
             task.cancel()
+        self.wake()
 
     def close(self) -> None:
         """Gives every step that never began its final state; in a paused run it has none yet."""
@@ -6934,6 +6938,7 @@ class _StepRun:
 
         node = self.node
         self.result.attempts += 1
+        self.expired = False
         if self.result.attempts > 1 and _STEP_TYPES[node.type].container:
             for step_id in [known for known in self.run.results if known.startswith(f"{self.id}.")]:
                 del self.run.results[step_id]  # this attempt may not come as far as the last one
@@ -6947,8 +6952,7 @@ class _StepRun:
         except asyncio.CancelledError:
             if not self.expired or self.siblings.cancelled:
                 raise
-            self.expired = False
-            if self.task is not None and hasattr(self.task, "uncancel"):
+            while self.task is not None and hasattr(self.task, "cancelling") and self.task.cancelling():
                 self.task.uncancel()
             if node.type in _PROVIDER_TYPES:
                 provider = str(values.get("provider") or values.get("database"))
@@ -7183,6 +7187,7 @@ class _Clock:
         self.step.expired = True
         if self.step.task is not None:
             self.step.task.cancel()
+            self.timer = self.step.run.loop.call_later(_PATIENCE_SECONDS, self.expire)
 
 
 class BudgetExceededError(ExecutionError):
@@ -7414,7 +7419,9 @@ class _Run:
         for listener in self.listeners:
             try:
                 listener(event)
-            except Exception as error:  # a listener's fault is not the run's
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a listener's fault is not the run's
                 _logger().warning("on_event raised %r", error)
         if self.logger is not None:
             _log_event(self.logger, event)
@@ -7515,20 +7522,23 @@ class WorkflowExecutor:
         except RuntimeError:
             return asyncio.run(self.execute())
         outcome: list[Any] = []
+        ended, caller = threading.Event(), asyncio.current_task()
 
         def in_thread() -> None:
             try:
                 outcome.append(asyncio.run(self.execute()))
             except BaseException as error:
                 outcome.append(error)
+            ended.set()
 
-        thread = threading.Thread(target=in_thread, name="llm_orchestrator-run", daemon=True)
-        thread.start()
+        threading.Thread(target=in_thread, name="llm_orchestrator-run", daemon=True).start()
         try:
-            thread.join()
+            while not ended.wait(0.1):  # Ctrl-C in asyncio.run raises nothing here: it asks for the task's cancellation
+                if caller is not None and hasattr(caller, "cancelling") and caller.cancelling():
+                    self.cancel()
         except BaseException:
             self.cancel()
-            thread.join(1)
+            ended.wait(1)
             raise
         if isinstance(outcome[0], BaseException):
             raise outcome[0]
