@@ -6292,6 +6292,11 @@ class StepResult:
     def fail(self, error: BaseException) -> None:
         self.status, self.exception, self.error = "failed", error, _error_summary(error)
 
+    def failure_text(self) -> str:
+        """The error after the id of the step that it is from: this one, or the child that it names."""
+        message = str((self.error or {}).get("message", "failed"))
+        return message if message.startswith(f"{self.step_id}.") else f"{self.step_id}: {message}"
+
     def to_dict(self) -> dict[str, Any]:
         """The step's entry in the JSON result; keys that mean nothing for it are left out."""
         entry: dict[str, Any] = {"step_id": self.step_id, "type": self.type, "status": self.status}
@@ -6779,9 +6784,8 @@ class _GraphRun:
         if failures:
             first = failures[0]
             more = f" (and {len(failures) - 1} more of {len(self.results)})" if len(failures) > 1 else ""
-            reason = first.error["message"] if first.error else "failed"
             transient = first.exception is not None and _is_transient(first.exception)
-            error = ExecutionError(f"{first.step_id}: {reason}{more}", first.step_id, retryable=transient)
+            error = ExecutionError(first.failure_text() + more, first.step_id, retryable=transient)
             raise error from first.exception
 
 
@@ -7363,7 +7367,7 @@ class _Run:
             result.exception = ExecutionError("the run was cancelled")
         elif failures:
             first = failures[0]
-            error = ExecutionError(f"{first.step_id}: {first.error['message'] if first.error else ''}", first.step_id)
+            error = ExecutionError(first.failure_text(), first.step_id)
             error.__cause__ = first.exception
             result.exception, result.error = error, {**(first.error or {}), "step_id": first.step_id}
         elif self.budget.error is not None:  # also where continue_on_error hides it: the run is not complete
