@@ -83,7 +83,8 @@ class Odd(Exception):
 
 ERRORS: list[BaseException] = [
     SystemExit(3), GeneratorExit(), StopIteration(1), StopAsyncIteration(), Exception(), Mute(), Odd(),
-    BaseException("b"), asyncio.CancelledError(), concurrent.futures.CancelledError(), concurrent.futures.InvalidStateError(),
+    BaseException("b"), asyncio.CancelledError(), concurrent.futures.CancelledError(),
+    concurrent.futures.InvalidStateError(),
     RecursionError(), MemoryError(), asyncio.TimeoutError(), KeyError("k"),
     UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"),
 ]  # fmt: skip
