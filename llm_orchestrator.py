@@ -29,6 +29,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -45,14 +46,14 @@ __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022
     "AnthropicProvider", "AuthenticationError", "AzureOpenAIProvider", "BadResponseError", "BudgetExceededError",
-    "CohereProvider",
-    "CompletionRequest", "CompletionResponse", "Condition", "ConditionError", "ContextLengthError", "DagError",
-    "EchoProvider", "EmbeddingRequest", "EmbeddingResponse", "ExecutionError", "GeminiProvider", "LocalVectorStore",
-    "MistralProvider", "OllamaProvider", "OpenAICompatibleProvider", "OpenAIProvider", "OrchestratorError",
-    "PROVIDERS", "ParseError", "Problem", "Provider", "ProviderConnectionError", "ProviderError",
-    "ProviderTimeoutError", "QuotaExceededError", "RateLimitError", "RetryPolicy", "RunResult", "RunTimeoutError",
-    "Step", "StepResult", "Template", "TemplateError", "VECTOR_STORES", "ValidationError", "VoyageProvider",
-    "Workflow", "WorkflowDAG", "WorkflowExecutor", "load_yaml",
+    "Cassette", "ChromaStore", "CircuitOpenError", "CohereProvider", "CompletionRequest", "CompletionResponse", "Condition",
+    "ConditionError", "ContextLengthError", "DagError", "EchoProvider", "EmbeddingRequest", "EmbeddingResponse",
+    "ExecutionError", "GeminiProvider", "load_yaml", "LocalVectorStore", "MistralProvider", "OllamaProvider",
+    "OpenAICompatibleProvider", "OpenAIProvider", "OrchestratorError", "ParseError", "PineconeStore", "Problem",
+    "Provider", "ProviderConnectionError", "ProviderError", "PROVIDERS", "ProviderTimeoutError", "QdrantStore",
+    "QuotaExceededError", "RateLimitError", "ResponseCache", "RetryPolicy", "RunResult", "RunTimeoutError",
+    "SQLiteStore", "Step", "StepResult", "Store", "Template", "TemplateError", "ValidationError", "VECTOR_STORES",
+    "VectorStore", "VoyageProvider", "WeaviateStore", "Workflow", "WorkflowDAG", "WorkflowExecutor",
 ]
 
 TYPE_CHECKING = False  # the name is enough for type checkers, and `typing` is slow to import
@@ -60,8 +61,10 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import logging
-    from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator, Sequence
-    from typing import Any
+    from collections.abc import AsyncIterator, Awaitable, Callable, Container, Generator, Iterable, Iterator, Sequence
+    from typing import Any, Optional
+
+    _NodeTag, _Anchor = Optional[type], Optional[list[Any]]
 else:
     Any = object  # for `dict[str, Any]` as a base class
 
@@ -121,12 +124,25 @@ class ConditionError(TemplateError):
     """A condition that does not parse, or that compares what cannot be compared."""
 
 
-def _suggestion(word: str, known: Iterable[str]) -> str:
-    """`, did you mean 'prompt'?` for the nearest of the known words, or nothing."""
+def _nearest(word: Any, known: Iterable[Any]) -> list[str]:
+    """The one of the known words that the word is probably meant to be, if there is one."""
     import difflib
 
-    nearest = difflib.get_close_matches(str(word)[:100], list(known), n=1)
-    return f", did you mean {nearest[0]!r}?" if nearest else ""
+    word, words = str(word)[:100].lower(), list(map(str, known))
+    if len(words) > 300:  # comparing takes long
+        words = [one for one in words if one[:3].lower() == word[:3] or one[-3:].lower() == word[-3:]][:300]
+    lowered = {one.lower(): one for one in words}
+    return [lowered[one] for one in difflib.get_close_matches(word, lowered, n=1)]
+
+
+def _suggestion(word: Any, known: Iterable[Any]) -> str:
+    """`, did you mean 'prompt'?` for the nearest of the known words, or nothing."""
+    return "".join(f", did you mean {nearest!r}?" for nearest in _nearest(word, known))
+
+
+def _known(word: Any, known: Iterable[Any]) -> str:
+    """The suggestion, or else all the known words."""
+    return _suggestion(word, known) or f"; there are {', '.join(map(str, known))}"
 
 
 class Problem:
@@ -136,7 +152,7 @@ class Problem:
     when there is no text. `severity` is "error" or "warning". str() reads `wf.yaml:12:5: message`.
     """
 
-    __slots__ = ("column", "custom", "cycle", "line", "message", "path", "severity", "source")
+    __slots__ = ("column", "custom", "cycle", "inside", "line", "message", "path", "severity", "source")
 
     def __init__(
         self,
@@ -151,6 +167,7 @@ class Problem:
         self.source, self.severity = source, severity
         self.cycle: list[str] | None = None
         self.custom: tuple[str, str] | None = None  # (argument, name) of what only a run can know
+        self.inside: tuple[str, int] | None = None  # a template and the position in it, for an exact place
 
     def __str__(self) -> str:
         place = f"{self.source}:{self.line}:{self.column}" if self.line else self.source
@@ -258,8 +275,7 @@ class ContextLengthError(ProviderError):
 # in linear time. The reader is a recursive descent over (text, position); regular expressions find where things end.
 # ---------------------------------------------------------------------------------------------------------------------
 _MAX_DEPTH = 100  # collections within collections
-_MAX_DIGITS = 4300  # of a number: int() is quadratic, and newer Pythons refuse more
-_TOO_LARGE = 10**_MAX_DIGITS
+_MAX_DIGITS = 3500  # characters of a whole number: int() is quadratic, and str() of newer Pythons refuses 4300 digits
 _MAX_KEY = 1024  # characters of a key up to its colon, by the specification
 _MAX_EXPANSION = 1_000_000  # nodes reached through aliases; a text counts one more for every 100 characters
 
@@ -273,46 +289,54 @@ _BYTE_ORDER_MARKS = (
 # The expressions repeat character sets and never groups, except over a bounded stretch: a repeated group costs memory
 # for each round. The text ends with a newline, so that `text[position + 1]` is there for every character of a line.
 _FIRST = r"""[^ \t\n\-?:,\[\]{}#&*!|>'"%@`]"""  # starts a plain scalar wherever it stands
-_WORD, _DOUBLE, _SINGLE = r"([A-Za-z_][\w.-]{0,1000})", r'"([^"\\\n]*)"', r"'([^'\n]*)'"
-_BLOCK_VALUE = rf"(?:(-?{_FIRST}(?:[^:#\n]*[^:#\n \t])?)|{_DOUBLE}|{_SINGLE})(?:[ \t]+#[^\n]*|[ \t]*)\n( *)(?=[^ \t\n#])"
-_FLOW_VALUE = rf"(?:(-?{_FIRST}(?:[^:#,\[\]{{}}\n]*[^:#,\[\]{{}}\n \t])?)|{_DOUBLE}|{_SINGLE}) *"
-# A whole line, or a whole item of a flow collection, in the forms that nearly all have.
-_BLOCK_ENTRY = re.compile(rf"{_WORD}:(?: +{_BLOCK_VALUE}|(?=[ \t\n]))").match
-_BLOCK_ITEM = re.compile(rf"- +{_BLOCK_VALUE}").match
-_FLOW_ENTRY = re.compile(rf"\s*(?:{_WORD}: +|{_DOUBLE} *: *)(?:{_FLOW_VALUE}([,}}])|(?=[\[{{]))".replace(r"\s", " ")).match
-_FLOW_ITEM = re.compile(rf" *{_FLOW_VALUE}([,\]])").match
+_WORD, _QUOTED = r"([A-Za-z_][\w.-]{0,1000})", r""""([^"\\\n]*)"|'([^'\n]*)'"""
+_VALUE = rf"(?:(-?{_FIRST}(?:[^:#\n]*[^:#\n \t])?)|{_QUOTED})(?:[ \t]+#[^\n]*|[ \t]*)\n( *)(?=[^ \t\n#])"
+# What nearly all lines are: `key: value` or the `key:` of what follows, and `- value`; in a flow collection `key: value`
+# or `value` before a comma or bracket, or before another collection.
+_SIMPLE_ENTRY = re.compile(rf"{_WORD}:(?: +{_VALUE}|(?=[ \t\n]))").match
+_SIMPLE_ITEM = re.compile(rf"- +{_VALUE}").match
+_SIMPLE_FLOW = re.compile(
+    rf"""(?:{_WORD}: +|"([^"\\\n]*)" *: *)?"""
+    rf"(?:(?:(-?{_FIRST}(?:[^:#,\[\]{{}}\n]*[^:#,\[\]{{}}\n \t])?)|{_QUOTED}) *(?=[,\]}}])|(?=[\[{{]))"
+).match
 _NEVER = re.compile("(?!)").match
 
 _BLOCK_PLAIN = re.compile(rf"{_FIRST}|[-?:](?=[^ \t\n])").match
 _BLOCK_STOP = re.compile(r"\n|:(?=[ \t\n])|(?<=[ \t])#").search
 _FLOW_PLAIN = re.compile(rf"{_FIRST}|[-?:](?=[^ \t\n,\[\]{{}}])").match
 _FLOW_STOP = re.compile(r"[\n,\[\]{}]|:(?=[ \t\n,\[\]{}])|(?<=[ \t])#").search
-_WORD_KEY = re.compile(rf"{_WORD}:(?=[ \t\n])").match
+_SIMPLE_KEY = re.compile(rf"{_WORD}:(?=[ \t\n])").match
 _KEY = re.compile(  # any implicit key of a block mapping; matched over _MAX_KEY characters at most
     rf"""(?P<properties>(?:[&!][^ \t\n]*[ \t]+)*)
-    (?:\*(?P<alias>[^ \t\n,\[\]{{}}]+)(?=[ \t\n])
-      |"[^"\\\n]*(?:\\.[^"\\\n]*)*" | '[^'\n]*(?:''[^'\n]*)*'
+    (?:\*[^ \t\n,\[\]{{}}]+(?=[ \t\n]) | "[^"\\\n]*(?:\\.[^"\\\n]*)*" | '[^'\n]*(?:''[^'\n]*)*'
       |(?P<plain>(?:(?:{_FIRST}|[-?:](?=[^ \t\n]))[^:\#\n]*(?:(?::(?=[^ \t\n])|(?<![ \t])\#)[^:\#\n]*)*)?))
     [ \t]*:(?=[ \t\n])""",
     re.VERBOSE,
 ).match
 _DASH, _QUESTION, _COLON = ("- ", "-\n", "-\t"), ("? ", "?\n", "?\t"), (": ", ":\n", ":\t")
-_SPACES, _WHITE, _BLANK = re.compile(" *").match, re.compile(r"[ \t]*").match, re.compile(r"[ \t\n]*").match
-_EMPTY_LINES = re.compile(r"[ \n]*").match
+
+
+def _run_of(characters: str) -> Callable[..., re.Match[str]]:
+    """Matches as many of the characters as there are."""
+    return re.compile(f"[{characters}]*").match  # type: ignore[return-value]
+
+
+_SPACES, _WHITE, _BLANK, _EMPTY_LINES = _run_of(" "), _run_of(" \t"), _run_of(" \t\n"), _run_of(" \n")
 _PROPERTY = re.compile(r"(?:&[^ \t\n,\[\]{}]+|!<[^ \t\n>]*>|![^ \t\n,\[\]{}]*)(?=[ \t\n,\]}])").match
 _ALIAS = re.compile(r"\*([^ \t\n,\[\]{}]+)").match
 _BLOCK_HEADER = re.compile(r"[|>](?:([1-9])?([-+])?|([-+])([1-9]))(?:[ \t]+(?:#[^\n]*)?)?\n").match
-_MARKER = re.compile(r"\n(?:---|\.\.\.)(?=[ \t\n])").search
-_DIRECTIVE = re.compile(
-    r"%(?:(YAML)[ \t]+1\.[0-9]+(?=[ \t\n])|TAG[ \t]+(!(?:[0-9A-Za-z-]*!)?)[ \t]+([^ \t\n]+)"
-    r"|(?!(?:YAML|TAG)[ \t\n])[^ \t\n][^\n]*)"
+_PROLOGUE = re.compile(
+    r"(%YAML)[ \t]+1\.[0-9]+(?=[ \t\n])|(%)(?!(?:YAML|TAG)[ \t\n])[^ \t\n][^\n]*|\.\.\.(?=[ \t\n])"
 ).match
-_ESCAPE = re.compile(
+_DOCUMENT_START, _DOCUMENT_END = re.compile(r"---(?=[ \t\n])").match, re.compile(r"\n(?:---|\.\.\.)(?=[ \t\n])").search
+_BREAKS = re.compile(r"(?<![ \t])[ \t]*\n[ \t\n]*")  # of a text on several lines, with the blanks around them
+_ESCAPED = (
     r"\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})"
-    r"|(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))|(.))",
-    re.DOTALL,
+    r"|(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))|([^\n]))"
 )
-_ESCAPES = dict(zip('0abtnvfre "/\\N_LP\t\n', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029\t\n'))
+_ESCAPE = re.compile(_ESCAPED)
+_ESCAPE_OR_BREAKS = re.compile(rf"\\\n[ \t\n]*|(?:\\[ \t]|(?<![ \t]))[ \t]*\n[ \t\n]*|{_ESCAPED}")
+_ESCAPES = dict(zip('0abtnvfre "/\\N_LP\t', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029\t'))
 
 _YAML_WORDS: dict[str, Any] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
@@ -324,10 +348,15 @@ _YAML_WORDS: dict[str, Any] = {
 }
 _NOT_TEXT = frozenset("0123456789+-.~tTfFnN")  # the first characters of all plain scalars that are not text
 _YAML_NUMBER = re.compile(
-    r"([-+]?[0-9]+)|0o([0-7]+)|0x([0-9a-fA-F]+)|([-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?)"
+    r"([-+]?[0-9]+)|(0o[0-7]+)|(0x[0-9a-fA-F]+)|[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 ).fullmatch
-_CORE = "tag:yaml.org,2002:"
-_TAGS = {"null": type(None), "bool": bool, "int": int, "float": float, "str": str, "seq": list, "map": dict}
+_CORE = {"null": type(None), "bool": bool, "int": int, "float": float, "str": str, "seq": list, "map": dict}
+_TAGS: dict[str, type] = {  # by how a document writes them; object stands for `!`: not resolved, whatever the kind
+    **{f"!!{name}": kind for name, kind in _CORE.items()}, "!": object,
+    **{f"!<tag:yaml.org,2002:{name}>": kind for name, kind in _CORE.items()},
+}  # fmt: skip
+_HALF = re.compile("[\ud800-\udfff]").search
+_COMPLEX_KEY = "a key that is a list or a mapping is not supported"
 _MERGE = object()  # stands for the key `<<` while its mapping is read
 
 
@@ -335,8 +364,9 @@ def load_yaml(text: str | bytes) -> Any:
     """The value of a YAML 1.2 document (core schema); None for an empty one. JSON text is YAML too.
 
     Bytes are UTF-8, or UTF-16 or UTF-32 with a byte order mark. Raises ParseError for everything that is not exactly
-    one such document, and for what is refused: tags outside the core schema, complex keys, duplicate keys, nesting
-    deeper than 100, numbers of more than 4300 digits, aliases that expand to more than a million nodes.
+    one such document, and for what is refused: tags outside the core schema, %TAG, complex keys, duplicate keys, tabs
+    before the content of a block line, nesting deeper than 100, whole numbers of more than 3500 digits, aliases that
+    expand to more than a million nodes.
     """
     text = _decoded(text)
     try:
@@ -351,22 +381,32 @@ def _load_json(text: str | bytes) -> Any:
     try:
         if "NaN" in text or "Infinity" in text:  # which the module takes for numbers
             json.loads(text.replace("NaN", "N_N").replace("Infinity", "I_finity"))
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_int=_whole_number, parse_float=_real_number)
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_int=_resolved)
+        if "\\ud" in text or "\\uD" in text or _too_deep(value):
+            load_yaml(text)  # refuses halves of surrogate pairs
     except json.JSONDecodeError as error:
         raise ParseError(f"not JSON: {error.msg}", text, error.pos) from None
     except (ValueError, RecursionError) as error:
         load_yaml(text)  # JSON is YAML, and the YAML reader knows the place
         raise ParseError(str(error), text) from None
-    for escape in _ESCAPE.finditer(text) if "\\ud" in text or "\\uD" in text else ():
-        if escape[4] and 0xD800 <= int(escape[4], 16) <= 0xDFFF:
-            raise ParseError("half of a surrogate pair", text, escape.start())
-    level, depth = [value], 0
-    while level and text.count("[") + text.count("{") > _MAX_DEPTH:
-        collections = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))]
-        level, depth = [child for collection in collections for child in collection], depth + 1
-        if depth > _MAX_DEPTH and collections:
-            load_yaml(text)
     return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(mapping := dict(pairs)) < len(pairs):
+        raise ValueError("duplicate key")
+    return mapping
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether collections nest deeper than a document may."""
+    level: list[Any] = [[value]]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [
+            child for node in level for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]  # fmt: skip
+    return bool(level)
 
 
 def _positions(text: str) -> dict[tuple[str | int, ...], tuple[int, int]]:
@@ -375,11 +415,9 @@ def _positions(text: str) -> dict[tuple[str | int, ...], tuple[int, int]]:
     For YAML and JSON text. Never raises: where the text cannot be read, it has the places up to there.
     """
     marks: dict[tuple[str | int, ...], int] = {}
-    try:
+    with contextlib.suppress(ParseError, RecursionError):
         text = _decoded(text)
         _YamlReader(text, marks).document()
-    except (ParseError, RecursionError):
-        pass
     starts = [0, *(newline.end() for newline in re.finditer("\n", text))]
     lines = {path: bisect_right(starts, position) for path, position in marks.items()}
     return {path: (line, marks[path] - starts[line - 1] + 1) for path, line in lines.items()}
@@ -410,118 +448,70 @@ def _resolved(raw: str) -> Any:
     """The value of a plain scalar by the core schema. Raises ValueError for a number that is too long."""
     if raw in _YAML_WORDS:
         return _YAML_WORDS[raw]
-    decimal, octal, hexadecimal, real = number.groups() if (number := _YAML_NUMBER(raw)) else (None,) * 4
-    if decimal:
-        return _whole_number(decimal)
-    if octal or hexadecimal:
-        value = int(octal, 8) if octal else int(hexadecimal, 16)
-        _short("9" * (_MAX_DIGITS + (value >= _TOO_LARGE)))
-        return value
-    return _real_number(real) if real else raw
-
-
-def _whole_number(raw: str) -> int:
-    return int(_short(raw))
-
-
-def _real_number(raw: str) -> float:
-    return float(_short(raw))
-
-
-def _short(number: str) -> str:
-    if len(number) > _MAX_DIGITS and len(number.lstrip("+-")) > _MAX_DIGITS:
-        raise ValueError(f"a number of more than {_MAX_DIGITS} digits")
-    return number
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(mapping := dict(pairs)) < len(pairs):
-        raise ValueError("duplicate key")
-    return mapping
-
-
-class _Anchor:
-    """An anchored value, and what an alias to it costs: the nodes it stands for, and how deep they nest."""
-
-    complete, value, size, height = False, None, 1, 0
+    number = _YAML_NUMBER(raw)
+    if not number:
+        return raw
+    if not number.lastindex:
+        return float(raw)
+    if len(raw) > _MAX_DIGITS:
+        raise ValueError(f"a whole number of more than {_MAX_DIGITS} digits")
+    return int(raw, (10, 8, 16)[number.lastindex - 1])
 
 
 class _YamlReader:
     """Reads one document. Methods take a position and return the value there and the position behind it.
 
     Block methods return the position of the next content, which is the first of its line; `indent` is then the number
-    of spaces before it (-1 at the end of the text), and `tabbed` tells whether tabs follow those.
+    of spaces before it, -1 at the end of the text. A tag is given as the type that it demands, an anchor as a list to
+    which the value is added when it is complete.
     """
 
     def __init__(self, text: str, marks: dict[tuple[str | int, ...], int] | None = None) -> None:
         self.source, self.padded = text, not text.endswith("\n")
         self.text = text + "\n" if self.padded else text
-        self.indent, self.tabbed, self.expansion = 0, False, 0
-        self.handles = {"!": "!", "!!": _CORE}
-        self.anchors: dict[str, _Anchor] = {}
-        self.shared: dict[int, _Anchor] = {}  # anchored collections by id()
+        self.indent, self.expansion = 0, 0
+        self.anchors: dict[str, list[Any]] = {}
         self.marks = marks
         self.path: tuple[str | int, ...] = ()  # of the last key or item, if marks are kept
         self.parents: list[tuple[str | int, ...]] = []  # the path of each open collection
-        self.odd = [] if text.isascii() and "\x7f" not in text else [match.start() for match in _ODD.finditer(text)]
-        self.quoted_odd: set[int] = set()
-        # The expressions for simple entries know nothing of marks and odd characters.
+        self.odd = set() if text.isascii() and "\x7f" not in text else {match.start() for match in _ODD.finditer(text)}
+        # The expressions for simple lines know nothing of marks and odd characters.
         simple = marks is None and not self.odd
-        self.block_entry, self.block_item = (_BLOCK_ENTRY, _BLOCK_ITEM) if simple else (_NEVER, _NEVER)
-        self.flow_entry, self.flow_item = (_FLOW_ENTRY, _FLOW_ITEM) if simple else (_NEVER, _NEVER)
+        self.simple_entry, self.simple_item, self.simple_flow = (
+            (_SIMPLE_ENTRY, _SIMPLE_ITEM, _SIMPLE_FLOW) if simple else (_NEVER, _NEVER, _NEVER)
+        )
 
     def error(self, reason: str, position: int) -> ParseError:
         return ParseError(reason, self.source, min(position, len(self.source)))
 
     def document(self) -> Any:
         """The value of the only document in the text."""
-        start, column = self.prologue()
-        self.cut(start)
-        value, position = self.block_node(start, -1, column)
+        text = self.text
+        directives: list[str] = []
+        position = self.next_line(0, -1)
+        while self.indent == 0 and (line := _PROLOGUE(text, position)):
+            directive = line[1] or line[2]
+            if line[1] in directives or (directives and not directive):
+                break
+            directives += [directive] if directive else []
+            position = self.rest_of_line(line.end())
+        start = _DOCUMENT_START(text, position) if self.indent == 0 else None
+        if not start and (directives or text.startswith("%", position)):
+            raise self.error("only %YAML 1.x may stand here, once, with a '---' line below it", position)
+        begin, column = (start.end(), -1) if start else (position - max(self.indent, 0), 0)
+        if end := _DOCUMENT_END(text, begin):
+            position, self.indent = end.start() + 1, 0
+            while self.indent == 0 and text.startswith("...", position):
+                position = self.rest_of_line(position + 3)
+            if self.indent >= 0:
+                raise self.error("several documents in one text are not supported", position)
+            self.text, self.padded = text[: end.start() + 1], False
+        value, position = self.block_node(begin, -1, column)
         if self.indent >= 0:
             raise self.error("the document ends before this", position)
-        for position in self.odd:
-            if position not in self.quoted_odd:
-                raise self.error(f"the character U+{ord(self.source[position]):04X} needs quotes", position)
+        if self.odd:
+            raise self.error(f"the character U+{ord(text[min(self.odd)]):04X} needs quotes", min(self.odd))
         return value
-
-    def prologue(self) -> tuple[int, int]:
-        """Reads the directives. Returns where the document starts, and the column there: -1 behind `---`."""
-        text, directives = self.text, set()
-        position = self.next_line(0)
-        while self.indent == 0 and not self.tabbed:
-            end = position + 3
-            if text[position] == "%":
-                directive = _DIRECTIVE(text, position)
-                name = directive[1] or directive[2] or position if directive else "%"
-                if not directive or name in directives:
-                    raise self.error("a directive that is not valid here", position)
-                if directive[2]:
-                    self.handles[directive[2]] = directive[3]
-                directives.add(name)
-                end = directive.end()
-            elif text[end : end + 1] not in (" ", "\t", "\n") or text[position:end] not in ("---", "..."):
-                break
-            elif text[position] == "-":
-                return end, -1
-            elif directives:
-                break
-            position = self.rest_of_line(end)
-        if directives:
-            raise self.error("directives need a '---' line below them", position)
-        return text.rfind("\n", 0, position) + 1, 0
-
-    def cut(self, start: int) -> None:
-        """Ends the text before the marker that ends the document; refuses a second document."""
-        text = self.text
-        marker = _MARKER(text, max(start - 1, 0)) if "\n---" in text or "\n..." in text else None
-        if marker:
-            position, self.indent, self.tabbed = marker.start() + 1, 0, False
-            while self.indent >= 0:
-                if self.indent or not text.startswith("...", position) or text[position + 3] not in " \t\n":
-                    raise self.error("several documents in one text are not supported", position)
-                position = self.rest_of_line(position + 3)
-            self.text, self.padded = text[: marker.start() + 1], False
 
     # Lines and white space
 
@@ -535,23 +525,27 @@ class _YamlReader:
             raise self.error("unexpected text", end)
         return self.next_line(end)
 
-    def next_line(self, position: int) -> int:
-        """The position of the next content behind white space and comments; sets `indent` and `tabbed`."""
+    def next_line(self, position: int, parent: int = _MAX_KEY) -> int:
+        """The position of the next content behind white space and comments; sets `indent`.
+
+        Tabs may stand before it where it is no block collection, behind more spaces than `parent`.
+        """
         text = self.text
         position = _BLANK(text, position).end()
         while text.startswith("#", position):
             position = _BLANK(text, text.find("\n", position)).end()
-        if position == len(text):
-            self.indent, self.tabbed = -1, False
-            return position
         start = text.rfind("\n", 0, position) + 1
+        self.indent = position - start if position < len(text) else -1
         tab = text.find("\t", start, position)
-        self.indent, self.tabbed = (position if tab < 0 else tab) - start, tab >= 0
+        if 0 <= tab <= start + parent and self.indent >= 0:
+            raise self.error("a tab cannot indent this line", position)
         return position
 
     def space(self, position: int, indent: int) -> int:
         """The position of the next content in a flow collection, whose lines are indented by `indent` or more."""
         text, start = self.text, position
+        if text[position] not in " \t\n#":
+            return position
         position = _BLANK(text, position).end()
         while text.startswith("#", position) and text[position - 1] in " \t\n":
             position = _BLANK(text, text.find("\n", position)).end()
@@ -567,13 +561,17 @@ class _YamlReader:
 
     # Collections
 
-    def enter(self, kind: str, tag: str, position: int) -> None:
-        """Counts a collection that starts; `leave` is `parents.pop()`."""
+    def enter(self, kind: type, tag: _NodeTag, position: int) -> None:
+        """Counts a collection that starts; `parents.pop()` ends it."""
         self.parents.append(self.path)
         if len(self.parents) > _MAX_DEPTH:
             raise self.error(f"nesting deeper than {_MAX_DEPTH}", position)
-        if tag not in ("", "!", kind):
-            raise self.error(f"this is no value for the tag !!{tag}", position)
+        self.check_tag(kind, tag, position)
+
+    def check_tag(self, kind: type, tag: _NodeTag, position: int) -> None:
+        if tag not in (None, object, kind):
+            name = next(name for name in _CORE if _CORE[name] is tag)
+            raise self.error(f"this is no value for the tag !!{name}", position)
 
     def mark(self, key: Any, position: int) -> None:
         """Notes where a key or an item of the innermost collection is, if that was asked for."""
@@ -582,7 +580,7 @@ class _YamlReader:
             self.marks[self.path] = position
 
     def block_node(
-        self, position: int, parent: int, column: int, hanging: bool = False, tag: str = "", anchor: _Anchor | None = None
+        self, position: int, parent: int, column: int, hanging: bool = False, tag: _NodeTag = None, anchor: _Anchor = None
     ) -> tuple[Any, int]:
         """The node behind an indicator or behind properties, in a collection that is indented by `parent`.
 
@@ -592,12 +590,12 @@ class _YamlReader:
         text, start = self.text, position
         position = _WHITE(text, position).end()
         if text[position : position + 1] in "\n#":
-            position = self.next_line(position)
-            column = -1 if self.tabbed else self.indent
-            if self.indent <= parent and not (hanging and column == parent and text.startswith(_DASH, position)):
+            position = self.next_line(position, parent)
+            if self.indent <= parent and not (hanging and self.indent == parent and text.startswith(_DASH, position)):
                 return self.scalar("", True, tag, anchor, start), position
-        elif column >= 0:
-            column = -1 if text.find("\t", start, position) >= 0 else column + position - start
+            start, column = position - self.indent, 0
+        if column >= 0:
+            column = -1 if "\t" in text[start:position] else column + position - start
         first = text[position]
         indicator = first in "-?:" and text[position + 1] in " \t\n"
         value: Any
@@ -605,9 +603,7 @@ class _YamlReader:
             raise self.error(f"'{first}' cannot start a list or mapping here", position)
         if indicator and first == "-":
             value, position = self.block_sequence(position, column, tag)
-        elif indicator or (
-            column >= 0 and (_WORD_KEY(text, position) or _KEY(text, position, position + _MAX_KEY + 2))
-        ):
+        elif indicator or (column >= 0 and (_SIMPLE_KEY(text, position) or self.key(position))):
             value, position = self.block_mapping(position, column, tag)
         elif first in "&!":
             tag, anchor, position = self.properties(position, tag, anchor)
@@ -618,98 +614,100 @@ class _YamlReader:
         else:
             value, end, _ = self.flow_node(position, parent + 1, False, tag, anchor)
             if isinstance(value, (dict, list)) and text.startswith(":", _WHITE(text, end).end()):
-                raise self.error("a key that is a list or a mapping is not supported", position)
+                raise self.error(_COMPLEX_KEY, position)
             return value, self.rest_of_line(end)
         return self.anchored(value, anchor), position
 
-    def block_sequence(self, position: int, indent: int, tag: str) -> tuple[list[Any], int]:
+    def key(self, position: int) -> re.Match[str] | None:
+        """The key of a block mapping with its colon."""
+        return _KEY(self.text, position, position + _MAX_KEY + 2)
+
+    def block_sequence(self, position: int, indent: int, tag: _NodeTag) -> tuple[list[Any], int]:
         """A block list whose dashes are at column `indent`."""
         text = self.text
         result: list[Any] = []
-        self.enter("seq", tag, position)
-        while True:
-            item = self.block_item(text, position)
+        self.enter(list, tag, position)
+        self.indent = indent
+        while self.indent == indent and text.startswith(_DASH, position):
+            item = self.simple_item(text, position)
             if item and len(item[4]) <= indent:
                 result.append(self.simple(item, 1))
-                position, self.indent, self.tabbed = item.end(), len(item[4]), False
+                position, self.indent = item.end(), len(item[4])
             else:
                 self.mark(len(result), position)
                 value, position = self.block_node(position + 1, indent, indent + 1)
                 result.append(value)
-            if self.indent != indent or self.tabbed or not text.startswith(_DASH, position):
-                break
-        self.check_indentation(position, indent)
-        self.parents.pop()
+        self.leave(position, indent)
         return result, position
 
-    def block_mapping(self, position: int, indent: int, tag: str) -> tuple[dict[Any, Any], int]:
+    def block_mapping(self, position: int, indent: int, tag: _NodeTag) -> tuple[dict[Any, Any], int]:
         """A block mapping whose keys are at column `indent`."""
-        text, block_entry = self.text, self.block_entry
+        text, simple_entry = self.text, self.simple_entry
         result: dict[Any, Any] = {}
-        self.enter("map", tag, position)
-        while True:
-            entry = block_entry(text, position)
+        self.enter(dict, tag, position)
+        self.indent = indent
+        while self.indent == indent:
+            entry = simple_entry(text, position)
             if not entry:
-                position = self.block_entry_of_any_kind(position, indent, result)
+                position = self.block_entry(position, indent, result)
+                continue
+            key, plain, _, _, spaces = entry.groups()
+            if key in _YAML_WORDS:
+                key = _YAML_WORDS[key]
+            if key in result:
+                raise self.duplicate(key, position)
+            if spaces is None or len(spaces) > indent:
+                result[key], position = self.block_node(entry.end(1) + 1, indent, -1, True)
             else:
-                key, plain, double, single, spaces = entry.groups()
-                if key in _YAML_WORDS:
-                    key = _YAML_WORDS[key]
-                if key in result:
-                    raise self.duplicate(key, position)
-                if spaces is None or len(spaces) > indent:
-                    result[key], position = self.block_node(entry.end(1) + 1, indent, -1, True)
-                else:
-                    result[key] = plain if plain and plain[0] not in _NOT_TEXT else self.simple(entry, 2)
-                    position = entry.end()
-                    if len(spaces) == indent:
-                        continue
-                    self.indent, self.tabbed = len(spaces), False
-            if self.indent != indent or self.tabbed:
-                break
-        self.check_indentation(position, indent)
-        self.parents.pop()
-        return (self.merged(result) if _MERGE in result else result), position
+                result[key] = plain if plain and plain[0] not in _NOT_TEXT else self.simple(entry, 2)
+                position, self.indent = entry.end(), len(spaces)
+        self.leave(position, indent)
+        return self.merged(result), position
 
-    def block_entry_of_any_kind(self, position: int, indent: int, result: dict[Any, Any]) -> int:
-        """Reads one entry of a block mapping into `result`."""
-        text, start = self.text, position
+    def simple(self, match: re.Match[str], group: int) -> Any:
+        """The value of the scalar in three groups: plain, in double quotes, in single quotes."""
+        plain = match[group]
+        if plain is None:
+            return match[group + 2] if match[group + 1] is None else match[group + 1]
+        return self.scalar(plain, True, None, None, match.start(group))
+
+    def block_entry(self, position: int, indent: int, result: dict[Any, Any]) -> int:
+        """Reads one entry of a block mapping, of any kind, into `result`."""
+        text, start, value = self.text, position, None
         explicit = text.startswith(_QUESTION, position)
         if explicit:
             content = _WHITE(text, position + 1).end()
             key, position = self.block_node(position + 1, indent, indent + 1, True)
         else:
-            match = _KEY(text, position, position + _MAX_KEY + 2)
+            match = self.key(position)
             if not match:
                 raise self.error("expected 'key: value' here", position)
-            position, content = match.end(), match.end("properties")
-            tag, anchor, end = self.properties(start, "", None)
-            if end != content:
-                raise self.error("unexpected text behind an anchor or a tag", end)
+            tag, anchor, content = self.properties(start, None, None)
+            if content != match.end("properties"):
+                raise self.error("unexpected text behind an anchor or a tag", content)
             if match["plain"] is None:
                 key = self.flow_node(content, 0, False, tag, anchor)[0]
             else:
                 key = self.scalar(match["plain"].rstrip(" \t"), True, tag, anchor, content)
         key = self.checked_key(key, result, start, content)
-        self.mark(key, start)
-        value = None
+        self.mark("<<" if key is _MERGE else key, start)
         if not explicit:
-            value, position = self.block_node(position, indent, -1, True)
-        elif self.indent == indent and not self.tabbed and text.startswith(_COLON, position):
+            value, position = self.block_node(match.end(), indent, -1, True)
+        elif self.indent == indent and text.startswith(_COLON, position):
             value, position = self.block_node(position + 1, indent, indent + 1, True)
-        result[key] = value if key is not _MERGE else self.sources(value, start)
+        result[key] = value if key is not _MERGE else (value, start)
         return position
 
-    def check_indentation(self, position: int, indent: int) -> None:
-        """Refuses a line, behind a block collection at `indent`, that belongs to no collection."""
-        if self.indent > indent or (self.indent == indent and self.tabbed):
-            reason = "a tab cannot indent this line" if self.tabbed else "more indentation than the lines above have"
-            raise self.error(reason, position)
+    def leave(self, position: int, indent: int) -> None:
+        """Ends a block collection at `indent`; refuses a line behind it that belongs to no collection."""
+        self.parents.pop()
+        if self.indent > indent:
+            raise self.error("more indentation than the lines above have", position)
 
     def flow_node(
-        self, position: int, indent: int, flow: bool = True, tag: str = "", anchor: _Anchor | None = None
+        self, position: int, indent: int, flow: bool = True, tag: _NodeTag = None, anchor: _Anchor = None
     ) -> tuple[Any, int, int]:
-        """A plain or quoted scalar, an alias or a flow collection, whose further lines are indented by `indent` or more.
+        """A scalar on one or more lines, an alias or a flow collection; further lines are indented by `indent` or more.
 
         In a flow collection (`flow`) it may have properties. Returns where the content behind them starts as well.
         """
@@ -718,114 +716,100 @@ class _YamlReader:
             tag, anchor, position = self.properties(position, tag, anchor)
             position = self.space(position, indent)
         first, start = text[position], position
-        value: Any
         if first == "*":
-            value, position = self.alias(position, tag, anchor)
-        elif first in "[{":
-            value, position = (self.flow_sequence if first == "[" else self.flow_mapping)(position, indent, tag)
-            self.anchored(value, anchor)
+            if tag or anchor is not None:
+                raise self.error("an alias with an anchor or a tag", position)
+            return (*self.alias(position), start)
+        if first in "[{":
+            collection, position = self.flow_collection(position, indent, tag)
+            return self.anchored(collection, anchor), position, start
+        if first in "\"'":
+            value, position = self.quoted(position, indent)
+        elif (_FLOW_PLAIN if flow else _BLOCK_PLAIN)(text, position):
+            value, position = self.plain(position, indent, _FLOW_STOP if flow else _BLOCK_STOP)
+        elif flow and first in ",]}:" and (tag or anchor is not None):
+            value = ""
         else:
-            if first in "\"'":
-                value, position = self.quoted(position, indent)
-            elif (_FLOW_PLAIN if flow else _BLOCK_PLAIN)(text, position):
-                value, position = self.plain(position, indent, _FLOW_STOP if flow else _BLOCK_STOP)
-            elif flow and first in ",]}:" and (tag or anchor):
-                value = ""
-            else:
-                raise self.error(f"'{first}' cannot start a value: put text into quotes", position)
-            value = self.scalar(value, first not in "\"'", tag, anchor, start)
-        return value, position, start
+            raise self.error(f"'{first}' cannot start a value: put text into quotes", position)
+        return self.scalar(value, first not in "\"'", tag, anchor, start), position, start
 
-    def flow_sequence(self, position: int, indent: int, tag: str) -> tuple[list[Any], int]:
-        text, flow_item = self.text, self.flow_item
-        result: list[Any] = []
-        self.enter("seq", tag, position)
-        while text[position] != "]":
-            item = flow_item(text, position + 1)
-            if item:
-                result.append(self.simple(item, 1))
-                position = item.end() - 1
-                continue
-            start = self.space(position + 1, indent)
-            if text[start] == "]":
-                position = start
+    def flow_collection(self, position: int, indent: int, tag: _NodeTag) -> tuple[dict[Any, Any] | list[Any], int]:
+        """A list in brackets or a mapping in braces."""
+        text, pairs = self.text, self.text[position] == "{"
+        close, items, mapping = "}" if pairs else "]", [], {}
+        self.enter(dict if pairs else list, tag, position)
+        while text[position] != close:
+            start = position = self.space(position + 1, indent)
+            if text[position] == close:
                 break
-            self.mark(len(result), start)
-            node = self.flow_key(start, indent)
-            colon = position = self.space(node[1], indent)
-            value, explicit = node[0], text.startswith(_QUESTION, start)
-            if text[colon] == ":" or explicit:
-                if not explicit and (colon - start > _MAX_KEY or text.find("\n", start, colon) >= 0):
-                    raise self.error(f"a key in a list stands on one line with its ':', within {_MAX_KEY} characters", colon)
-                self.enter("map", "", start)
-                pair: dict[Any, Any] = {}
-                position = self.flow_pair(start, node, indent, pair)
-                value = self.merged(pair) if _MERGE in pair else pair
-                self.parents.pop()
-            result.append(value)
-            if text[position] not in ",]":
-                raise self.error("expected ',' or ']'", position)
-        self.parents.pop()
-        return result, position + 1
-
-    def flow_mapping(self, position: int, indent: int, tag: str) -> tuple[dict[Any, Any], int]:
-        text, flow_entry = self.text, self.flow_entry
-        result: dict[Any, Any] = {}
-        self.enter("map", tag, position)
-        while text[position] != "}":
-            entry = flow_entry(text, position + 1)
-            if entry:
-                word, key, plain, double, single, end = entry.groups()
-                if key is None:
-                    key = _YAML_WORDS[word] if word in _YAML_WORDS else word
-                if key in result:
-                    raise self.duplicate(key, _SPACES(text, position + 1).end())
-                position = entry.end() - 1
-                if end:
-                    result[key] = plain if plain and plain[0] not in _NOT_TEXT else self.simple(entry, 3)
-                    continue
-                result[key], position, _ = self.flow_node(position + 1, indent)
-                position = self.space(position, indent)
+            entry = self.simple_flow(text, start)
+            if entry and pairs is (entry[1] is not None or entry[2] is not None):
+                key = _YAML_WORDS[entry[1]] if entry[1] in _YAML_WORDS else entry[2] if entry[1] is None else entry[1]
+                if key in mapping:
+                    raise self.duplicate(key, start)
+                position = entry.end()
+                if text[position] in "[{":
+                    value, position, _ = self.flow_node(position, indent)
+                    position = self.space(position, indent)
+                else:
+                    value = self.simple(entry, 3)
+                if pairs:
+                    mapping[key] = value
+                else:
+                    items.append(value)
             else:
-                position = self.space(position + 1, indent)
-                if text[position] == "}":
-                    break
-                position = self.flow_pair(position, self.flow_key(position, indent), indent, result)
-            if text[position] not in ",}":
-                raise self.error("expected ',' or '}'", position)
+                position = self.flow_entry(start, indent, mapping, None if pairs else items)
+            if text[position] not in ("," + close):
+                reason = f"expected ',' or '{close}'" if text[position] != ":" else _COMPLEX_KEY
+                raise self.error(reason, position)
         self.parents.pop()
-        return (self.merged(result) if _MERGE in result else result), position + 1
+        return self.merged(mapping) if pairs else items, position + 1
 
-    def flow_key(self, position: int, indent: int) -> tuple[Any, int, int]:
-        """What `flow_node` returns, for a node that may be a key: behind `? `, or nothing before a colon."""
-        text, explicit = self.text, self.text.startswith(_QUESTION, position)
-        if explicit:
-            position = self.space(position + 1, indent)
+    def flow_entry(self, start: int, indent: int, mapping: dict[Any, Any], items: list[Any] | None) -> int:
+        """Reads one entry of any kind into the mapping, or into the items, where it may be a mapping of one entry."""
+        text = self.text
+        if items is not None:
+            self.mark(len(items), start)
+        explicit = text.startswith(_QUESTION, start)
+        position = self.space(start + 1, indent) if explicit else start
         if (explicit and text[position] in ",]}") or (text[position] == ":" and not _FLOW_PLAIN(text, position)):
-            return None, position, position
-        return self.flow_node(position, indent)
+            node, content = None, position
+        else:
+            node, position, content = self.flow_node(position, indent)
+            position = self.space(position, indent)
+        if items is None:
+            return self.flow_pair(position, indent, node, start, content, mapping)
+        if not explicit and text[position] != ":":
+            items.append(node)
+            return position
+        if not explicit and (position - start > _MAX_KEY or "\n" in text[start:position]):
+            raise self.error(f"a key in a list stands on one line with its ':', within {_MAX_KEY} characters", position)
+        self.enter(dict, None, start)
+        position = self.flow_pair(position, indent, node, start, content, mapping := {})
+        self.parents.pop()
+        items.append(self.merged(mapping))
+        return position
 
-    def flow_pair(self, start: int, node: tuple[Any, int, int], indent: int, result: dict[Any, Any]) -> int:
-        """Reads the value for the key that starts at `start` into `result`; None where there is no colon."""
+    def flow_pair(self, position: int, indent: int, node: Any, start: int, content: int, result: dict[Any, Any]) -> int:
+        """Reads the value for a key, whose text has been read, into `result`; None where there is no colon."""
         text, value = self.text, None
-        key = self.checked_key(node[0], result, start, node[2])
-        self.mark(key, start)
-        position = self.space(node[1], indent)
+        key = self.checked_key(node, result, start, content)
+        self.mark("<<" if key is _MERGE else key, start)
         if text[position] == ":":
             colon, position = position, self.space(position + 1, indent)
             if text[position] not in ",]}":
-                if position == colon + 1 and text[node[2]] not in "\"'":
+                if position == colon + 1 and text[content] not in "\"'":
                     raise self.error("expected white space behind ':'", position)
                 value, position, _ = self.flow_node(position, indent)
                 position = self.space(position, indent)
-        result[key] = value if key is not _MERGE else self.sources(value, start)
+        result[key] = value if key is not _MERGE else (value, start)
         return position
 
     def checked_key(self, key: Any, result: dict[Any, Any], start: int, content: int) -> Any:
         """The key, or _MERGE for a plain `<<`; refuses collections and duplicates."""
         text = self.text
         if isinstance(key, (dict, list)):
-            raise self.error("a key that is a list or a mapping is not supported", start)
+            raise self.error(_COMPLEX_KEY, start)
         if key == "<<" and text[content] not in "\"'":
             if not text.startswith("<<", content) or (content > start and text[start] != "?"):
                 raise self.error("a merge key (<<) has no anchor, tag or alias", start)
@@ -837,63 +821,47 @@ class _YamlReader:
     def duplicate(self, key: Any, position: int) -> ParseError:
         return self.error(f"duplicate key {'<<' if key is _MERGE else key!r}"[:200], position)
 
-    def sources(self, value: Any, position: int) -> list[dict[Any, Any]]:
-        """The mappings that a merge key names."""
-        mappings = value if isinstance(value, list) else [value]
-        if all(isinstance(mapping, dict) for mapping in mappings):
-            return mappings
-        raise self.error("a merge key (<<) needs a mapping or a list of mappings", position)
-
     def merged(self, result: dict[Any, Any]) -> dict[Any, Any]:
-        """The mapping with its merge key carried out: its own entries win, then those of earlier sources."""
-        sources = [*reversed(result.pop(_MERGE)), result]
-        joined = {key: value for source in sources for key, value in source.items()}
+        """The mapping with its merge key, if any, carried out: its own entries win, then those of earlier sources."""
+        if _MERGE not in result:
+            return result
+        value, position = result.pop(_MERGE)
+        sources = [result, *value] if isinstance(value, list) else [result, value]
+        if not all(isinstance(source, dict) for source in sources):
+            raise self.error("a merge key (<<) needs a mapping or a list of mappings", position)
+        joined = {key: value for source in reversed(sources) for key, value in source.items()}
         if len({(type(key), key) for source in sources for key in source}) > len(joined):
-            raise self.error("merged keys that differ in YAML, but not in Python, such as 1 and true", 0)
+            raise self.error("merged keys that differ in YAML, but not in Python, such as 1 and true", position)
         return joined
 
     # Scalars
 
-    def simple(self, match: re.Match[str], group: int) -> Any:
-        """The value of the scalar in three groups: plain, in double quotes, in single quotes."""
-        plain = match[group]
-        if plain is None:
-            return match[group + 2] if match[group + 1] is None else match[group + 1]
-        return self.plain_value(plain, match.start(group)) if plain[0] in _NOT_TEXT else plain
-
-    def plain_value(self, raw: str, position: int) -> Any:
-        try:
-            return _resolved(raw)
-        except ValueError as error:
-            raise self.error(str(error), position) from None
-
-    def scalar(self, raw: str, plain: bool, tag: str, anchor: _Anchor | None, position: int) -> Any:
+    def scalar(self, raw: str, plain: bool, tag: _NodeTag, anchor: _Anchor, position: int) -> Any:
         """The value of a scalar, by its properties."""
         value: Any = raw
-        if tag not in ("", "str", "!") or (plain and not tag and (not raw or raw[0] in _NOT_TEXT)):
-            value = self.plain_value(raw, position)
-            if tag == "float" and type(value) is int and raw[:2] not in ("0o", "0x"):
+        if tag not in (None, str, object) or (plain and not tag and (not raw or raw[0] in _NOT_TEXT)):
+            try:
+                value = _resolved(raw)
+            except ValueError as error:
+                raise self.error(str(error), position) from None
+            if tag is float and type(value) is int and raw[:2] not in ("0o", "0x"):
                 value = float(raw)
-            if tag and type(value) is not _TAGS[tag]:
-                raise self.error(f"this is no value for the tag !!{tag}", position)
+            self.check_tag(type(value), tag, position)
         return self.anchored(value, anchor)
 
     def plain(self, position: int, indent: int, find_stop: Callable[[str, int], Any]) -> tuple[str, int]:
         text = self.text
         end = find_stop(text, position).start()
-        pieces = [text[position:end].rstrip(" \t")]
         while text[end] == "\n":
             start = _BLANK(text, end).end()
             line = text.rfind("\n", end, start) + 1
             if start == len(text) or text[start] == "#" or _SPACES(text, line).end() - line < indent:
                 break
             stop = find_stop(text, start).start()
-            if stop == start or (text.find("\t", end, line) >= 0 and _short_line(text[end:line].split("\n"), indent)):
+            if stop == start or _short_line(text[end:line], indent):
                 break
-            breaks = text.count("\n", end, start)
-            pieces += "\n" * (breaks - 1) or " ", text[start:stop].rstrip(" \t")
             end = stop
-        return "".join(pieces), end
+        return _BREAKS.sub(_folded, text[position:end].rstrip(" \t\n")), end
 
     def quoted(self, position: int, indent: int) -> tuple[str, int]:
         text, quote, start = self.text, self.text[position], position + 1
@@ -905,30 +873,24 @@ class _YamlReader:
             raise self.error(f"the quote {quote} is not closed", position)
         raw = text[start:end]
         if self.odd:
-            self.quoted_odd.update(match.start() for match in _ODD.finditer(text, start, end))
-        if "\n" in raw:
-            lines = raw.split("\n")
-            if _short_line([*lines[1:-1], lines[-1] + quote], indent):
-                raise self.error("a line of this quoted text needs more indentation than its parent", position)
-            raw = _folded_quoted(lines, quote == '"')
+            self.odd.difference_update(match.start() for match in _ODD.finditer(text, start, end))
+        if "\n" in raw and _short_line(raw[raw.find("\n") :] + quote, indent):
+            raise self.error("a line of this quoted text needs more indentation than its parent", position)
         if quote == "'":
-            return raw.replace("''", "'"), end + 1
+            return (_BREAKS.sub(_folded, raw) if "\n" in raw else raw).replace("''", "'"), end + 1
         try:
+            if "\n" in raw:
+                return _ESCAPE_OR_BREAKS.sub(_unescaped, raw), end + 1
             return _ESCAPE.sub(_unescaped, raw) if "\\" in raw else raw, end + 1
-        except ValueError:
-            for escape in _ESCAPE.finditer(text, start, end):
-                try:
-                    _unescaped(escape)
-                except ValueError as error:
-                    raise self.error(str(error), escape.start()) from None
-            raise
+        except UnicodeEncodeError as error:
+            raise self.error(error.reason, start + error.start) from None
 
     def block_scalar(self, position: int, parent: int) -> tuple[str, int]:
         """A literal (|) or folded (>) scalar in a collection that is indented by `parent`."""
         text, header = self.text, _BLOCK_HEADER(self.text, position)
         digit = (header[1] or header[4]) if header else None
         if not header or (digit and parent < 0):
-            raise self.error(f"expected nothing but a line end and indented lines of text behind '{text[position]}'", position)
+            raise self.error(f"expected a line end and indented lines of text behind '{text[position]}'", position)
         chomping, start = header[2] or header[3], header.end()
         first = _EMPTY_LINES(text, start).end()
         line = text.rfind("\n", 0, first) + 1  # the first with content
@@ -942,127 +904,97 @@ class _YamlReader:
             end, indent = (line, first) if first < len(text) else (first, first)
         if text.startswith("\t", _SPACES(text, end).end()):
             raise self.error("a tab cannot indent this line", end)
-        lines = [line[indent:] for line in text[start:end].split("\n")]
-        if self.padded and end == len(text) > start:
-            if text[text.rfind("\n", 0, end - 1) + 1 : end].strip(" \n"):
-                lines.pop()
-            elif chomping == "+" or (lines[-2] and not chomping):
+        content = "\n".join([line[indent:] for line in text[start:end].split("\n")])
+        if self.padded and start < end == len(text):
+            content, last = content[:-1], content[content.rfind("\n", 0, -1) + 1 : -1]
+            if not last.strip(" ") and (chomping == "+" or (last and not chomping)):
                 raise self.error("the last line of this text is blank, but not ended", end)
-        content = "\n".join(lines)
         body = content.rstrip("\n")
         kept = len(content) if chomping == "+" else len(body) + (1 if body and not chomping else 0)
-        return (_folded_block(body.split("\n")) if text[position] == ">" else body) + content[len(body):kept], self.next_line(end)
+        return (_folded_block(body) if text[position] == ">" else body) + content[len(body) : kept], self.next_line(end)
 
     # Properties and aliases
 
-    def properties(self, position: int, tag: str, anchor: _Anchor | None) -> tuple[str, _Anchor | None, int]:
+    def properties(self, position: int, tag: _NodeTag, anchor: _Anchor) -> tuple[_NodeTag, _Anchor, int]:
         """The tag and the anchor on this line, added to those given; the position is that of the next content."""
         text = self.text
         while text[position] in "&!":
             match = _PROPERTY(text, position)
-            if not match or (tag if text[position] == "!" else anchor):
-                raise self.error("a second anchor or tag for one value" if match else "not an anchor or a tag", position)
-            if text[position] == "!":
-                tag = self.core_tag(match[0], position)
+            if not match or (tag if text[position] == "!" else anchor is not None):
+                reason = "a second anchor or tag for one value" if match else "not an anchor or a tag"
+                raise self.error(reason, position)
+            if match[0][0] == "&":
+                anchor = self.anchors[match[0][1:]] = []
+            elif match[0] in _TAGS:
+                tag = _TAGS[match[0]]
             else:
-                anchor = self.anchors[match[0][1:]] = _Anchor()
+                raise self.error(f"the tag {match[0][:80]} is not supported", position)
             position = _WHITE(text, match.end()).end()
         return tag, anchor, position
 
-    def core_tag(self, written: str, position: int) -> str:
-        """The name of a core tag, without its prefix, or `!`."""
-        handle = written[: written.find("!", 1) + 1] or "!"
-        name = written[2:-1] if written.startswith("!<") else self.handles.get(handle, "") + written[len(handle) :]
-        if written != "!" and (not name.startswith(_CORE) or name[len(_CORE) :] not in _TAGS):
-            raise self.error(f"the tag {written[:80]} is not supported", position)
-        return name[len(_CORE) :] or written
-
-    def alias(self, position: int, tag: str, anchor: _Anchor | None) -> tuple[Any, int]:
+    def alias(self, position: int) -> tuple[Any, int]:
         match = _ALIAS(self.text, position)
-        known = self.anchors.get(match[1]) if match else None
-        if not match or not known or tag or anchor:
-            raise self.error("an alias with an anchor or a tag" if known else "an alias without an anchor before it", position)
-        self.expansion += known.size
-        if not known.complete or self.expansion > _MAX_EXPANSION or len(self.parents) + known.height > _MAX_DEPTH:
-            raise self.error("an alias that contains itself, or nests too deeply, or expands to too many nodes", position)
-        return known.value, match.end()
+        anchor = self.anchors.get(match[1]) if match else None
+        if not match or not anchor:
+            raise self.error("an alias without a complete value with that anchor before it", position)
+        self.expand(anchor[0], len(self.parents), position)
+        return anchor[0], match.end()
 
-    def anchored(self, value: Any, anchor: _Anchor | None) -> Any:
-        if anchor:
-            anchor.size, anchor.height = self.measured(value)
-            anchor.value, anchor.complete = value, True
-            self.shared[id(value)] = anchor
+    def expand(self, value: Any, depth: int, position: int) -> None:
+        """Counts the nodes that an alias stands for; refuses too many of them, and too deep ones."""
+        collection = isinstance(value, (dict, list))
+        self.expansion += 1 + (len(value) // 100 if isinstance(value, str) else 0)
+        if self.expansion > _MAX_EXPANSION or depth + collection > _MAX_DEPTH:
+            raise self.error("an alias that nests too deeply, or expands to too many nodes", position)
+        if collection:
+            for child in [*value, *value.values()] if isinstance(value, dict) else value:
+                self.expand(child, depth + 1, position)
+
+    def anchored(self, value: Any, anchor: _Anchor) -> Any:
+        if anchor is not None:
+            anchor.append(value)
         return value
 
-    def measured(self, value: Any) -> tuple[int, int]:
-        """The number of nodes that a value expands to, and how deep it nests."""
-        if not isinstance(value, (dict, list)):
-            return 1 + len(value) // 100 if isinstance(value, str) else 1, 0
-        if id(value) in self.shared:
-            return self.shared[id(value)].size, self.shared[id(value)].height
-        children = [self.measured(child) for child in ([*value, *value.values()] if isinstance(value, dict) else value)]
-        return 1 + sum(size for size, _ in children), 1 + max((height for _, height in children), default=0)
 
-
-def _short_line(lines: list[str], indent: int) -> bool:
-    """Whether one of the lines, blank or not, has something other than spaces before column `indent`."""
-    return indent > 0 and any(len(line) > (spaces := _SPACES(line).end()) < indent for line in lines)
+def _short_line(text: str, indent: int) -> bool:
+    """Whether a line below the first, blank or not, has something other than spaces before column `indent`."""
+    return indent > 0 and any(len(line) > _SPACES(line).end() < indent for line in text.split("\n")[1:])
 
 
 def _ends_in_escape(raw: str) -> bool:
     return (len(raw) - len(raw.rstrip("\\"))) % 2 == 1
 
 
+def _folded(breaks: re.Match[str]) -> str:
+    """What line breaks in a text on several lines stand for: one is a space, more are one less."""
+    return "\n" * (breaks[0].count("\n") - 1) or " "
+
+
 def _unescaped(escape: re.Match[str]) -> str:
-    """The character for an escape in double quotes."""
-    high, low, *codes, character = escape.groups()
-    if high:
-        return chr(0x10000 + ((int(high, 16) - 0xD800) << 10) + int(low, 16) - 0xDC00)
-    if character:
-        if character not in _ESCAPES:
-            raise ValueError(f"\\{character} is not an escape that YAML has; a backslash itself is \\\\")
+    """The text for an escape in double quotes, or for line breaks, one of which may be escaped."""
+    high, low, code_2, code_4, code_8, character = escape.groups()
+    if character in _ESCAPES:
         return _ESCAPES[character]
-    code = int(codes[0] or codes[1] or codes[2], 16)
-    if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
-        raise ValueError(f"{escape.group()} is not a character")
-    return chr(code)
+    written = escape[0]
+    if "\n" in written:
+        kept = written[1:2].strip("\n") if written[0] == "\\" else ""
+        return kept + ("\n" * (written.count("\n") - 1) or ("" if written.startswith("\\\n") else " "))
+    code = int(code_2 or code_4 or code_8 or "D800", 16)
+    if high:
+        code = 0x10000 + ((int(high, 16) - 0xD800) << 10) + int(low, 16) - 0xDC00
+    if code <= 0x10FFFF and not 0xD800 <= code <= 0xDFFF:
+        return chr(code)
+    reason = "is not a character" if character is None else "is not an escape that YAML has; a backslash itself is \\\\"
+    raise UnicodeEncodeError("yaml", written, escape.start(), escape.end(), f"{written} {reason}")
 
 
-def _folded_quoted(lines: list[str], double: bool) -> str:
-    """The text of a quoted scalar on several lines: one line break is a space, more are one less."""
-    pieces, breaks, joint = [], 0, " "
-    for number, line in enumerate(lines):
-        if number:
-            line, breaks = line.lstrip(" \t"), breaks + 1
-        stripped, escaped = line.rstrip(" \t"), False
-        if number == len(lines) - 1:
-            stripped = line
-        elif double and _ends_in_escape(stripped):
-            escaped = stripped == line  # otherwise the backslash escapes a blank
-            stripped = stripped[:-1] if escaped else line[: len(stripped) + 1]
-        if stripped or escaped or number in (0, len(lines) - 1):
-            pieces.append(("\n" * (breaks - 1) or joint) + stripped if number else stripped)
-            breaks, joint = 0, "" if escaped else " "
-    return "".join(pieces)
-
-
-def _folded_block(lines: list[str]) -> str:
-    """The text of a folded scalar: as in quotes, but breaks next to blank-led lines stay."""
-    pieces, breaks, spaced, first = [], 0, False, True
-    for line in lines:
-        if not line:
-            breaks += 1
-            continue
-        was_spaced, spaced = spaced, line[0] in " \t"
-        if first:
-            pieces.append("\n" * breaks)
-        elif spaced or was_spaced:
-            pieces.append("\n" * (breaks + 1))
-        else:
-            pieces.append("\n" * breaks or " ")
-        pieces.append(line)
-        breaks, first = 0, False
-    return "".join(pieces)
+def _folded_block(body: str) -> str:
+    """The text of a folded scalar: as in quotes, but line breaks next to a line that starts with a blank stay."""
+    parts = re.split("(\n+)", body)  # lines and the breaks between them
+    for number in range(1, len(parts), 2):
+        if all(line and line[0] not in " \t" for line in (parts[number - 1], parts[number + 1])):
+            parts[number] = parts[number][1:] or " "
+    return "".join(parts)
 
 
 @functools.lru_cache(maxsize=64)
@@ -1071,11 +1003,10 @@ def _block_end(indent: int) -> Callable[[str, int], Any]:
     return re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search
 
 
-# What a plain scalar may be so that every YAML 1.1 and 1.2 loader reads it as the same text.
-_PLAIN_TEXT = re.compile("[A-Za-z0-9_/(<$\xa1-\u1fff][^\x00-\x1f\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]*").fullmatch
-_PLAIN_TRAPS = re.compile(r"(?i)[0-9][0-9_.:exoa-f+\-tz ]*|y|n|yes|no|on|off|true|false|null|<<").fullmatch
+_PLAIN_TEXT = re.compile(  # what every YAML 1.1 and 1.2 loader reads as the same text
+    r"(?!(?i:y|n|yes|no|on|off|true|false|null)$)[A-Za-z_/]([\w ,./()=+-]*[\w./()])?", re.ASCII
+).fullmatch
 _LITERAL = re.compile("[^\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]*").fullmatch
-_SURROGATE = re.compile("[\ud800-\udfff]").search
 _UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
 
 
@@ -1092,12 +1023,14 @@ def _dump_yaml(value: Any) -> str:
 
 def _yaml_node(value: Any, column: int, depth: int) -> str:
     """The node for a place at that column; its lines below the first are indented to it."""
-    if isinstance(value, (dict, list, tuple)) and depth >= _MAX_DEPTH:
-        raise OrchestratorError(f"cannot write YAML that nests deeper than {_MAX_DEPTH}")
     line = "\n" + " " * column
-    if isinstance(value, dict) and value:
-        return line.join(_yaml_entry(key, child, column, depth) for key, child in value.items())
-    if isinstance(value, (list, tuple)) and value:
+    if isinstance(value, (dict, list, tuple)):
+        if depth >= _MAX_DEPTH:
+            raise OrchestratorError(f"cannot write YAML that nests deeper than {_MAX_DEPTH}")
+        if not value:
+            return "{}" if isinstance(value, dict) else "[]"
+        if isinstance(value, dict):
+            return line.join(_yaml_entry(key, child, column, depth) for key, child in value.items())
         return line.join("- " + _yaml_node(child, column + 2, depth + 1) for child in value)
     if isinstance(value, str) and "\n" in value and value.strip(" \t\n") and _LITERAL(value):
         indicator = "2" if value.lstrip("\n")[0] in " \t" else ""
@@ -1114,46 +1047,39 @@ def _yaml_entry(key: Any, value: Any, column: int, depth: int) -> str:
     written = _yaml_scalar(key)
     if len(written) > _MAX_KEY:
         written = f"? {written}\n{' ' * column}"
-    nested = isinstance(value, (dict, list, tuple)) and value
-    gap = "\n" + " " * (column + 2) if nested else " "
+    gap = "\n" + " " * (column + 2) if isinstance(value, (dict, list, tuple)) and value else " "
     return f"{written}:{gap}{_yaml_node(value, column + 2, depth + 1)}"
 
 
 def _yaml_scalar(value: Any) -> str:
-    """A scalar or an empty collection on one line."""
+    """A scalar on one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        if _PLAIN_TEXT(value) and not _PLAIN_TRAPS(value) and not (
-            ": " in value or " #" in value or value.endswith((" ", ":"))
-        ):
+        if _PLAIN_TEXT(value):
             return value
-        if _SURROGATE(value):
-            raise OrchestratorError("cannot write half of a surrogate pair as YAML")
-        return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", json.dumps(value, ensure_ascii=False))
-    if isinstance(value, int) and abs(value) < 10**_MAX_DIGITS:
+        written = json.dumps(value, ensure_ascii=False)
+        if not _HALF(written):
+            return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", written)
+        raise OrchestratorError("cannot write half of a surrogate pair as YAML")
+    if isinstance(value, int) and abs(value) < 10 ** (_MAX_DIGITS - 1):
         return int.__repr__(value)
     if isinstance(value, float):
-        written = float.__repr__(value)
-        if written[-1] in "fn":
-            return written.replace("inf", ".inf").replace("nan", ".nan")
+        written = float.__repr__(value).replace("inf", ".inf").replace("nan", ".nan")
         return written if "." in written else written.replace("e", ".0e")
-    if isinstance(value, (dict, list, tuple)) and not value:
-        return "{}" if isinstance(value, dict) else "[]"
     raise OrchestratorError(f"cannot write a {type(value).__name__} as YAML")
 
 
 def _to_json(value: Any, indent: int | None = None, sort_keys: bool = False) -> str:
     """A value as JSON text; numbers that JSON lacks (nan, inf) are null, as in JavaScript."""
-    separators = (",", ":") if indent is None else (",", ": ")
+    separators = (",", ":" if indent is None else ": ")
+    encoder = json.JSONEncoder(
+        ensure_ascii=False, allow_nan=False, indent=indent, sort_keys=sort_keys, separators=separators
+    )
     try:
-        return json.dumps(
-            value, ensure_ascii=False, allow_nan=False, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return encoder.encode(value)
     except ValueError:
-        return json.dumps(
-            _finite(value), ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return encoder.encode(_finite(value))
 
 
 def _finite(value: Any) -> Any:
@@ -1171,21 +1097,29 @@ def _finite(value: Any) -> Any:
 # closure `read(this, frame)`. Linear in the source; paths reach keys and indexes only; values are never rendered again.
 # ---------------------------------------------------------------------------------------------------------------------
 
+if TYPE_CHECKING:
+    _Frame = dict[str, Any]  # what a tag sees besides `this`, see _root_frame
+    _Read = Callable[[Any, Any], Any]  # (this, frame) -> value
+    _Node = tuple[str, Any, str, int]  # kind ("literal", "path", "key", "call"), content, text, position
+    _Helpers = Mapping[str, Callable[..., Any]]
+    Reference = tuple[tuple[str, ...], bool, int]  # segments, required, position
+
 _MAX_NESTING = 100
 _NAME = r"""[^\s!"#%-,./;->@\[-^`{-~]+"""
 _STEP = rf"(?:{_NAME}|\[[^\]\\]*(?:\\\]?[^\]\\]*)*\])"
-_PATH = rf"@?(?:(?:\.\.?/)+(?={_STEP})|\.\.?(?:/\.\.?)*)?(?:{_STEP}(?:[./]{_STEP}|\[\d+\])*)?"
+_PATH = rf"@?(?:(?:\.\.?/)*{_STEP}(?:[./]{_STEP}|\[\d+\])*|\.\.?(?:/\.\.?)*)"
 _QUOTED = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
 _TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))")
 _STEPS = re.compile(rf"\.\.?(?=/|\Z)|{_STEP}")
-_SIMPLE_TAG = re.compile(r"\{\{\s*([A-Za-z_][\w-]*(?:\.[\w-]+)*)\s*\}\}(?!\})|<<([A-Za-z_][\w-]*(?:\.[\w-]+)*)>>")
-_OPENER, _EQUALS, _LITERAL_NUMBER = re.compile(r"\{\{|<<"), re.compile(r"\s*="), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
-_TAG = re.compile(r"(\{\{\{\{|\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
+_WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)[A-Za-z_][\w-]*(?:\.[\w-]+)*)"
+_SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?) ?{_WORDS}(?: {_WORDS})? ?(?(1)>>|\}}\}}(?!\}}))")
+_OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
+_TAG = re.compile(r"(\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
 _TAG_ENDS = {
-    "{{": r"\s*(~?)\}\}(?!\})", "{{{": r"\s*\}(~?)\}\}", "{{{{": r"\s*()\}\}\}\}", "{{!": r"(~?)\}\}",
+    "{{": r"\s*(?:()\}\}(?!\})|(~)\}\})", "{{{": r"\s*\}(~?)\}\}", "{{!": r"(~?)\}\}",
     "{{!--": r"--(~?)\}\}", "<<": r"\s*(~?)>>", "<<<": r"\s*>(~?)>>", "<<!": "(~?)>>", "<<!--": "--(~?)>>", "(": r"\s*()\)",
 }  # fmt: skip
-_RAW_TAG = rf"\{{\{{\{{\{{(?:/({_NAME})\}}\}}\}}\}}|(?=[^/]))"
+_BLOCK_PARAMETERS, _RAW_BLOCK = rf"\s+\|\s*({_NAME}(?:\s+{_NAME})*)\s*\|", r"\{{4}raw\}{4}(.*?)\{{4}/raw\}{4}"
 _STANDALONE = frozenset(("#", "^", "/", "else", ">", "#>", "#*", "!"))
 _LITERAL_WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "undefined": None}
 
@@ -1195,16 +1129,16 @@ class _Malformed(Exception):
 
 
 class _Tag:
-    """One tag: its sign ("" for a value), `~` on either side, and what is in it."""
+    """One tag: its sign ("" for a value), what it calls with what, block parameters, and `~` on either side."""
 
-    __slots__ = ("arguments", "end", "head", "indent", "left", "named", "names", "position", "right", "sign")
+    arguments: Sequence[_Node] = ()
+    named: Mapping[str, _Node] = {}
+    names: Sequence[str] = ()
+    left = right = False
+    indent = ""
 
-    def __init__(self, sign: str, position: int, head: _Expression | None = None, end: int = 0) -> None:
-        self.sign, self.position, self.head, self.end, self.indent = sign, position, head, end, ""
-        self.left = self.right = False
-        self.arguments: list[_Expression] = []
-        self.named: dict[str, _Expression] = {}
-        self.names: tuple[str, ...] = ()  # block parameters
+    def __init__(self, sign: str, position: int, end: int = 0, head: _Node | None = None) -> None:
+        self.sign, self.position, self.end, self.head = sign, position, end, head
 
     @property
     def name(self) -> str:
@@ -1213,15 +1147,16 @@ class _Tag:
 
 
 def _scan(source: str) -> list[str | _Tag]:
-    """The texts and tags of a template, in order."""
+    """The texts and tags of a template, in order. A raw block is its text between two tags that render as nothing."""
     items: list[str | _Tag] = []
     start = search = 0
     while opener := _OPENER.search(source, search):
         position, curly = opener.start(), opener[0] == "{{"
         escaped = position > start and source[position - 1] == "\\"
         literal = escaped and source[max(start, position - 2) : position] != "\\\\"
+        raw = re.compile(_RAW_BLOCK, re.S).match(source, position) if source.startswith("{{{{", position) else None
         try:
-            tag = None if literal and curly else _read_tag(source, position)
+            tag = None if raw or (literal and curly) else _read_tag(source, position)
         except _Malformed as error:
             if curly:
                 raise TemplateError(error.args[0], source, error.args[1]) from None
@@ -1229,37 +1164,33 @@ def _scan(source: str) -> list[str | _Tag]:
             continue
         if start < position - escaped:
             items.append(source[start : position - escaped])
-        if literal or tag is None:
-            start, search = position, position + 2
-        else:
+        start, search = position, position + 2
+        if raw and not literal:
+            items += (_Tag("!", position), raw[1], _Tag("!", raw.end()))
+            start = search = raw.end()
+        elif tag and not literal:
             items.append(tag)
-            start = search = _scan_raw(source, tag, items) if tag.sign == "raw" else tag.end
+            start = search = tag.end
     return [*items, source[start:]] if start < len(source) else items
-
-
-def _scan_raw(source: str, tag: _Tag, items: list[str | _Tag]) -> int:
-    """Adds the text of a raw block, nested ones included, and its closing tag; returns where that ends."""
-    level, tag.sign = 1, "#"
-    for match in re.compile(_RAW_TAG).finditer(source, tag.end):
-        level += -1 if match[1] else 1
-        if level == 0:
-            text = source[tag.end : match.start()]
-            items += [text] * bool(text) + [_Tag("/", match.start(), ("path", match[1], match[1], match.start()))]  # type: ignore[operator]
-            return match.end()
-    raise TemplateError(f"raw block {tag.name!r} is never closed", source, tag.position)
 
 
 def _read_tag(source: str, position: int) -> _Tag:
     """The tag at `position`. A `<<` tag ends on its line and holds no other `<<`, so that to fail is cheap."""
+    if source.startswith("{{else}}", position):
+        return _Tag("else", position, position + 8)
     simple = _SIMPLE_TAG.match(source, position)
-    if simple and (text := simple[1] or simple[2]) != "else" and text not in _LITERAL_WORDS:
-        return _Tag("", position, ("path", text, text, simple.start(simple.lastindex or 0)), simple.end())
+    if simple:
+        _, sign, head, argument = simple.groups()
+        tag = _Tag(sign, position, simple.end(), ("path", (0, head.split("."), False), head, simple.start(3)))
+        if argument:
+            tag.arguments = (("path", (0, argument.split("."), False), argument, simple.start(4)),)
+        return tag
     match = _TAG.match(source, position)
     assert match
     opener, sign, limit = match[1], match[3] or "", len(source)
     if opener == "<<" and (stop := re.compile(r"<<|\n").search(source, match.end())):
         limit = stop.start()
-    tag = _Tag("raw" if opener == "{{{{" else "" if sign in ("{", "<", "&") else sign, position)
+    tag = _Tag("" if sign in ("{", "<", "&") else sign, position)
     if sign in ("{", "<") and sign != opener[0]:
         raise _Malformed(f"unexpected {sign!r}", position)
     if sign == "!":
@@ -1269,9 +1200,9 @@ def _read_tag(source: str, position: int) -> _Tag:
             raise _Malformed("comment is never closed", position)
     else:
         end = _read_arguments(source, match.end(), limit, opener + (sign if sign in ("{", "<") else ""), tag, 0)
-    tag.left, tag.right, tag.end = bool(match[2]), bool(end[1]), end.end()
+    tag.left, tag.right, tag.end = bool(match[2]), "~" in end[0][-3:], end.end()
     if tag.sign == "" and tag.name == "else" and tag.head and tag.head[0] == "path":
-        tag.sign, tag.head = "else", tag.arguments.pop(0) if tag.arguments else None
+        tag.sign, tag.head, tag.arguments = "else", tag.arguments[0] if tag.arguments else None, tag.arguments[1:]
     elif tag.sign == "^" and not tag.head:
         tag.sign = "else"
     elif not tag.head and sign != "!":
@@ -1285,31 +1216,32 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
     """Reads head, arguments, named arguments and block parameters into the tag; returns the match of its end."""
     if depth > _MAX_NESTING:
         raise _Malformed(f"sub-expressions nested deeper than {_MAX_NESTING}", position)
-    ending, parameters = re.compile(_TAG_ENDS[opener]), re.compile(rf"\s*\|((?:\s*{_NAME})+)\s*\|")
+    ending, nodes, named = re.compile(_TAG_ENDS[opener]), [], {}
     while not (end := ending.match(source, position, limit)):
         token, key = _TOKEN.match(source, position, limit), ""
-        if token and tag.head and token["path"] == "as" and (names := parameters.match(source, token.end(), limit)):
-            tag.names, position = tuple(names[1].split()), names.end()
-            continue
-        if token and tag.head and (equals := _EQUALS.match(source, token.end(), limit)):
+        if token and nodes and token["path"] == "as" and not tag.names:
+            if names := re.compile(_BLOCK_PARAMETERS).match(source, token.end(), limit):
+                tag.names, position = names[1].split(), names.end()
+                continue
+        if token and nodes and (equals := re.compile(r"\s*=").match(source, token.end(), limit)):
             key = token["path"] or ""
             token = _TOKEN.match(source, equals.end(), limit) if re.fullmatch(_STEP, key) else None
-        if not token or (not key and (tag.named or tag.names)):
+        if not token or (not key and named) or tag.names:
             rest = source[position : min(limit, position + 60)].lstrip()
             if opener == "{{" and rest.startswith("}}}"):
                 raise _Malformed("'}}}' closes only '{{{': put a space before a brace that is text", position)
             raise _Malformed(f"unexpected {rest.split()[0]!r} in a tag" if rest else f"{opener!r} is never closed", position)
         node, position = _read_operand(source, token, limit, depth)
         if key:
-            tag.named[_unbracketed(key)] = node
-        elif tag.head:
-            tag.arguments.append(node)
+            named[_unbracketed(key)] = node
         else:
-            tag.head = node
+            nodes.append(node)
+    if nodes:
+        tag.head, tag.arguments, tag.named = nodes[0], nodes[1:], named
     return end
 
 
-def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> tuple[_Expression, int]:
+def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> tuple[_Node, int]:
     """The node that a token opens (a path, a literal or a sub-expression) and where it ends."""
     kind = token.lastgroup or ""
     text, start, end = token[kind], token.start(kind), token.end()
@@ -1321,7 +1253,7 @@ def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> 
     if kind == "path" and (number := _LITERAL_NUMBER.fullmatch(text)):
         return ("literal", float(text) if number[1] else int(text), text, start), end
     if kind == "path":
-        return ("path", text, text, start), end
+        return ("path", _split_path(text, start), text, start), end
     inner = _Tag("(", start)
     if text != "(":
         raise _Malformed(f"unexpected {text!r} in a tag", start)
@@ -1336,31 +1268,35 @@ def _unbracketed(step: str) -> str:
     return re.sub(r"\\([\\\]])", r"\1", step[1:-1]) if step[0] == "[" else step
 
 
-def _split_path(text: str) -> tuple[int, tuple[str, ...], bool]:
-    """Levels up, steps, and whether the path names its scope: "../a.[b c]" -> (1, ("a", "b c"), True)."""
-    steps = _STEPS.findall(text)
-    first = next((index for index, step in enumerate(steps) if step not in (".", "..", "this")), len(steps))
-    return steps[:first].count(".."), tuple(map(_unbracketed, steps[first:])), first > 0
+def _split_path(text: str, position: int = 0) -> tuple[int, list[str], bool]:
+    """Levels up, steps, and whether the path names its scope: "../a.[b c]" -> (1, ["a", "b c"], True)."""
+    steps, scopes = _STEPS.findall(text), (".", "..", "this")
+    first = next((index for index, step in enumerate(steps) if step not in scopes), len(steps))
+    if not {*steps[first:]}.isdisjoint(scopes):
+        raise _Malformed(f"invalid path {text!r}: '.', '..' and 'this' come first", position)
+    return steps[:first].count(".."), [*map(_unbracketed, steps[first:])], first > 0
 
 
-def _strip_lines(items: list[Any]) -> list[Any]:
+def _strip_lines(items: list[str | _Tag]) -> list[Any]:
     """Applies `~`, and takes block tags, comments and partials that stand alone on a line out with their line."""
-    stripped, last = ["", *items, ""], len(items)
+    stripped: list[Any] = ["", *items, ""]
+    last = len(items)
     for index, tag in enumerate(items, 1):
         if isinstance(tag, str) or not (tag.sign in _STANDALONE or tag.left or tag.right):
             continue
+        if tag.left and isinstance(stripped[index - 1], str):
+            stripped[index - 1] = stripped[index - 1].rstrip()
+        if tag.right and isinstance(stripped[index + 1], str):
+            stripped[index + 1] = stripped[index + 1].lstrip()
         before, after = items[index - 2] if index > 1 else "\n", items[index] if index < last else "\n"
         if tag.sign in _STANDALONE and isinstance(before, str) and isinstance(after, str):
             _, newline, indent = before.rpartition("\n")
             rest, ending, _ = after.partition("\n")
             if not (indent.strip() or rest.strip()) and (newline or index == 2) and (ending or index == last - 1):
-                tag.indent = indent[len(indent.rstrip(" \t")) :] if tag.sign == ">" and not tag.left else ""
-                stripped[index - 1] = stripped[index - 1].rstrip(" \t")
+                left = stripped[index - 1]
+                stripped[index - 1] = left.rstrip(" \t")
+                tag.indent = left[len(stripped[index - 1]) :]
                 stripped[index + 1] = re.sub(r"\A[ \t]*\r?\n?", "", stripped[index + 1])
-        if tag.left and isinstance(stripped[index - 1], str):
-            stripped[index - 1] = stripped[index - 1].rstrip()
-        if tag.right and isinstance(stripped[index + 1], str):
-            stripped[index + 1] = stripped[index + 1].lstrip()
     return [item for item in stripped if item != ""]
 
 
@@ -1387,7 +1323,7 @@ def _settled(value: Any) -> Any:
 
 def _child(value: Any, step: str) -> Any:
     """The value under a key of a map or an index of a list, or _MISSING; never an attribute."""
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):
         if step in value:
             return value[step]
         number = int(step) if len(step) < 19 and re.fullmatch(r"-?(?:0|[1-9][0-9]*)", step) else None
@@ -1414,7 +1350,7 @@ def _there(value: Any, *steps: str) -> str:
 
 def _truthy(value: Any) -> bool:
     """Handlebars truth: false, null, "", 0 and [] are false; every map is true."""
-    return bool(value) or isinstance(value, Mapping)
+    return bool(value) or (value is not None and (type(value) not in _PLAIN or type(value) is dict) and isinstance(value, Mapping))
 
 
 def _unpacked(value: Any) -> Any:
@@ -1426,15 +1362,11 @@ def _unpacked(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_unpacked)
-
-
 def _json_text(value: Any, indent: int | None = None) -> str:
     """JSON of a value, compact unless indented; TemplateError for what JSON cannot say (nan and infinity too)."""
+    options: Any = {"ensure_ascii": False, "allow_nan": False, "default": _unpacked}
     try:
-        if indent is None:
-            return _ENCODER.encode(value)
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=_unpacked)
+        return json.dumps(value, indent=indent, separators=(",", ":") if indent is None else None, **options)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise TemplateError(f"cannot write {_kind(value)} as text: {reason}") from None
@@ -1446,7 +1378,8 @@ def _to_text(value: Any) -> str:
         return value
     if type(value) is int and -1000000 < value < 1000000:
         return repr(value)
-    return "" if value is None else _json_text(value)
+    value = _settled(value)
+    return value if isinstance(value, str) else "" if value is None else _json_text(value)
 
 
 def _as_number(text: str) -> int | float | None:
@@ -1537,32 +1470,33 @@ _HELPERS: dict[str, Callable[..., Any]] = {
 _LENIENT = frozenset(("if", "unless", "default", "and", "or", "not"))  # a missing value is null in their arguments
 
 
-# ---- Compiler --------------------------------------------------------------------------------------------------------
+# ---- Closures: what tags compile to ----------------------------------------------------------------------------------
+
+
+_SPECIAL = frozenset(("root", "index", "key", "first", "last", "partial-block"))  # what of a frame can be read as @name
 
 
 def _root_frame(root: Any) -> _Frame:
-    """What a tag sees besides `this`. The tuples are linked lists: the last item is the tuple of the block around."""
+    """What a tag sees besides `this`. Loops add index, key, first and last; a block parameter x is "|x"."""
     return {
         "root": root,
-        "contexts": (root, None),  # this, the contexts around it
-        "loop": None,  # (index, key, first, last, the loop around it)
-        "parameters": None,  # (the values of block parameters ..., those of the block around it)
+        "this": root,
+        "outer": None,  # the frame that ../ reads
+        "around": None,  # the frame that @../ reads: that around the loop
         "partials": {},  # inline partials: name -> (program, the frame it is defined in)
-        "block": None,  # @partial-block: (program, the frame it is defined in)
+        "partial-block": None,  # (program, the frame it is defined in)
         "level": 0,  # of partials in partials
     }
 
 
 def _inside(frame: _Frame, value: Any, names: Sequence[str] = ()) -> _Frame:
     """The frame of a block whose `this` is the value; its block parameter too, if it has one."""
-    inner = {**frame, "contexts": (value, frame["contexts"])}
-    if names:
-        inner["parameters"] = (value, frame["parameters"])
-    return inner
+    parameters = {"|" + name: value for name in names[:1]}
+    return {**frame, **parameters} if value is frame["this"] else {**frame, **parameters, "this": value, "outer": frame}
 
 
-def _nothing(this: Any, frame: Any) -> str:
-    return ""
+def _this(this: Any, frame: Any) -> Any:
+    return _settled(this)
 
 
 def _constant(value: Any) -> Callable[..., Any]:
@@ -1575,19 +1509,23 @@ def _constant(value: Any) -> Callable[..., Any]:
     return evaluate
 
 
-def _climber(chain: str, levels: int, slot: int) -> _Read:
-    """Reads a slot of one of the frame's linked lists, some levels up."""
+_nothing = _constant("")
 
-    def read(this: Any, frame: _Frame) -> Any:
-        link = frame[chain]
+
+def _frame_reader(key: str, link: str = "", levels: int = 0) -> _Read:
+    """Reads from the frame, or from the one some links up."""
+
+    def read(this: Any, frame: Any) -> Any:
         for _ in range(levels):
-            link = link and link[-1]
-        return link[slot] if link and slot < len(link) - 1 else _MISSING
+            frame = frame and frame[link]
+        return frame.get(key, _MISSING) if frame else _MISSING
 
-    return read
+    return read if levels else lambda this, frame: frame.get(key, _MISSING)
 
 
-def _path_reader(steps: tuple[str, ...], start: _Read | None = None, missing: _Read | None = None, raw: bool = False) -> _Read:
+def _path_reader(
+    steps: Sequence[str], start: _Read | None = None, missing: _Read | None = None, raw: bool = False
+) -> _Read:
     """Reads a path from `this` or from what `start` reads. A missing value is null unless `missing` raises."""
 
     def read(this: Any, frame: Any) -> Any:
@@ -1598,7 +1536,13 @@ def _path_reader(steps: tuple[str, ...], start: _Read | None = None, missing: _R
             return missing(this, frame) if missing else None
         return value if raw else _settled(value)
 
-    first, second, third = (*steps, "", "", "")[:3]
+    def read_start(this: Any, frame: Any) -> Any:
+        value = start(this, frame) if start else this
+        return value if type(value) in _PLAIN else read(this, frame)
+
+    if start or not 1 <= len(steps) <= 3:
+        return read if steps or raw else read_start if start else _this
+    first, second, third = (*steps, "", "")[:3]
 
     def read_one(this: Any, frame: Any) -> Any:
         value = this.get(first) if type(this) is dict else None
@@ -1615,7 +1559,7 @@ def _path_reader(steps: tuple[str, ...], start: _Read | None = None, missing: _R
         value = value.get(third) if type(value) is dict else None
         return value if type(value) in _PLAIN else read(this, frame)
 
-    return read if start or not 1 <= len(steps) <= 3 else (read_one, read_two, read_three)[len(steps) - 1]
+    return (read_one, read_two, read_three)[len(steps) - 1]
 
 
 def _joined(parts: list[Any]) -> _Read:
@@ -1623,6 +1567,7 @@ def _joined(parts: list[Any]) -> _Read:
     reads = [(index, part) for index, part in enumerate(parts) if not isinstance(part, str)]
     if not reads:
         return _constant("".join(parts))
+    single = parts[0]
 
     def render(this: Any, frame: Any) -> str:
         texts = parts[:]
@@ -1631,22 +1576,84 @@ def _joined(parts: list[Any]) -> _Read:
             texts[index] = value if type(value) is str else _to_text(value)
         return "".join(texts)
 
+    def render_single(this: Any, frame: Any) -> str:
+        value = single(this, frame)
+        return value if type(value) is str else _to_text(value)
+
+    program = render_single if len(parts) == 1 else render
+    program.parts = parts  # type: ignore[attr-defined]
+    return program
+
+
+def _column(part: Any, items: Any) -> Iterable[str]:
+    """The text of one part of a program for each of the items; the part looks at nothing else."""
+    if isinstance(part, str):
+        return [part] * len(items)
+    values = items if part is _this else [part(item, None) for item in items]
+    return [value if type(value) is str else _to_text(value) for value in values]
+
+
+def _loop(body: _Read, names: Sequence[str], framed: bool) -> Callable[[Any, Any], str]:
+    """Renders the body once for each item of a list or map, which is not empty.
+
+    A body that does not look at its frame is rendered column by column: each part for all items, then interleaved.
+    """
+    parts, names = getattr(body, "parts", [getattr(body, "constant", "")]), ["|" + name for name in names[:2]]
+
+    def render(value: Any, frame: _Frame) -> str:
+        keys: Any = range(len(value)) if isinstance(value, (list, tuple)) else list(value)
+        items = value if type(keys) is range else [value[key] for key in keys]
+        if not framed:
+            return "".join([text for row in zip(*[_column(part, items) for part in parts]) for text in row])
+        inner, last, texts = {**frame, "outer": frame, "around": frame, "first": True}, len(keys) - 1, []
+        for index, key, item in zip(range(last + 1), keys, items):
+            inner["this"], inner["index"], inner["key"], inner["last"] = item, index, key, index == last
+            if names:
+                inner.update(zip(names, (item, key)))
+            texts.append(body(item, inner))
+            inner["first"] = False
+        return "".join(texts)
+
     return render
 
 
-def _render_each(value: Any, body: _Read, inverse: _Read, names: Sequence[str], this: Any, frame: _Frame) -> Any:
-    """The body once for each item of a list or map; the inverse if there is none."""
-    listed = isinstance(value, (list, tuple))
-    keys: Any = range(len(value)) if listed else list(value) if isinstance(value, Mapping) else ()
-    if not keys:
-        return inverse(this, frame)
-    inner, contexts, around, last, texts = {**frame}, frame["contexts"], frame["loop"], len(keys) - 1, []
-    for index, (key, item) in enumerate(zip(keys, value if listed else [value[key] for key in keys])):
-        inner["contexts"], inner["loop"] = (item, contexts), (index, key, index == 0, index == last, around)
-        if names:
-            inner["parameters"] = (item, key, frame["parameters"])
-        texts.append(body(item, inner))
-    return "".join(texts)
+def _if_block(read: _Read, body: _Read, inverse: _Read, zero: _Read) -> _Read:
+    def render(this: Any, frame: Any) -> Any:
+        value = read(this, frame)
+        true = value if type(value) is bool else _truthy(value) or (value == 0 and _truthy(zero(this, frame)))
+        return body(this, frame) if true else inverse(this, frame)
+
+    return render
+
+
+def _scope_block(
+    kind: str, read: _Read, body: _Read, inverse: _Read, names: Sequence[str], framed: bool, refuse: Callable[[Any], None]
+) -> _Read:
+    """each: the body for each item; with: once, the value as `this`; a section ("") does as the value asks for."""
+    loop, (looped, skipped) = _loop(body, names, framed), _SCOPES[kind]
+
+    def render(this: Any, frame: Any) -> Any:
+        value = read(this, frame)
+        if isinstance(value, looped):
+            return loop(value, frame) if value else inverse(this, frame)
+        settled = _settled(value)
+        if skipped(settled):
+            refuse(value)
+            return inverse(this, frame)
+        inner = this if settled is True and not kind else value
+        return body(inner, _inside(frame, inner, names) if framed else None)
+
+    return render
+
+
+_SCOPES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool]]] = {  # what is looped over, what asks for the inverse
+    "each": ((list, tuple, dict, Mapping), lambda value: True),
+    "with": ((), lambda value: not _truthy(value) and (value is False or value != 0)),
+    "": ((list, tuple), lambda value: value is None or value is False),
+}
+
+
+# ---- Compiler --------------------------------------------------------------------------------------------------------
 
 
 class _Partials(dict):  # type: ignore[type-arg]
@@ -1673,11 +1680,11 @@ class _TemplateCompiler:
         self.end = _Tag("", 0)  # the tag that ended the program compiled last
         self.inlines: dict[str, _Read] = {}  # and its inline partials
         self.scopes: list[bool | None] = [True]  # is `this` the root, level by level? None: depends on a value
-        self.names: list[tuple[str, ...]] = []  # block parameters, level by level
-        self.guards: list[tuple[str, ...]] = []  # the paths that the #if and #unless around ask for
+        self.names: dict[str, int] = {}  # block parameters: how many scopes there are where each is `this`; 0: never
+        self.guards: list[Sequence[str]] = []  # the paths that the #if and #unless around ask for
         self.references: list[tuple[tuple[str, ...], bool, int, bool]] = []  # the last: starts at @root
         self.calls: list[tuple[str, bool, set[str], int]] = []  # partials: name, context is the root, keys, position
-        self.dynamic = self.framed = False  # has tags that render; needs a frame
+        self.framed = False  # whether what was compiled last looks at its frame
 
     def error(self, reason: str, position: int) -> TemplateError:
         return TemplateError(reason + (f" in partial {self.name!r}" if self.name else ""), self.source, position)
@@ -1686,9 +1693,10 @@ class _TemplateCompiler:
         """Compiles up to the tag that ends the opener's body, or to the end of the source."""
         parts: list[Any] = []
         inlines: dict[str, _Read] = {}
-        outer_scopes, outer_names, end = len(self.scopes), len(self.names), _Tag("", 0)
+        outer_scopes, outer_names, end = len(self.scopes), self.names, _Tag("", 0)
         self.scopes += scope
-        self.names += [tuple(names)] if names else []
+        if names:
+            self.names = {**outer_names, **dict.fromkeys(names, 0), names[0]: len(self.scopes) if scope == (False,) else 0}
         self.nesting += 1
         if self.nesting > _MAX_NESTING + 1:
             raise self.error(f"blocks nested deeper than {_MAX_NESTING}", opener.position if opener else 0)
@@ -1701,27 +1709,32 @@ class _TemplateCompiler:
                 end = item
             elif item.sign == "#*":
                 inlines.update(self.inline(item))
+            elif item.sign in _COMPILED:
+                parts.append(_COMPILED[item.sign](self, item))
             elif item.sign != "!":
-                parts.append(self.tag(item))
+                raise self.error(f"unexpected {item.sign!r}", item.position)
         if opener and not end.sign:
             raise self.error(f"block '{opener.sign}{opener.name}' is never closed", opener.position)
         if end.sign and not opener:
             raise self.error(f"'{end.sign}{end.name}' outside of a block", end.position)
-        del self.scopes[outer_scopes:], self.names[outer_names:]
+        del self.scopes[outer_scopes:]
+        self.names = outer_names
         self.nesting -= 1
         self.end, self.inlines, program = end, inlines, _joined(parts)
+        if not inlines:
+            return program
 
         def render(this: Any, frame: _Frame) -> Any:
             inner = {**frame}
             inner["partials"] = {**frame["partials"], **{name: (body, inner) for name, body in inlines.items()}}
             return program(this, inner)
 
-        return render if inlines else program
+        return render
 
     def close(self, opener: _Tag) -> None:
         """Checks that the tag that ended the last program closes the opener."""
-        wanted, found = (_split_path(name) for name in (opener.name, self.end.name))
-        if self.end.sign != "/" or wanted != found:
+        assert opener.head
+        if self.end.sign != "/" or not self.end.head or opener.head[1] != self.end.head[1]:
             line = self.source.count("\n", 0, opener.position) + 1
             ending = f"'/{self.end.name}'" if self.end.sign == "/" else "a second else"
             raise self.error(f"{ending} does not close '{opener.sign}{opener.name}' of line {line}", self.end.position)
@@ -1744,117 +1757,39 @@ class _TemplateCompiler:
             self.close(tag)
         return (inverse, body) if tag.sign == "^" else (body, inverse)
 
-    def tag(self, tag: _Tag) -> _Read:
-        """The closure of a tag and, if it opens a block, of all up to its end."""
-        self.dynamic = True
-        if tag.sign == "":
-            return self.value(tag)
-        self.framed = True
-        if tag.sign in ("#", "^"):
-            return self.block(tag)
-        if tag.sign in (">", "#>"):
-            return self.partial(tag)
-        raise self.error(f"unexpected {tag.sign!r}", tag.position)
-
     def inline(self, tag: _Tag) -> dict[str, _Read]:
         """{{#*inline "name"}}: a partial for the block it stands in."""
         if tag.name != "inline" or len(tag.arguments) != 1 or tag.arguments[0][0] != "literal":
             raise self.error('the only decorator is {{#*inline "name"}}', tag.position)
-        self.framed = True
         body = self.program(tag, (None,))
         self.close(tag)
+        self.framed = True
         return {tag.arguments[0][2]: body}
 
     def block(self, tag: _Tag, chained: bool = False) -> _Read:
-        name = tag.name if tag.head and tag.head[0] == "path" else ""
-        if name in self.helpers:
-            return self.helper_block(tag, chained)
-        if name in _BLOCKS:
-            if len(tag.arguments) != 1:
-                raise self.error(f"#{name} takes one argument", tag.position)
-            return _BLOCKS[name](self, tag, chained)
-        if name == "raw" and not tag.arguments:
-            return self.bodies(tag, (), chained)[0]
-        return self.section(self.value(tag), tag, chained)
-
-    def section(self, read: _Read, tag: _Tag, chained: bool) -> _Read:
-        """`{{#x}}`: once for true, for each item of a list, with any other value as `this`; else the inverse."""
-        names, (body, inverse) = tag.names, self.bodies(tag, (None,), chained)
-
-        def render(this: Any, frame: _Frame) -> Any:
-            value = read(this, frame)
-            if isinstance(value, (list, tuple)):
-                return _render_each(value, body, inverse, names, this, frame)
-            if value is None or value is False:
-                return inverse(this, frame)
-            inner = _inside(frame, value, names)
-            return body(value, inner) if value is not True else body(this, {**inner, "contexts": frame["contexts"]})
-
-        return render
-
-    def if_block(self, tag: _Tag, chained: bool) -> _Read:
-        seen, guarded = len(self.references), len(self.guards)
-        test, zero = self.expression(tag.arguments[0], True), self.named(tag, True).get("includeZero", _nothing)
-        self.guards += [steps for steps, *_ in self.references[seen:]]
-        body, inverse = self.bodies(tag, (), chained)
+        """A block: if, unless, each, with, or a section over the value of the tag."""
+        kind = tag.name if tag.name in _BLOCKS and tag.name not in self.helpers and tag.head and tag.head[0] == "path" else ""
+        if kind and len(tag.arguments) != 1:
+            raise self.error(f"#{kind} takes one argument", tag.position)
+        tests, seen, guarded, around = kind in _LENIENT, len(self.references), len(self.guards), self.framed
+        self.framed = False
+        read = self.expression(tag.arguments[0], tests, kind == "with") if kind else self.value(tag)
+        zero = self.named(tag, True).get("includeZero", _nothing)
+        if tests:
+            self.guards += [steps for steps, *_ in self.references[seen:]]
+        same = tests or (kind == "with" and tag.arguments[0][2] in (".", "this"))
+        around, self.framed = around or self.framed, False
+        body, inverse = self.bodies(tag, () if same else (False,) if kind else (None,), chained)
+        framed, self.framed = self.framed, around or self.framed
         del self.guards[guarded:]
-        if tag.name == "unless":
-            body, inverse = inverse, body
+        if tests:
+            return _if_block(read, *((body, inverse) if kind == "if" else (inverse, body)), zero)
 
-        def render(this: Any, frame: _Frame) -> Any:
-            value = test(this, frame)
-            true = _truthy(value) or (value is not False and value == 0 and _truthy(zero(this, frame)))
-            return body(this, frame) if true else inverse(this, frame)
-
-        return render
-
-    def each_block(self, tag: _Tag, chained: bool) -> _Read:
-        read, names, strict = self.expression(tag.arguments[0]), tag.names, self.strict
-        body, inverse = self.bodies(tag, (False,), chained)
-
-        def render(this: Any, frame: _Frame) -> Any:
-            value = read(this, frame)
-            if strict and not isinstance(value, (list, tuple, Mapping, type(None))):
+        def refuse(value: Any) -> None:
+            if kind == "each" and self.strict and value is not None:
                 raise self.error(f"#each needs a list or a map, not {_kind(value)}", tag.position)
-            return _render_each(value, body, inverse, names, this, frame)
 
-        return render
-
-    def with_block(self, tag: _Tag, chained: bool) -> _Read:
-        read, names, same = self.expression(tag.arguments[0], raw=True), tag.names, tag.arguments[0][2] in (".", "this")
-        body, inverse = self.bodies(tag, () if same else (False,), chained)
-
-        def render(this: Any, frame: _Frame) -> Any:
-            value = read(this, frame)
-            settled, inner = _settled(value), _inside(frame, value, names)
-            if not _truthy(settled) and (settled is False or settled != 0):
-                return inverse(this, frame)
-            return body(value, {**inner, "contexts": frame["contexts"]} if same else inner)
-
-        return render
-
-    def helper_block(self, tag: _Tag, chained: bool) -> _Read:
-        """A block that calls a helper. One that takes `options` renders the bodies itself: options.fn(context) and
-        options.inverse(context), for the context around it by default; options.hash has the named arguments and
-        options.this the context. What another helper returns is the value of a section."""
-        function, names = self.helpers[tag.name], tag.names
-        code = getattr(function, "__code__", None)
-        if not code or "options" not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
-            return self.section(self.call(tag, False), tag, chained)
-        arguments, named = [self.expression(node) for node in tag.arguments], self.named(tag)
-        body, inverse = self.bodies(tag, (None,), chained)
-
-        def render(this: Any, frame: _Frame) -> Any:
-            def render_body(program: _Read, context: Any = _MISSING) -> Any:
-                same = context is _MISSING or context is this
-                return program(this, frame) if same else program(context, _inside(frame, context, names))
-
-            fn, other = functools.partial(render_body, body), functools.partial(render_body, inverse)
-            values = {key: read(this, frame) for key, read in named.items()}
-            options = SimpleNamespace(fn=fn, inverse=other, hash=values, this=this)
-            return self.invoke(tag, function, [read(this, frame) for read in arguments], {**values, "options": options})
-
-        return render
+        return _scope_block(kind, read, body, inverse, tag.names, framed, refuse)
 
     def value(self, tag: _Tag) -> _Read:
         """`{{head arguments}}`: a helper's value if arguments or a helper of the caller's ask for one, else a path's."""
@@ -1864,7 +1799,7 @@ class _TemplateCompiler:
             return self.call(tag, False)
         if tag.arguments or tag.named or (tag.names and not tag.sign):
             raise self.error("unexpected arguments", position)
-        return self.expression(("key" if kind == "literal" else kind, content, text, position))
+        return self.expression(("path", (0, [text], True), text, position) if kind == "literal" else tag.head)
 
     def call(self, tag: _Tag, lenient: bool) -> _Read:
         """A helper call. A missing value is null in the arguments of helpers that ask whether it is there."""
@@ -1874,11 +1809,17 @@ class _TemplateCompiler:
             raise self.error(f"unknown helper {tag.name!r}{known}", tag.head[3] if tag.head else 0)
         lenient = lenient or tag.name in _LENIENT
         reads = [self.expression(node, lenient, raw=function is _lookup) for node in tag.arguments]
-        named, invoke, strict = self.named(tag, lenient), self.invoke, self.strict and not lenient
+        named, strict = self.named(tag, lenient), self.strict and not lenient
 
         def read(this: Any, frame: Any) -> Any:
-            values = [read(this, frame) for read in reads]
-            value = invoke(tag, function, values, {key: read(this, frame) for key, read in named.items()})
+            values, keywords = [read(this, frame) for read in reads], {key: read(this, frame) for key, read in named.items()}
+            try:
+                value = function(*values, **keywords)
+            except RecursionError:
+                raise
+            except Exception as error:
+                reason = str(error).replace("<lambda>()", "it") or type(error).__name__
+                raise self.error(f"helper {tag.name!r}: {reason}", tag.position) from error
             if value is _MISSING and strict:
                 raise self.error(f"missing value {values[1]!r}{_there(values[0], _to_text(values[1]))}", tag.position)
             return None if value is _MISSING else value
@@ -1888,63 +1829,47 @@ class _TemplateCompiler:
     def named(self, tag: _Tag, lenient: bool = False) -> dict[str, _Read]:
         return {key: self.expression(node, lenient) for key, node in tag.named.items()}
 
-    def invoke(self, tag: _Tag, function: Any, values: list[Any], named: dict[str, Any]) -> Any:
-        try:
-            return function(*values, **named)
-        except RecursionError:
-            raise
-        except Exception as error:
-            reason = str(error).replace("<lambda>()", "it") or type(error).__name__
-            raise self.error(f"helper {tag.name!r}: {reason}", tag.position) from error
-
-    def expression(self, node: _Expression, lenient: bool = False, raw: bool = False) -> _Read:
+    def expression(self, node: _Node, lenient: bool = False, raw: bool = False) -> _Read:
         """The closure of a node. Lenient: a missing value is null. Raw: a view at the end of a path stays a view."""
         kind, content, text, position = node
         if kind == "literal":
             return _constant(content)
         if kind == "call":
             return self.call(content, lenient)
-        depth, steps, fixed = (0, (text,), True) if kind == "key" else _split_path(text)
-        if kind == "path" and not {".", "..", "this"}.isdisjoint(step for step in _STEPS.findall(text)[-len(steps) :] if steps):
-            raise self.error(f"invalid path {text!r}: '.', '..' and 'this' come first", position)
+        depth, steps, fixed = content
         start: _Read | None = None
-        level = next((level for level, names in enumerate(reversed(self.names)) if steps and steps[0] in names), None)
-        if kind == "path" and text[0] == "@":
-            slots = {"index": 0, "key": 1, "first": 2, "last": 3}
-            if steps[:1] == ("root",):
-                self.refer(steps[1:], lenient, position, True)
-                start = lambda this, frame: frame["root"]  # noqa: E731
-            elif steps == ("partial-block",):
-                start = lambda this, frame: frame["block"] is not None  # noqa: E731
-            else:
-                start = _climber("loop", depth, slots.get(steps[0] if steps else "", 9))
+        name = steps[0] if steps else ""
+        if text[0] == "@":
             steps = steps[1:]
-        elif level is not None and not fixed:
-            start, steps = _climber("parameters", level, self.names[-1 - level].index(steps[0])), steps[1:]
+            if name == "root":
+                self.refer(steps, lenient, position, True)
+            start = _frame_reader(name if name in _SPECIAL else "@", "around", 0 if name == "root" else depth)
+        elif not fixed and name in self.names:
+            if self.names[name] != len(self.scopes):  # otherwise the block parameter is `this`
+                start = _frame_reader("|" + name)
+            steps = steps[1:]
         else:
-            scopes = self.scopes[len(self.scopes) - 1 - depth :] if depth < len(self.scopes) else [False]
-            if scopes[0]:
-                self.refer(steps, lenient or None in scopes, position, False)
-            start = _climber("contexts", depth, 0) if depth else None
+            around = self.scopes[len(self.scopes) - 1 - depth :] if depth < len(self.scopes) else [False]
+            if around[0]:
+                self.refer(steps, lenient or None in around, position, False)
+            start = _frame_reader("this", "outer", depth) if depth else None
         self.framed = self.framed or start is not None
         missing = self.missing(text, steps, start, position) if self.strict and not lenient else None
         return _path_reader(steps, start, missing, raw)
 
-    def refer(self, steps: tuple[str, ...], lenient: bool, position: int, absolute: bool) -> None:
+    def refer(self, steps: Sequence[str], lenient: bool, position: int, absolute: bool) -> None:
         if steps:
             required = not lenient and not any(steps[: len(guard)] == guard for guard in self.guards)
-            self.references.append((steps, required, position, absolute))
+            self.references.append((tuple(steps), required, position, absolute))
 
-    def missing(self, text: str, steps: tuple[str, ...], start: _Read | None, position: int) -> _Read:
-        """Raises the error for a missing value: what there is instead, and where it may be meant."""
-        inside = len(self.scopes) > 1
+    def missing(self, text: str, steps: Sequence[str], start: _Read | None, position: int) -> _Read:
+        """Raises the error for a missing value: what there is instead, and how a name outside of the block is written."""
+        hint = f"; outside of the block: ../{text} or @root.{text}" if len(self.scopes) > 1 and not start else ""
 
         def fail(this: Any, frame: Any) -> Any:
             value = start(this, frame) if start else this
             if value is _MISSING:
                 raise self.error(f"missing value {text!r}: there is no such scope or loop here", position)
-            elsewhere = inside and not start and frame and _child(frame["root"], steps[0]) is not _MISSING
-            hint = f"; inside a block write ../{text} or @root.{text}" if elsewhere else ""
             raise self.error(f"missing value {text!r}{_there(value, *steps)}{hint}", position)
 
         return fail
@@ -1957,11 +1882,11 @@ class _TemplateCompiler:
         name_of = self.call(content, False) if kind == "call" else None
         if len(tag.arguments) > 1:
             raise self.error("a partial takes one context", tag.position)
-        own_block, indent, partials = kind == "path" and name == "@partial-block", tag.indent, self.partials
-        if self.strict and tag.sign == ">" and not (name_of or own_block or self.name or name in partials):
-            inlines = [item.arguments[0][2] for item in self.items if type(item) is _Tag and item.sign == "#*" and item.arguments]
-            if name not in inlines:
-                raise self.error(f"unknown partial {name!r}{_suggestion(name, partials)}", tag.position)
+        own_block, partials = kind == "path" and name == "@partial-block", self.partials
+        indent = tag.indent if tag.sign == ">" else ""
+        known = name in partials or self.name or "#*inline" in self.source
+        if self.strict and tag.sign == ">" and not (name_of or own_block or known):
+            raise self.error(f"unknown partial {name!r}{_suggestion(name, partials)}", tag.position)
         context = self.expression(tag.arguments[0], raw=True) if tag.arguments else None
         named, same = self.named(tag), not tag.arguments or tag.arguments[0][2] in (".", "this")
         self.calls.append((name, same and self.scopes[-1] is True, set(named), tag.position))
@@ -1969,6 +1894,7 @@ class _TemplateCompiler:
         defined = self.inlines if block else {}
         if block:
             self.close(tag)
+        self.framed = True
 
         def render(this: Any, frame: _Frame) -> str:
             known = _to_text(name_of(this, frame)) if name_of else name
@@ -1978,15 +1904,18 @@ class _TemplateCompiler:
             if named:
                 values = {key: read(this, frame) for key, read in named.items()}
                 value = ChainMap(values, value) if isinstance(value, Mapping) else values  # type: ignore[arg-type]
-            found = frame["block"] if own_block else frame["partials"].get(known)
+            found = frame["partial-block"] if own_block else frame["partials"].get(known)
             template = None if found or own_block else partials.template(known)
-            if not (template or found or block):
+            if template:
+                found = template._program, frame
+            elif not (found or block):
                 raise self.error(f"unknown partial {known!r}{_suggestion(known, partials)}", tag.position)
-            program, origin = (template._program, frame) if template else found or (block, frame)
-            inner = {**origin} if value is origin["contexts"][0] else _inside(origin, value)
-            inner["level"], inner["loop"] = frame["level"] + 1, frame["loop"]
-            if not own_block and (found or template):
-                inner["block"] = (block, frame) if block else frame["block"]
+            program, origin = found or (block, frame)
+            inner = {**_inside(origin, value), "level": frame["level"] + 1}
+            if template:
+                inner.update(this=value, outer=None)  # a partial does not see the contexts around it
+            if found and not own_block:
+                inner["partial-block"] = (block, frame) if block else frame["partial-block"]
             if defined:
                 inner["partials"] = {**inner["partials"], **{key: (body, frame) for key, body in defined.items()}}
             text = program(value, inner)
@@ -1995,12 +1924,11 @@ class _TemplateCompiler:
         return render
 
 
-_BLOCKS: dict[str, Callable[[_TemplateCompiler, _Tag, bool], _Read]] = {
-    "if": _TemplateCompiler.if_block,
-    "unless": _TemplateCompiler.if_block,
-    "each": _TemplateCompiler.each_block,
-    "with": _TemplateCompiler.with_block,
-}
+_BLOCKS = frozenset(("if", "unless", "each", "with"))
+_COMPILED: dict[str, Callable[[_TemplateCompiler, _Tag], _Read]] = {
+    "": _TemplateCompiler.value, ">": _TemplateCompiler.partial, "#>": _TemplateCompiler.partial,
+    **dict.fromkeys("#^", _TemplateCompiler.block),
+}  # fmt: skip
 
 
 class Template:
@@ -2008,7 +1936,7 @@ class Template:
 
     `strict`: a missing value is a TemplateError (else it renders as nothing), but not in the arguments of #if, #unless,
     default, and, or, not. `partials`: name -> source or Template. `helpers`: name -> function, called with the
-    arguments of the tag, the named ones as keywords; one that takes `options` can be a block (options.fn, .inverse).
+    arguments of the tag, the named ones as keywords; a block {{#name}} is a section over what it returns.
 
     A `<<` opens a tag if what follows, on the same line and up to `>>`, is a tag: a path, a helper call, a block tag;
     not a bare number or quoted text, and with no other `<<` in it. Otherwise it is plain text, as in `cout << x`.
@@ -2028,22 +1956,22 @@ class Template:
         compiler = _TemplateCompiler(source, strict, self._partials, helpers or {}, _name)
         first = compiler.items[0] if len(compiler.items) == 1 else ""
         self.is_expression = isinstance(first, _Tag) and first.sign == "" and first.end - first.position == len(source)
-        self._value = compiler.tag(first) if self.is_expression else compiler.program(None)
+        self._constant = not any(isinstance(item, _Tag) and item.sign != "!" for item in compiler.items)
+        self._value = compiler.value(first) if self.is_expression else compiler.program(None)  # type: ignore[arg-type]
         self._program = _joined([self._value]) if self.is_expression else self._value
-        self._framed, self._constant = compiler.framed, not compiler.dynamic
-        self._references, self._calls = compiler.references, compiler.calls
+        self._framed, self._references, self._calls = compiler.framed, compiler.references, compiler.calls
 
     def render(self, context: Any) -> str:
         """The text for a context (a map of names to JSON-like values). TemplateError for a missing value (strict)."""
-        try:
-            return self._program(context, _root_frame(context) if self._framed else None)  # type: ignore[no-any-return]
-        except RecursionError:
-            raise TemplateError("nested too deeply to render") from None
+        return self._run(self._program, context)  # type: ignore[no-any-return]
 
     def evaluate(self, context: Any) -> Any:
         """The value itself if the source is one `{{expression}}` and nothing else; otherwise the text."""
+        return self._run(self._value, context)
+
+    def _run(self, program: _Read, context: Any) -> Any:
         try:
-            return self._value(context, _root_frame(context) if self._framed else None)
+            return program(context, _root_frame(context) if self._framed else None)
         except RecursionError:
             raise TemplateError("nested too deeply to render") from None
 
@@ -2474,20 +2402,22 @@ class _RegexCost:
 # `validate` shows all of them. What is compiled here (templates, conditions, defaults) is never parsed again by a run.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]+\Z")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(ms|s|m|h)?\Z")
+_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]+\Z").match
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(ms|s|m|h)?\Z").match
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_LONGEST_SECONDS = 1e9  # that a clock, a lock and a socket all take
 _MAX_WORKFLOW_DEPTH = 16
 
 
 def _seconds(value: Any, bare_unit: str) -> float | None:
     """A duration in seconds from a number (in `bare_unit`) or a text such as "1.5s" or "200ms"; None if it is none."""
+    seconds = -1.0
     if isinstance(value, str) and len(value) < 40:
-        match = _DURATION.match(value.strip())
-        return float(match[1]) * _UNIT_SECONDS[match[2] or bare_unit] if match else None
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12:
-        return value * _UNIT_SECONDS[bare_unit]
-    return None
+        match = _DURATION(value.strip())
+        seconds = float(match[1]) * _UNIT_SECONDS[match[2] or bare_unit] if match else seconds
+    elif _is_number(value):
+        seconds = value * _UNIT_SECONDS[bare_unit]
+    return seconds if 0 <= seconds <= _LONGEST_SECONDS else None
 
 
 def _type_name(value: Any) -> str:
@@ -2500,7 +2430,8 @@ def _type_name(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """A short picture of a wrong value for an error message."""
-    return _type_name(value) if isinstance(value, (Mapping, list, tuple)) or value is None else _shorten(repr(value), 60)
+    is_short = isinstance(value, (str, bool, float)) or (_is_number(value) and abs(value) < 1e60)
+    return _shorten(repr(value), 60) if is_short else _type_name(value)
 
 
 def _shorten(text: str, limit: int) -> str:
@@ -2511,11 +2442,27 @@ def _has_tag(value: Any) -> bool:
     return isinstance(value, str) and ("{{" in value or "<<" in value)
 
 
+def _holds_tag(value: Any) -> bool:
+    """Whether a template stands anywhere in a value."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_tag, value.values()))
+    return any(map(_holds_tag, value)) if isinstance(value, (list, tuple)) else _has_tag(value)
+
+
 # Checks: value -> what is wrong with it ("must be ..."), or None. The tables of keys below are made of them.
 
 
 def _must(description: str, accepts: Callable[[Any], bool]) -> Callable[[Any], str | None]:
     return lambda value: None if accepts(value) else f"must be {description}, not {_shown(value)}"
+
+
+def _must_be_text(description: str, accepts: Callable[[str], Any]) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if isinstance(value, str) and accepts(value):
+            return None
+        return f"must be {description}, not {_shown(value)}{'; quote it' if isinstance(value, (int, float)) else ''}"
+
+    return check
 
 
 def _is_integer(value: Any) -> bool:
@@ -2544,21 +2491,13 @@ def _one_of(*names: str) -> Callable[[Any], str | None]:
     return check
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+def _texts(value: Any) -> str | None:
+    wrong = [name for name in _as_list(value) if not isinstance(name, str)]
+    return f"must be text or a list of texts; an item {_text(wrong[0])}" if wrong else None
 
 
-_text = _must("text", lambda value: isinstance(value, str))
-_name = _must("a name", lambda value: isinstance(value, str) and bool(value.strip()))
-_boolean = _must("true or false", lambda value: isinstance(value, bool))
-_mapping = _must("a map", lambda value: isinstance(value, Mapping))
-_anything = _must("a value", lambda value: True)
-_names = _must("a name or a list of names", _is_names)
-_texts = _must("text or a list of texts", _is_names)
-_steps = _must("a list of steps", lambda value: isinstance(value, list) and bool(value))
-_condition = _must("a condition", lambda value: isinstance(value, (str, bool, int)))
-_timeout = _must("a number of seconds above 0", lambda value: (_seconds(value, "s") or 0) > 0)
-_vector_or_text = _must("text or a list of numbers", lambda value: isinstance(value, str) or _is_vector(value))
+def _steps(value: Any) -> str | None:
+    return None if isinstance(value, list) and value else f"must be a list of steps, not {_shown(value) if value else 'empty'}"
 
 
 def _is_vector(value: Any) -> bool:
@@ -2568,43 +2507,49 @@ def _is_vector(value: Any) -> bool:
 def _messages(value: Any) -> str | None:
     roles = ("system", "developer", "user", "assistant", "tool")
     if not isinstance(value, list) or not value:
-        return f"must be a list of {{role, content}}, not {_shown(value)}"
+        return f"must be a list of {{role, content}}, not {_shown(value) if value else 'empty'}"
     for index, message in enumerate(value):
-        if not isinstance(message, Mapping) or message.get("role") not in roles or "content" not in message:
-            return f"message {index} must be a map with a role ({', '.join(roles)}) and a content"
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        if role not in roles and not _has_tag(role):
+            return f"must be a list of {{role, content}}; the role of item {index} {_one_of(*roles)(role)}"
+        if not isinstance(content, (str, list)) and not message.get("tool_calls"):
+            return f"must be a list of {{role, content}}; the content of item {index} {_text(content)}"
     return None
 
 
 def _fallbacks(value: Any) -> str | None:
-    entries = value if isinstance(value, list) else [value]
-    for entry in entries:
-        if not isinstance(entry, Mapping) or not set(entry) <= {"provider", "model"} or "provider" not in entry:
+    for entry in value if isinstance(value, list) else [value]:
+        if not isinstance(entry, Mapping) or not {"provider"} <= set(entry) <= {"provider", "model"}:
             return "must be a list of {provider, model}"
         if not all(isinstance(name, str) for name in entry.values()):
             return "must be a list of {provider, model}, both text"
     return None
 
 
+_text = _must_be_text("text", lambda value: True)
+_names = _texts
+_name = _must_be_text("a name", str.strip)
+_boolean = _must("true or false", lambda value: isinstance(value, bool))
+_mapping = _must("a map", lambda value: isinstance(value, Mapping))
+_anything = _must("a value", lambda value: True)
+_condition = _must("a condition", lambda value: isinstance(value, (str, bool, int)))
+_timeout = _must("a number of seconds above 0", lambda value: bool(_seconds(value, "s")))
+_vector_or_text = _must("text or a list of numbers", lambda value: isinstance(value, str) or _is_vector(value))
+
 _COMMON_KEYS: dict[str, Callable[[Any], str | None]] = {
-    "id": _must("letters, digits, _ or -", lambda value: isinstance(value, str) and bool(_IDENTIFIER.match(value))),
-    "type": _name,
-    "description": _text,
-    "depends_on": _names,
-    "condition": _condition,
-    "output": _names,
-    "timeout_seconds": _timeout,
-    "retry": _mapping,
+    "id": _must_be_text("letters, digits, _ or -", _IDENTIFIER), "type": _name, "description": _text,
+    "depends_on": _texts, "condition": _condition, "output": _texts, "timeout_seconds": _timeout, "retry": _mapping,
     "continue_on_error": _boolean,
     "trigger_rule": _one_of("none_failed_min_one_success", "all_success", "one_success", "all_done", "one_failed"),
-    "for_each": _must("a list, a map or a template", lambda value: isinstance(value, (str, list, Mapping))),
+    "for_each": _must("a list, a map or a template", lambda value: isinstance(value, (list, Mapping)) or _has_tag(value)),
     "max_concurrency": _integer(1, 100_000),
-}
+}  # fmt: skip
 
 
 class _StepType:
     """One row of the table of step types: its own keys, which of them it needs, and how its outputs are named."""
 
-    __slots__ = ("arity", "container", "free", "keys", "literal", "required", "templates")
+    __slots__ = ("arity", "checks", "container", "either", "free", "keys", "literal", "required", "templates")
 
     def __init__(
         self,
@@ -2612,24 +2557,20 @@ class _StepType:
         required: tuple[str, ...] = (),
         arity: int = 1,  # how many outputs it has; 0: any number, named by its children or its callee
         free: bool = False,  # other keys are parameters
-        container: bool = False,  # runs child steps and so holds no slot
+        container: bool = False,  # holds no slot: it runs child steps, or waits for somebody
         literal: tuple[str, ...] = (),  # keys that are not templates
+        either: tuple[str, ...] = (),  # exactly one of these is needed
     ) -> None:
         self.keys, self.required, self.arity, self.free, self.container = keys, required, arity, free, container
-        self.literal = frozenset(literal)
+        self.literal, self.either = frozenset(literal), either
         self.templates = frozenset(keys) - self.literal
+        self.checks = {**_COMMON_KEYS, **keys}
 
 
 _SAMPLING_KEYS: dict[str, Callable[[Any], str | None]] = {
-    "temperature": _number(0, 2),
-    "max_tokens": _integer(1),
-    "top_p": _number(0, 1),
-    "top_k": _integer(0),
-    "stop": _texts,
-    "seed": _integer(-(2**63), 2**63),
-    "frequency_penalty": _number(-2, 2),
-    "presence_penalty": _number(-2, 2),
-}
+    "temperature": _number(0, 2), "max_tokens": _integer(1), "top_p": _number(0, 1), "top_k": _integer(0), "stop": _texts,
+    "seed": _integer(-(2**63), 2**63), "frequency_penalty": _number(-2, 2), "presence_penalty": _number(-2, 2),
+}  # fmt: skip
 _EMBED_KEYS = {
     "provider": _name, "model": _text, "dimensions": _integer(1, 100_000), "input_type": _text,
     "batch_size": _integer(1, 10_000), "params": _mapping,
@@ -2642,10 +2583,11 @@ _STEP_TYPES: dict[str, _StepType] = {
             "provider": _name, "model": _text, "prompt": _text, "messages": _messages, "system": _text,
             **_SAMPLING_KEYS,
             "stream": _boolean, "schema": _must("a JSON Schema or a file", lambda v: isinstance(v, (Mapping, str))),
-            "schema_retries": _integer(0, 20), "tools": _names, "max_tool_rounds": _integer(1, 100),
+            "schema_retries": _integer(0, 20), "tools": _texts, "max_tool_rounds": _integer(1, 100),
             "fallback": _fallbacks, "params": _mapping, "cache": _boolean,
         },
-        required=("provider", "model"), arity=4, literal=("provider", "schema", "tools", "fallback"),
+        required=("provider", "model"), either=("prompt", "messages"), arity=4,
+        literal=("provider", "schema", "tools", "fallback"),
     ),
     "embed": _StepType(
         {**_EMBED_KEYS, "input": _texts, "cache": _boolean},
@@ -2670,6 +2612,7 @@ _STEP_TYPES: dict[str, _StepType] = {
         required=("function",), free=True, literal=("function", "inputs"),
     ),
     "action": _StepType({"action": _name}, required=("action",), free=True, literal=("action",)),
+    "approval": _StepType({"message": _text}, container=True),
     "parallel": _StepType({"tasks": _steps}, required=("tasks",), arity=0, container=True, literal=("tasks",)),
     "branch": _StepType(
         {"branches": _must("a map of value: steps", lambda v: isinstance(v, Mapping) and bool(v))},
@@ -2688,6 +2631,7 @@ _STEP_TYPES: dict[str, _StepType] = {
         required=("workflow",), arity=0, container=True, literal=("workflow",),
     ),
 }  # fmt: skip
+_UNKNOWN_TYPE = _StepType({}, arity=0, free=True)
 
 _INPUT_TYPES: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
@@ -2724,27 +2668,39 @@ _PRICING_KEYS = {"input": _number(0, 1e9), "output": _number(0, 1e9)}
 class Step:
     """One step of a workflow, as in the document: `Step(id="greet", type="llm", provider="openai", ...)`.
 
-    Keyword arguments are the document's keys; child steps may be Step objects too. Nothing is checked before the
-    workflow is validated. `config` holds the keys that belong to the type.
+    Keyword arguments are the document's keys, and attributes that may be set; child steps may be Step objects too.
+    Nothing is checked before the workflow is validated. `config` holds the keys that belong to the type.
     """
 
     __slots__ = ("document",)
 
     def __init__(self, id: str, type: str, **keys: Any) -> None:
-        self.document: dict[str, Any] = {"id": id, "type": type, **{key: _plain(keys[key]) for key in keys}}
+        self.document: dict[str, Any] = _plain({"id": id, "type": type, **keys})
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Step:
         """A Step from one entry of a document's `steps`; a missing id or type is found by validation."""
+        if not isinstance(document, Mapping):
+            raise ValidationError(f"a step must be a map, not {_shown(document)}")
+        return cls._of(_plain(document))
+
+    @classmethod
+    def _of(cls, document: dict[str, Any]) -> Step:
         step = cls.__new__(cls)
-        step.document = dict(document)
+        step.document = document
         return step
 
     def __getattr__(self, name: str) -> Any:
-        if name in _COMMON_KEYS:
+        if name != "document" and (name in _COMMON_KEYS or name in self.document):
             value = self.document.get(name)
             return _as_list(value) if name in ("depends_on", "output") else value
-        raise AttributeError(f"a Step has no attribute {name!r}; its own keys are in Step.config")
+        raise AttributeError(f"a Step has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "document":
+            super().__setattr__(name, value)
+        else:
+            self.document = {**self.document, name: _plain(value)}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -2753,19 +2709,26 @@ class Step:
 
     def to_dict(self) -> dict[str, Any]:
         """The step as it stands in a document."""
-        return dict(self.document)
+        document: dict[str, Any] = _plain(self.document)
+        return document
 
     def __repr__(self) -> str:
         return f"Step(id={self.document.get('id')!r}, type={self.document.get('type')!r})"
 
 
-def _plain(value: Any) -> Any:
-    """Step and Workflow objects inside keyword arguments as the document's plain values."""
-    if isinstance(value, (Step, Workflow)):
-        return value.to_dict()
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A copy made of dict, list and what they hold; Step and Workflow objects become their documents."""
+    if isinstance(value, (str, int, float)) or value is None:
+        return value
+    if depth > _MAX_DEPTH:
+        raise ValidationError(f"a value is nested deeper than {_MAX_DEPTH} levels")
+    if isinstance(value, Step):
+        return _plain(value.document, depth)
+    if isinstance(value, Workflow):
+        return _plain(value._whole(), depth)
+    if isinstance(value, Mapping):
+        return {key: _plain(item, depth + 1) for key, item in value.items()}
+    return [_plain(item, depth + 1) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -2780,13 +2743,15 @@ class Workflow:
     there too, but reported by `validate()`, by WorkflowDAG and by WorkflowExecutor.
     """
 
+    _chain: tuple[str, ...] = ()  # the files of the workflows that call it, outermost first, and its own
+
     def __init__(self, name: str, steps: Iterable[Step | Mapping[str, Any]] = (), **keys: Any) -> None:
-        self._document: dict[str, Any] = {"name": name, **{key: _plain(keys[key]) for key in keys}}
+        self._document: dict[str, Any] = _plain({"name": name, **keys})
         self.steps = [step if isinstance(step, Step) else Step.from_dict(step) for step in steps]
         self.source = "workflow"  # shown before the problems; a file's name if there is one
         self.folder: str | None = None  # where relative paths (sub-workflows, schemas) start
         self._source_text = ""
-        self._compiled: tuple[tuple[Step, ...], _Plan] | None = None
+        self._compiled: tuple[list[Any], _Plan] | None = None
         self._loaded: dict[str, Workflow] = {}  # sub-workflows by real path, shared by all that call each other
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -2822,58 +2787,71 @@ class Workflow:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Workflow:
         """The workflow in a mapping, shaped as the document is."""
-        return cls._from_document(document, "workflow", None, "", {})
+        return cls._from_document(_plain(document), "workflow", None, "", {})._shaped()
 
     @classmethod
-    def _from_path(cls, path: str, loaded: dict[str, Workflow]) -> Workflow:
+    def _from_path(cls, path: str, loaded: dict[str, Workflow], chain: tuple[str, ...] = ()) -> Workflow:
         load = _load_json if path.lower().endswith(".json") else load_yaml
-        return cls._from_text(_read_file(path), load, path, os.path.dirname(os.path.abspath(path)), loaded)
+        return cls._from_text(_read_file(path), load, path, os.path.dirname(os.path.abspath(path)), loaded, chain)
 
     @classmethod
     def _from_text(
-        cls, text: str | bytes, load: Callable[[Any], Any], source: str, folder: str | None, loaded: dict[str, Workflow]
-    ) -> Workflow:
+        cls, text: str | bytes, load: Callable[[Any], Any], source: str, folder: str | None, loaded: dict[str, Workflow],
+        chain: tuple[str, ...] = (),
+    ) -> Workflow:  # fmt: skip
         try:
             document = load(text)
         except ParseError as error:
             error.source = source
             raise
-        return cls._from_document(document, source, folder, _decoded(text), loaded)
+        workflow = cls._from_document(document, source, folder, _decoded(text), loaded)
+        workflow._chain = (*chain, os.path.basename(source))
+        if folder is not None:
+            loaded[os.path.realpath(source)] = workflow  # before it is compiled: it may call itself
+        return workflow._shaped()
 
     @classmethod
     def _from_document(
         cls, document: Any, source: str, folder: str | None, text: str, loaded: dict[str, Workflow]
     ) -> Workflow:
-        if not isinstance(document, Mapping):
+        if not isinstance(document, dict):
             message = f"a workflow must be a map with a name and steps, not {_type_name(document)}"
             raise ValidationError([Problem(message, (), 1, 1, source)])
-        steps = document.get("steps")
-        workflow = cls.__new__(cls)
-        workflow._document = {key: value for key, value in document.items() if key != "steps" or not _is_steps(steps)}
-        workflow.steps = [Step.from_dict(step) for step in steps] if _is_steps(steps) else []
-        workflow.source, workflow.folder, workflow._source_text = source, folder, text
-        workflow._compiled, workflow._loaded = None, loaded
-        if folder is not None and text:
-            loaded[os.path.realpath(source)] = workflow  # before it is compiled: it may call itself
-        plan = workflow._plan()
-        if plan.misshapen:
-            raise ValidationError(workflow._located(plan.errors()))
+        workflow = cls("")
+        workflow._document = document
+        if isinstance(document.get("steps"), list) and document["steps"]:
+            workflow._document = {key: value for key, value in document.items() if key != "steps"}
+            workflow.steps = [Step._of(step) if isinstance(step, dict) else step for step in document["steps"]]
+        workflow.source, workflow.folder, workflow._source_text, workflow._loaded = source, folder, text, loaded
         return workflow
+
+    def _shaped(self) -> Workflow:
+        """This workflow, compiled; ValidationError if it is misshapen."""
+        plan = self._plan()
+        if plan.misshapen:
+            raise ValidationError(self._located(plan.errors()))
+        return self
+
+    def _whole(self) -> dict[str, Any]:
+        """The document with its steps; they are not copied."""
+        steps = [step.document if isinstance(step, Step) else step for step in self.steps]
+        return {**self._document, "steps": steps} if steps else self._document
 
     def to_dict(self) -> dict[str, Any]:
         """The document, as plain values."""
-        document = dict(self._document)
-        if self.steps:
-            document["steps"] = [step.to_dict() for step in self.steps]
+        document: dict[str, Any] = _plain(self._whole())
         return document
 
     def to_yaml(self) -> str:
-        """The document as YAML; `from_yaml` reads the same workflow from it."""
+        """The document as YAML; `from_yaml` reads the same workflow from it. OrchestratorError if it is not JSON-like."""
         return _dump_yaml(self.to_dict())
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The document as JSON; `from_json` reads the same workflow from it."""
-        return _to_json(self.to_dict(), indent=indent)
+        """The document as JSON; `from_json` reads the same workflow from it. OrchestratorError if it is not JSON-like."""
+        try:
+            return _to_json(self.to_dict(), indent=indent)
+        except (TypeError, ValueError) as error:
+            raise OrchestratorError(f"the workflow cannot be written as JSON: {error}") from None
 
     def step(self, step_id: str) -> Step:
         """The top-level step with this id; KeyError if there is none."""
@@ -2888,38 +2866,59 @@ class Workflow:
         Raises ValidationError (DagError if there is a cycle) with every problem in `problems`, in document order.
         """
         plan = self._plan()
-        errors = plan.errors()
-        if errors:
+        if errors := self._located(plan.errors()):
             cycle = next((problem.cycle for problem in errors if problem.cycle), None)
-            located = self._located(errors)
-            raise DagError(located, cycle) if cycle else ValidationError(located)
+            raise DagError(errors, cycle) if cycle else ValidationError(errors)
         return self._located([problem for problem in plan.problems if problem.severity == "warning"])
 
     def _plan(self) -> _Plan:
-        """The compiled form; made anew only when the list of steps has changed."""
-        steps = tuple(self.steps)
-        if self._compiled is None or self._compiled[0] != steps:
+        """The compiled form; made anew only when a step has changed."""
+        steps = [step.document if isinstance(step, Step) else step for step in self.steps]
+        known = self._compiled[0] if self._compiled else []
+        if self._compiled is None or len(known) != len(steps) or any(old is not new for old, new in zip(known, steps)):
             self._compiled = (steps, _Compiler(self).compile())
         return self._compiled[1]
 
     def _located(self, problems: list[Problem]) -> list[Problem]:
-        """The problems with lines and columns: the text is read a second time, only now, for its positions."""
-        positions = _positions(self._source_text) if problems and self._source_text else {}
+        """The problems in document order, with lines and columns if there is a text, which is read again for its places."""
+        if not problems:
+            return problems
+        text = self._source_text
+        places: Any = _positions(text) if text else {path: (i, 0) for i, path in enumerate(_paths(self._whole(), ()))}
+        ranks, lines = [], text.split("\n")
         for problem in problems:
-            problem.source = self.source
-            path = problem.path
-            while path not in positions and path:
+            problem.source, path = self.source, problem.path
+            while path and path not in places:
                 path = path[:-1]
-            if positions:
-                problem.line, problem.column = positions.get(path, (1, 1))
-        return sorted(problems, key=lambda problem: (problem.line or 0, problem.column or 0)) if positions else problems
+            rank = places.get(path, (1, 1) if text else (-1, 0))
+            if text:
+                if problem.inside and path == problem.path:
+                    rank = _exact_place(lines, *rank, *problem.inside)
+                problem.line, problem.column = rank
+            ranks.append(rank)
+        return [problems[i] for i in sorted(range(len(problems)), key=ranks.__getitem__)]
 
     def __repr__(self) -> str:
         return f"Workflow(name={self._document.get('name')!r}, steps={len(self.steps)})"
 
 
-def _is_steps(steps: Any) -> bool:
-    return isinstance(steps, list) and all(isinstance(step, Mapping) for step in steps)
+def _paths(value: Any, path: _Path) -> Iterator[_Path]:
+    """The paths of all keys and items in a value, in its order."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*path, key)
+        if isinstance(item, (dict, list)):
+            yield from _paths(item, (*path, key))
+
+
+def _exact_place(lines: list[str], line: int, column: int, template: str, position: int) -> tuple[int, int]:
+    """The place of a position within a template whose key is at a line and column: there, or in the block below it."""
+    row, start = template.count("\n", 0, position), template.rfind("\n", 0, position) + 1
+    wanted = template[start:].split("\n", 1)[0]
+    for index, first in ((line - 1 + row, 0 if row else column - 1), (line + row, 0)):
+        found = lines[index].find(wanted, first) if wanted.strip() and index < len(lines) else -1
+        if found >= 0:
+            return index + 1, found + 1 + position - start
+    return line, column
 
 
 def _read_file(path: str | os.PathLike[str]) -> bytes:
@@ -2932,79 +2931,86 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
         raise OrchestratorError(f"{os.fspath(path)}: cannot be read: {reason}") from None
 
 
-class _Names:
-    """What a template may refer to at one place of a document: the steps of this scope and of those around it."""
-
-    __slots__ = ("inputs", "local", "nodes", "outer", "owner", "producers")
-
-    def __init__(
-        self, outer: _Names | None, owner: _Node | None, inputs: Mapping[str, Any] | None, local: frozenset[str]
-    ) -> None:
-        self.outer, self.inputs, self.local = outer, inputs, local
-        self.owner = owner  # the container whose children this scope holds
-        self.nodes: dict[str, _Node] = {}
-        self.producers: dict[str, list[_Node]] = {}  # output name -> the steps of this scope that have it
-
-    def around(self) -> Iterator[_Names]:
-        """This scope and those around it, nearest first."""
-        names: _Names | None = self
-        while names is not None:
-            yield names
-            names = names.outer
-
-    def visible(self) -> list[str]:
-        return [step_id for names in self.around() for step_id in names.nodes]
-
-
 class _Node:
     """A compiled step: everything a run needs, nothing left to parse."""
 
-    def __init__(self, document: Mapping[str, Any], path: tuple[str | int, ...], position: int) -> None:
+    picker: Condition | None = None  # a branch's condition
+    condition: Condition | None = None
+    item_condition = False  # the condition looks at the item, so it is asked once per item
+    until: Condition | None = None
+    for_each: Callable[[Any], Any] | None = None
+    inputs: list[tuple[str, Callable[[Any], Any]]] = []  # a transform's inputs by name  # noqa: RUF012
+    item_values: list[tuple[str, Callable[[Any], Any]]] = []  # what it renders for each item itself  # noqa: RUF012
+    inline = False  # a built-in transform: it never waits
+    local: frozenset[str] = frozenset()  # names that only its own templates see: the item of for_each
+    defaulted: frozenset[str] = frozenset()  # keys that come from the workflow's `defaults`
+    children: _Graph | None = None
+    branches: dict[str, _Graph] = {}  # noqa: RUF012
+    workflow: Workflow | None = None
+    retry_given = False
+    timeout: float | None = None
+    rule = "none_failed_min_one_success"
+    continue_on_error = False
+    limit: int | None = None
+    output_names: tuple[str, ...] = ()
+
+    def __init__(self, document: Mapping[str, Any], path: _Path, position: int) -> None:
         self.document, self.path, self.position = document, path, position
-        self.id, self.type = str(document.get("id")), str(document.get("type"))
+        self.id, self.type = (name if isinstance(name, str) else _shown(name) for name in map(document.get, ("id", "type")))
         self.constants: dict[str, Any] = {}  # keys whose value never changes
         self.values: list[tuple[str, Callable[[Any], Any]]] = []  # keys that are rendered for each run
-        self.inputs: list[tuple[str, Callable[[Any], Any]]] = []  # a transform's inputs by name
-        self.item_values: list[tuple[str, Callable[[Any], Any]]] = []  # what a transform renders for each item itself
-        self.inline = False  # a built-in transform: it never waits
         self.references: list[tuple[Reference, str]] = []  # what its templates read, with the key they stand in
-        self.local: frozenset[str] = frozenset()  # names that only its own templates see: the item of for_each
+        self.places: list[tuple[_Path, str]] = []  # for each reference: the path and source of the text it stands in
         self.dependencies: dict[str, None] = {}  # ids of siblings, in order
         self.dependents: list[int] = []
-        self.output_names: tuple[str, ...] = ()
-        self.condition: Condition | None = None
-        self.item_condition = False  # the condition looks at the item, so it is asked once per item
-        self.picker: Condition | None = None  # a branch's condition
-        self.until: Condition | None = None
-        self.for_each: Callable[[Any], Any] | None = None
-        self.children: _Graph | None = None
-        self.branches: dict[str, _Graph] = {}
-        self.workflow: Workflow | None = None
         self.retry = _NO_RETRY
-        self.retry_given = False
-        self.timeout: float | None = None
-        self.rule = "none_failed_min_one_success"
-        self.continue_on_error = False
-        self.limit: int | None = None
 
-    def graphs(self) -> Iterator[_Graph]:
+    def graphs(self) -> list[_Graph]:
         """The graphs of its children, if it is a container."""
-        if self.children is not None:
-            yield self.children
-        yield from self.branches.values()
+        return [*([self.children] if self.children is not None else ()), *self.branches.values()]
+
+    def child(self, step_id: str) -> _Node | None:
+        """A step inside this one."""
+        graphs = self.graphs()
+        if self.workflow is not None and self.workflow._compiled is not None:  # None yet if it is calling itself
+            graphs.append(self.workflow._compiled[1].graph)
+        return next((graph.by_id[step_id] for graph in graphs if step_id in graph.by_id), None)
+
+    def names(self) -> list[str]:
+        """What may follow `steps.ID.`, as far as it is known before a run."""
+        children = [child.id for graph in self.graphs() for child in graph.nodes]
+        called = [str(step.id) for step in self.workflow.steps if isinstance(step, Step)] if self.workflow else []
+        return list(dict.fromkeys((*self.output_names, *children, *called)))
 
 
 class _Graph:
-    """Sibling steps and how they depend on each other; `counts[i]` is the number of dependencies of `nodes[i]`."""
+    """Sibling steps, how they depend on each other, and what their templates may refer to: these steps, those around
+    the container, and names. `counts[i]` is the number of dependencies of `nodes[i]`."""
 
-    __slots__ = ("by_id", "counts", "nodes", "producers", "roots")
+    __slots__ = ("by_id", "counts", "inputs", "local", "named", "nodes", "outer", "owner", "producers", "roots")
 
-    def __init__(self) -> None:
+    def __init__(
+        self, outer: _Graph | None = None, owner: _Node | None = None, inputs: Mapping[str, Any] | None = None,
+        local: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        self.outer, self.owner = outer, owner  # the container that these steps are in
+        self.inputs, self.local = inputs, local  # the declared inputs, if any are; other names
         self.nodes: list[_Node] = []
         self.by_id: dict[str, _Node] = {}
+        self.named: dict[str, list[str]] = {}  # output name -> the ids of the steps that have it
         self.producers: dict[str, str] = {}  # output name -> the id of the one step that has it
         self.counts: list[int] = []
         self.roots: list[int] = []
+
+    def around(self) -> Iterator[_Graph]:
+        """This graph and those around it, nearest first."""
+        graph: _Graph | None = self
+        while graph is not None:
+            yield graph
+            graph = graph.outer
+
+    def visible(self) -> list[str]:
+        return [step_id for graph in self.around() for step_id in graph.by_id]
 
     def link(self) -> None:
         """Fills in dependents, counts and roots once every node knows its dependencies."""
@@ -3029,7 +3035,7 @@ class _Plan:
 
     def __init__(self, graph: _Graph, outputs: list[tuple[str, Callable[[Any], Any]]], compiler: _Compiler) -> None:
         self.graph, self.outputs = graph, outputs
-        self.problems, self.misshapen = compiler.problems, compiler.misshapen
+        self.problems, self.misshapen = list(compiler.problems.values()), compiler.misshapen
 
     def errors(self) -> list[Problem]:
         return [problem for problem in self.problems if problem.severity == "error"]
@@ -3039,6 +3045,7 @@ _STEP_FACTS = ("output", "status", "error")  # what steps.ID has besides its out
 _ITEM_NAMES = frozenset(("item", "index", "key"))
 _LOOP_NAMES = frozenset(("iteration", "previous"))
 _NO_DEFAULT = ("id", "type", "depends_on", "output")
+_MOST_SUGGESTIONS = 50  # for names from long lists; more would take long and help nobody
 _Path = tuple  # of keys and indexes, from the top of the document
 
 
@@ -3047,208 +3054,229 @@ class _Compiler:
 
     def __init__(self, workflow: Workflow) -> None:
         self.workflow = workflow
-        self.document: dict[str, Any] = workflow.to_dict()
-        self.defaults: Mapping[str, Any] = {}
-        self.partials: dict[str, str] = {}
-        self.problems: list[Problem] = []
+        self.document = workflow._whole()
+        self.defaults: dict[str, Any] = {}
+        self.partials = _Partials(None, True, None)
+        self.problems: dict[tuple[_Path, str], Problem] = {}
         self.misshapen = False
-        self.graphs: list[tuple[_Graph, _Names]] = []
+        self.graphs: list[_Graph] = []
 
     def compile(self) -> _Plan:
         document = self.document
         self.check_keys(document, _WORKFLOW_KEYS, (), required=("name", "steps"))
         inputs = self.check_named("inputs", _INPUT_KEYS)
-        self.check_named("providers", _PROVIDER_KEYS)
-        self.check_named("pricing", _PRICING_KEYS)
-        if isinstance(document.get("budget"), Mapping):
-            self.check_keys(document["budget"], _BUDGET_KEYS, ("budget",))
-        for name, declared in inputs.items():
-            fault = _input_fault(declared["default"], declared) if declared.get("default") is not None else None
-            if fault:
+        for name, entry in inputs.items():
+            if entry.get("default") is not None and (fault := _input_fault(entry["default"], entry)):
                 self.misshape(("inputs", name, "default"), f"inputs.{name}: the default {fault}")
+        for name, entry in self.check_named("providers", _PROVIDER_KEYS).items():
+            if isinstance(kind := entry.get("type"), str) and kind not in PROVIDERS:
+                self.misshape(("providers", name, "type"), f"providers.{name}: unknown type {kind!r}{_known(kind, PROVIDERS)}")
+        self.check_named("pricing", _PRICING_KEYS)
+        if isinstance(document.get("budget"), dict):
+            self.check_keys(document["budget"], _BUDGET_KEYS, ("budget",))
         self.check_defaults()
         self.check_partials()
-        names = _Names(None, None, inputs if isinstance(document.get("inputs"), Mapping) else None, frozenset())
-        graph = self.steps(document.get("steps"), ("steps",), names)
-        for siblings, scope in self.graphs:
+        graph = _Graph(inputs=inputs if isinstance(document.get("inputs"), dict) else None)
+        self.steps(document.get("steps"), ("steps",), graph)
+        for siblings in self.graphs:
             for node in siblings.nodes:
-                self.connect(node, scope)
-        for siblings, _ in self.graphs:
+                self.connect(node, siblings)
+        for siblings in self.graphs:
             self.check_cycles(siblings)
             siblings.link()
-        return _Plan(graph, self.outputs(names), self)
+        return _Plan(graph, self.outputs(graph), self)
 
     # problems and shapes
 
-    def problem(self, path: _Path, message: str, severity: str = "error") -> Problem:
+    def problem(self, path: _Path, message: str, severity: str = "error", inside: tuple[str, int] | None = None) -> Problem:
         found = Problem(_label(self.document, path) + message, path, severity=severity)
-        self.problems.append(found)
-        return found
+        found.inside = inside
+        return self.problems.setdefault((path, found.message), found)
 
-    def misshape(self, path: _Path, message: str) -> None:
+    def misshape(self, path: _Path, message: str, inside: tuple[str, int] | None = None) -> None:
         """A problem that leaves the document without a meaning, so that loading it fails."""
         self.misshapen = True
-        self.problem(path, message)
+        self.problem(path, message, inside=inside)
+
+    def near(self, name: str, known: Container[str]) -> str:
+        """A suggestion, unless many have been made: looking through long lists takes long."""
+        return _suggestion(name, known) if len(self.problems) < _MOST_SUGGESTIONS else ""
 
     def check_keys(
-        self,
-        mapping: Mapping[Any, Any],
-        checks: Mapping[str, Callable[[Any], str | None]],
-        path: _Path,
-        required: Iterable[str] = (),
-        templates: Container[str] = (),
-        free: bool = False,
-    ) -> None:
-        """Unknown keys, missing keys and wrong values; what `templates` names may be a template, checked in the run."""
+        self, mapping: Mapping[Any, Any], checks: Mapping[str, Callable[[Any], str | None]], path: _Path,
+        required: Iterable[str] = (), templates: Container[str] = (), free: bool = False,
+    ) -> set[str]:  # fmt: skip
+        """Unknown keys, missing keys and wrong values; what `templates` names may be a template, checked in the run.
+
+        Returns the keys that are probably meant by unknown ones; these do not count as missing.
+        """
+        meant = set()
         for key, value in mapping.items():
             if not isinstance(key, str):
-                self.misshape(path, f"the key {key!r} must be text; quote it")
+                self.misshape((*path, key), f"the key {_shown(key)} must be text; quote it")
             elif key in checks:
                 fault = None if value is None or (key in templates and _has_tag(value)) else checks[key](value)
                 if fault:
                     self.misshape((*path, key), f"{key} {fault}")
             elif not free:
-                self.misshape((*path, key), f"unknown key {key!r}{_suggestion(key, checks)}")
+                meant.update(_nearest(key, checks))
+                self.misshape((*path, key), f"unknown key {_shown(key)}{_suggestion(key, checks)}")
         for key in required:
-            if mapping.get(key) is None:
+            if mapping.get(key) is None and key not in meant:
                 self.misshape(path, f"{key} is missing")
+        return meant
 
     def check_named(self, section: str, checks: Mapping[str, Callable[[Any], str | None]]) -> dict[str, Any]:
         """A section that maps names to maps of the same keys; null stands for an empty map."""
         entries = self.document.get(section)
         checked: dict[str, Any] = {}
-        for name, entry in entries.items() if isinstance(entries, Mapping) else ():
-            if isinstance(entry, Mapping):
+        for name, entry in entries.items() if isinstance(entries, dict) else ():
+            if not isinstance(name, str):
+                self.misshape((section, name), f"{section}: the name {_shown(name)} must be text; quote it")
+            elif isinstance(entry, dict):
                 self.check_keys(entry, checks, (section, name))
             elif entry is not None:
                 self.misshape((section, name), f"{section}.{name} must be a map, not {_shown(entry)}")
-            checked[str(name)] = entry if isinstance(entry, Mapping) else {}
+            checked[str(_shown(name) if not isinstance(name, str) else name)] = entry if isinstance(entry, dict) else {}
         return checked
 
     def check_defaults(self) -> None:
         defaults = self.document.get("defaults")
-        self.defaults = defaults if isinstance(defaults, Mapping) else {}
-        for kind, values in self.defaults.items():
-            row = _STEP_TYPES.get(kind)
+        for kind, values in defaults.items() if isinstance(defaults, dict) else ():
+            row, path = _STEP_TYPES.get(kind), ("defaults", kind)
             if row is None:
-                known = _suggestion(kind, _STEP_TYPES) or f"; there are {', '.join(_STEP_TYPES)}"
-                self.misshape(("defaults", kind), f"defaults: unknown step type {kind!r}{known}")
-            elif not isinstance(values, Mapping):
-                self.misshape(("defaults", kind), f"defaults.{kind} must be a map, not {_shown(values)}")
+                self.misshape(path, f"defaults: unknown step type {_shown(kind)}{_known(kind, _STEP_TYPES)}")
+            elif not isinstance(values, dict):
+                self.misshape(path, f"defaults.{kind} must be a map, not {_shown(values)}")
             else:
-                common = {key: check for key, check in _COMMON_KEYS.items() if key not in _NO_DEFAULT}
-                self.check_keys(values, {**common, **row.keys}, ("defaults", kind), (), row.templates, row.free)
+                checks = {key: check for key, check in row.checks.items() if key not in _NO_DEFAULT}
+                self.check_keys(values, checks, path, (), row.templates, row.free)
+                self.defaults[kind] = values
 
     def check_partials(self) -> None:
         partials = self.document.get("partials")
-        for name, text in partials.items() if isinstance(partials, Mapping) else ():
-            if isinstance(text, str):
-                self.partials[str(name)] = text
+        for name, text in partials.items() if isinstance(partials, dict) else ():
+            if isinstance(name, str) and isinstance(text, str):
+                self.partials[name] = text
             else:
-                self.misshape(("partials", name), f"partials.{name} must be text, not {_shown(text)}")
-        for name in self.partials:
-            self.guarded(("partials", name), Template, self.partials[name], True, self.partials)
+                self.misshape(("partials", name), f"partials: {_shown(name)} must be text, not {_shown(text)}")
+        for name, text in list(self.partials.items()):
+            self.guarded(("partials", name), Template, text, True, self.partials)
 
-    def guarded(self, path: _Path, compile_it: Callable[..., Any], *arguments: Any) -> Any:
-        """What the template or condition compiler makes of the arguments; None with a problem if it refuses them."""
+    def guarded(self, path: _Path, compile_it: Callable[..., Any], source: Any, *arguments: Any) -> Any:
+        """What the template or condition compiler makes of the source; None with a problem if it refuses it."""
         try:
-            return compile_it(*arguments)
+            return compile_it(source, *arguments)
         except TemplateError as error:
-            self.misshape(path, f"{path[-1]}: {error}")
+            text = source if isinstance(source, str) else ""
+            starts = [0, *(match.end() for match in re.finditer("\n", text))]
+            self.misshape(path, f"{path[-1]}: {error}", (text, starts[error.line - 1] + error.column - 1))
             return None
 
     # steps
 
-    def steps(self, documents: Any, path: _Path, names: _Names) -> _Graph:
-        """Sibling steps as a graph. It is connected later, when the outputs of all steps are known."""
-        graph = _Graph()
-        if not isinstance(documents, list) or len(path) > 200:
-            if isinstance(documents, list):
-                self.misshape(path, "steps are nested too deeply")
-            return graph
-        for index, document in enumerate(documents):
-            if not isinstance(document, Mapping):
+    def steps(self, documents: Any, path: _Path, graph: _Graph) -> _Graph:
+        """Fills a graph with sibling steps. It is connected later, when the outputs of all steps are known."""
+        for index, document in enumerate(documents if isinstance(documents, list) else ()):
+            if not isinstance(document, dict):
                 self.misshape((*path, index), f"a step must be a map, not {_shown(document)}")
                 continue
             node = _Node(document, (*path, index), len(graph.nodes))
-            if document.get("id") is not None and node.id in names.nodes:
-                self.problem((*node.path, "id"), f"duplicate id {node.id!r}")
-                continue
-            names.nodes[node.id] = node
             graph.nodes.append(node)
-        graph.by_id = names.nodes
+            if "id" in document and graph.by_id.setdefault(node.id, node) is not node:
+                first = graph.by_id[node.id].path
+                self.problem((*node.path, "id"), f"duplicate id {node.id!r}, which {first[-2]}[{first[-1]}] has already")
         for node in graph.nodes:
-            self.step(node, names)
+            self.step(node, graph)
             for name in node.output_names:
-                names.producers.setdefault(name, []).append(node)
-        graph.producers = {name: found[0].id for name, found in names.producers.items() if len(found) == 1}
-        self.graphs.append((graph, names))
+                graph.named.setdefault(name, []).append(node.id)
+        graph.producers = {name: ids[0] for name, ids in graph.named.items() if len(ids) == 1}
+        self.graphs.append(graph)
         return graph
 
-    def step(self, node: _Node, names: _Names) -> None:
+    def step(self, node: _Node, graph: _Graph) -> None:
         """One step: keys, defaults, templates, conditions, children."""
-        document = node.document
-        row = _STEP_TYPES.get(node.type)
-        if row is None:
-            self.check_keys(document, _COMMON_KEYS, node.path, ("id", "type"), free=True)
-            if document.get("type") is not None:
-                known = _suggestion(node.type, _STEP_TYPES) or f"; there are {', '.join(_STEP_TYPES)}"
-                self.misshape((*node.path, "type"), f"unknown step type {node.type!r}{known}")
-            return
-        if isinstance(self.defaults.get(node.type), Mapping):
-            node.document = document = {**self.defaults[node.type], **document}
-        required = ("id", "type", *row.required)
-        self.check_keys(document, {**_COMMON_KEYS, **row.keys}, node.path, required, row.templates, row.free)
+        document, row = node.document, _STEP_TYPES.get(node.type, _UNKNOWN_TYPE)
+        meant = self.check_keys(document, row.checks, node.path, (), row.templates, row.free)
+        if node.type in self.defaults:
+            defaults = self.defaults[node.type]
+            node.defaulted = frozenset(defaults).difference(document)
+            node.document = document = {**defaults, **document}
+        for key in ("id", "type", *row.required):
+            if document.get(key) is None and key not in meant:
+                self.misshape(node.path, f"{key} is missing")
+        self.check_either(node, row.either, meant)
         self.common_keys(node, row)
         for key, value in document.items():
             if key in row.literal:
                 if key != "inputs":  # a transform's are compiled when it is connected
                     node.constants[key] = value
-            elif key not in _COMMON_KEYS and isinstance(key, str) and (value is not None or row.free):
+            elif key not in _COMMON_KEYS and (value is not None or row.free):
                 self.value(node, key, value)
-        specific = getattr(self, f"_{node.type}", None)
+        specific = getattr(self, f"_{node.type}", None) if row is not _UNKNOWN_TYPE else None
         if specific is not None:
-            specific(node, node.document, names)
+            specific(node, document, graph)
+        elif row is _UNKNOWN_TYPE and "type" in node.document and isinstance(document["type"], str):
+            self.misshape((*node.path, "type"), f"unknown step type {_shown(node.type)}{_known(node.type, _STEP_TYPES)}")
+
+    def check_either(self, node: _Node, names: tuple[str, ...], meant: set[str]) -> None:
+        given = [name for name in names if node.document.get(name) is not None]
+        if len(given) > 1:
+            self.misshape(self.place(node, given[1]), f"give {' or '.join(given)}, not both")
+        elif names and not given and not meant.intersection(names):
+            self.misshape(node.path, f"{names[0]} is missing (or {names[1]})")
+
+    def place(self, node: _Node, key: str) -> _Path:
+        """Where a key of a step stands: in the step, or in the workflow's `defaults`."""
+        return ("defaults", node.type, key) if key in node.defaulted else (*node.path, key)
 
     def common_keys(self, node: _Node, row: _StepType) -> None:
         document = node.document
         if document.get("for_each") is not None:
             node.local = _ITEM_NAMES
-            node.for_each = self.compiled(node, "for_each", document["for_each"])
+            node.for_each = self.rendered(node, "for_each", document["for_each"])
         if isinstance(document.get("condition"), (str, bool, int)):
-            condition = self.guarded((*node.path, "condition"), Condition, document["condition"])
-            node.references.extend((reference, "condition") for reference in condition.references if condition)
-            looks_at_item = condition and any(ref[0][:1] == ("item",) for ref in condition.references)
-            if node.type == "branch":
-                node.picker = condition
-            elif looks_at_item and document.get("function") == "filter" and not node.for_each:
-                node.local, node.item_values = _ITEM_NAMES, [("condition", condition.evaluate)]
-            elif condition is not None:
-                node.condition = condition
-                node.item_condition = any(ref[0] and ref[0][0] in node.local for ref in condition.references)
+            self.condition(node, document)
         node.output_names = tuple(name for name in _as_list(document.get("output")) if isinstance(name, str))
         self.check_outputs(node, row)
-        node.timeout = _seconds(document.get("timeout_seconds"), "s")
-        node.continue_on_error = document.get("continue_on_error") is True
-        node.rule = document.get("trigger_rule") or node.rule
-        node.limit = document.get("max_concurrency")
-        if node.limit is not None and not (node.for_each or node.type == "parallel"):
+        if len(document) > 4:  # most steps have none of these
+            node.timeout = _seconds(document.get("timeout_seconds"), "s")
+            node.continue_on_error = document.get("continue_on_error") is True
+            node.rule = document.get("trigger_rule") or node.rule
+            node.limit = document.get("max_concurrency")
+        if node.limit is not None and not (node.for_each or node.type == "parallel" or "max_concurrency" in node.defaulted):
             self.problem((*node.path, "max_concurrency"), "max_concurrency belongs to for_each and to the type parallel")
-        node.retry_given = isinstance(document.get("retry"), Mapping)
-        node.retry = _NO_RETRY if row.container else _DEFAULT_RETRY
-        if node.retry_given:
+        if not row.container:
+            node.retry = _DEFAULT_RETRY
+        if isinstance(document.get("retry"), dict):
+            node.retry_given = True
             try:
                 node.retry = RetryPolicy.from_dict(document["retry"])
             except ValidationError as error:
                 for problem in error.problems:
-                    self.misshape((*node.path, "retry", *problem.path), problem.message)
+                    self.misshape((*self.place(node, "retry"), *problem.path), problem.message)
+
+    def condition(self, node: _Node, document: Mapping[str, Any]) -> None:
+        """A condition decides whether the step runs, which branch is taken, or which items a filter keeps."""
+        place = self.place(node, "condition")
+        condition = self.guarded(place, Condition, document["condition"])
+        if condition is None:
+            return
+        roots = {reference[0][0] for reference in condition.references if reference[0]}
+        if node.type == "branch":
+            node.picker = condition
+        elif "item" in roots and document.get("function") == "filter" and not node.for_each:
+            node.local, node.item_values = _ITEM_NAMES, [("condition", condition.evaluate)]
+        else:
+            node.condition, node.item_condition = condition, not roots.isdisjoint(node.local)
+        self.note(node, condition, "condition", place)
 
     def check_outputs(self, node: _Node, row: _StepType) -> None:
         names, path = node.output_names, (*node.path, "output")
         for name in names:
-            if not _IDENTIFIER.match(name):
-                self.misshape(path, f"output {name!r} must be letters, digits, _ or -")
-        if len(set(names)) < len(names):
+            if not _IDENTIFIER(name):
+                self.misshape(path, f"output {_shown(name)} must be letters, digits, _ or -")
+        if len(names) > 1 and len(set(names)) < len(names):
             self.misshape(path, "output gives one name twice")
         if row.arity and len(names) > row.arity:
             self.misshape(path, f"{node.type} has {row.arity} output{'s' * (row.arity > 1)}, but {len(names)} are named")
@@ -3256,279 +3284,319 @@ class _Compiler:
             node.output_names = ("output",)
 
     def value(self, node: _Node, key: str, value: Any) -> None:
-        """A key of a step: a constant, or something to render in each run."""
+        """A key of a step: a constant, something to render in each run, or for each item."""
         if key == "template" and node.type == "transform" and node.document.get("function") in ("map", "template"):
-            if render := self.compiled(node, key, value):
-                node.item_values.append((key, render))
-            return
-        render = self.compiled(node, key, value)
-        if render is None or not _holds_tag(value):
-            node.constants[key] = value
-        else:
+            node.item_values = [*node.item_values, (key, self.rendered(node, key, value))]
+        elif render := self.compiled(node, key, value, self.place(node, key)):
             node.values.append((key, render))
+        else:
+            node.constants[key] = value
 
-    def compiled(self, node: _Node, key: str, value: Any) -> Callable[[Any], Any] | None:
-        """The value of a key as a function of the context; what it reads is noted on the node."""
-        compiled = self.guarded((*node.path, key), _compile_value, value, True, self.partials, None)
-        if compiled is None:
+    def rendered(self, node: _Node, key: str, value: Any) -> Callable[[Any], Any]:
+        """The value of a key as a function of the context."""
+        return self.compiled(node, key, value, self.place(node, key)) or _constant(value)
+
+    def compiled(self, node: _Node, key: str, value: Any, path: _Path) -> Callable[[Any], Any] | None:
+        """A value whose texts are templates as a function of the context; None if it is constant.
+
+        What it reads is noted on the node.
+        """
+        if isinstance(value, str):
+            template = self.guarded(path, Template, value, True, self.partials) if _has_tag(value) else None
+            if template is None:
+                return None
+            self.note(node, template, key, path)
+            evaluate: Callable[[Any], Any] = template.evaluate
+            return evaluate
+        if not isinstance(value, (dict, list)) or not _holds_tag(value):
             return None
-        node.references.extend((reference, key) for reference in compiled[1])
-        render: Callable[[Any], Any] = compiled[0]
-        return render
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        items = [(name, self.compiled(node, key, value[name], (*path, name)) or _constant(value[name])) for name in keys]
+        if isinstance(value, dict):
+            return lambda context: {name: render(context) for name, render in items}
+        return lambda context: [render(context) for _, render in items]
+
+    def note(self, node: _Node, source: Template | Condition, key: str, path: _Path) -> None:
+        for reference in source.references:
+            node.references.append((reference, key))
+            node.places.append((path, source.source))
 
     # what each type has of its own
 
-    def _llm(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+    def _llm(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
-        both = document.get("prompt") is not None and document.get("messages") is not None
-        if both or (document.get("prompt") is None and document.get("messages") is None):
-            path = (*node.path, "messages") if both else node.path
-            self.misshape(path, "give a prompt or messages, not both" if both else "prompt is missing (or messages)")
-        schema = document.get("schema")
+        self.custom(node, "tools", {}, "tool")
+        schema, place = document.get("schema"), self.place(node, "schema")
         if isinstance(schema, str):
             try:
-                loaded = _read_document(os.path.join(self.workflow.folder or ".", schema))
-                node.constants["schema"] = loaded
-                if not isinstance(loaded, Mapping):
-                    self.misshape((*node.path, "schema"), f"schema: {schema} must hold a map, not {_shown(loaded)}")
+                node.constants["schema"] = loaded = _read_document(os.path.join(self.workflow.folder or ".", schema))
+                if not isinstance(loaded, dict):
+                    self.misshape(place, f"schema: {schema} must hold a map, not {_shown(loaded)}")
             except OrchestratorError as error:
-                self.misshape((*node.path, "schema"), f"schema: {error}")
+                self.misshape(place, f"schema: {error}")
 
-    def _embed(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+    def _embed(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
 
-    def _vector_search(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+    def _vector_search(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        self.custom(node, "database", VECTOR_STORES, "vector_store")
+        query, documents = document.get("query"), document.get("documents")
         if isinstance(document.get("embed"), Mapping):
             self.check_keys(document["embed"], _EMBED_KEYS, (*node.path, "embed"), ("provider", "model"))
+        elif documents is not None or (isinstance(query, str) and not re.fullmatch(r"\s*(\{\{.*\}\}|<<.*>>)\s*", query, re.S)):
+            needed = "documents need" if documents is not None else "query is text and needs"
+            self.misshape(node.path, f"{needed} embed: {{provider, model}} to become vectors")
+        if isinstance(document.get("filter"), Mapping) and not _holds_tag(document["filter"]):
+            try:
+                _predicate(document["filter"])
+            except ValidationError as error:
+                self.misshape((*node.path, "filter"), f"filter: {error.problems[0].message}")
 
-    def _vector_upsert(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
-        self._vector_search(node, document, names)
+    def _vector_upsert(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        self._vector_search(node, document, graph)
         if (document.get("documents") is None) == (document.get("vectors") is None):
             self.misshape(node.path, "give documents or vectors, one of the two")
 
-    def _transform(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+    def _transform(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "function", _TRANSFORMS, "transform")
-        node.inline = document.get("function") in _TRANSFORMS
-        if document.get("function") == "map":
+        node.inline = isinstance(function := document.get("function"), str) and function in _TRANSFORMS
+        if function == "map":
             node.local |= _ITEM_NAMES
-        if document.get("function") == "template":  # its inputs are names in the template
-            node.local |= {str(name) for name in (document.get("inputs") or {}) if isinstance(name, str)}
+        if function == "template":  # its inputs are names in the template
+            node.local |= {name for name in _as_list(document.get("inputs")) if isinstance(name, str)}
+            node.local |= {name for name in document["inputs"]} if isinstance(document.get("inputs"), dict) else set()
 
-    def _action(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
+    def _action(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "action", _ACTIONS, "action")
 
     def custom(self, node: _Node, key: str, table: Mapping[str, Any], what: str) -> None:
-        name = node.constants.get(key)
-        if isinstance(name, str) and name not in table:
-            near = _suggestion(name, table)
-            message = f"the {what} {name!r} is unknown here{near}; a run needs it from --plugin or {what}s={{...}}"
-            self.problem((*node.path, key), message, "warning").custom = (f"{what}s", name)
+        for name in _as_list(node.constants.get(key)):
+            if isinstance(name, str) and name not in table:
+                near = _suggestion(name, table)
+                message = f"the {what} {_shown(name)} is unknown here{near}; a run needs it from --plugin or {what}s={{...}}"
+                self.problem(self.place(node, key), message, "warning").custom = (f"{what}s", name)
 
-    def _parallel(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
-        node.children = self.child_steps(node, document.get("tasks"), (*node.path, "tasks"), names)
+    def _parallel(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        node.children = self.child_steps(node, document.get("tasks"), (*node.path, "tasks"), graph)
         self.name_outputs(node, list(node.children.by_id))
 
-    def _branch(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
-        branches = document.get("branches")
-        for value, steps in branches.items() if isinstance(branches, Mapping) else ():
+    def _branch(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        branches, node.branches = document.get("branches"), {}
+        for value, steps in branches.items() if isinstance(branches, dict) else ():
             path = (*node.path, "branches", value)
             if not isinstance(steps, list):
-                self.misshape(path, f"branches: {value!r} must be a list of steps, not {_shown(steps)}")
+                self.misshape(path, f"branches: {_shown(value)} must be a list of steps, not {_shown(steps)}")
             if _branch_key(value) in node.branches:
-                self.misshape(path, f"branches: {value!r} stands there twice")
-            node.branches[_branch_key(value)] = self.child_steps(node, steps, path, names)
-        self.name_outputs(node, ["branch", *dict.fromkeys(id for graph in node.branches.values() for id in graph.by_id)])
+                self.misshape(path, f"branches: {_shown(value)} stands there twice")
+            node.branches[_branch_key(value)] = self.child_steps(node, steps, path, graph)
+        self.name_outputs(node, ["branch", *dict.fromkeys(id for inner in node.branches.values() for id in inner.by_id)])
 
-    def _loop(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
-        node.children = self.child_steps(node, document.get("steps"), (*node.path, "steps"), names, _LOOP_NAMES)
+    def _loop(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        node.children = self.child_steps(node, document.get("steps"), (*node.path, "steps"), graph, _LOOP_NAMES)
         if isinstance(document.get("until"), (str, bool, int)):
-            node.until = self.guarded((*node.path, "until"), Condition, document["until"])
+            node.until = self.guarded(self.place(node, "until"), Condition, document["until"])
         self.name_outputs(node, [*node.children.by_id, "iterations"])
 
-    def _workflow(self, node: _Node, document: Mapping[str, Any], names: _Names) -> None:
-        target, path = document.get("workflow"), (*node.path, "workflow")
-        if _has_tag(target):
-            self.value(node, "workflow", target)
+    def _workflow(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        target, path = document.get("workflow"), self.place(node, "workflow")
+        if _has_tag(target):  # known only when it runs
+            node.values.append(("workflow", self.rendered(node, "workflow", target)))
             return
+        here = self.workflow
         try:
             if isinstance(target, str):
-                node.workflow = called = _sub_workflow(self.workflow, target)
-                faults = called._compiled[1].errors() if called._compiled else []  # none yet if it is calling itself
-                for fault in called._located(faults):
-                    self.problem(path, f"workflow: {fault}")
-            elif isinstance(target, Mapping):
-                here = self.workflow
+                node.workflow = called = _sub_workflow(here, target)
+                for fault in called._located(called._compiled[1].problems if called._compiled else []):
+                    self.problem(path, f"workflow: {fault}", fault.severity).custom = fault.custom
+            elif isinstance(target, dict):
                 node.workflow = called = Workflow._from_document(target, here.source, here.folder, "", here._loaded)
-                for fault in called._plan().errors():
-                    self.problem(path, f"workflow: {fault.message}")
-        except (ParseError, ValidationError) as error:
-            self.misshape(path, f"workflow: {error}")
+                called._chain = here._chain
+                self.misshapen |= called._plan().misshapen
+                for fault in called._plan().problems:
+                    copy = self.problem((*path, *fault.path), fault.message, fault.severity, fault.inside)
+                    copy.custom, copy.cycle = fault.custom, fault.cycle
+        except ValidationError as error:
+            for fault in error.problems:
+                self.misshape(path, f"workflow: {fault}")
         except OrchestratorError as error:
-            self.problem(path, f"workflow: {error}")
+            (self.misshape if isinstance(error, ParseError) else self.problem)(path, f"workflow: {error}")
         if node.workflow is None:
             return
         self.check_call(node, node.workflow, document.get("inputs") or {})
-        outputs = node.workflow.outputs
-        ids = [step.document.get("id") for step in node.workflow.steps]
-        self.name_outputs(node, list(outputs) if isinstance(outputs, Mapping) and outputs else list(map(str, ids)))
+        outputs, ids = node.workflow.outputs, [step.id for step in node.workflow.steps if isinstance(step, Step)]
+        self.name_outputs(node, list(map(str, outputs if isinstance(outputs, dict) and outputs else ids)))
 
-    def check_call(self, node: _Node, called: Workflow, given: Mapping[str, Any]) -> None:
+    def check_call(self, node: _Node, called: Workflow, given: Any) -> None:
         """The inputs that a step gives to a sub-workflow against those that it declares."""
-        path = (*node.path, "inputs")
-        declared = called.inputs if isinstance(called.inputs, Mapping) else None
-        for name in given if declared is not None and isinstance(given, Mapping) else ():
-            if name not in (declared or ()):
-                near = _suggestion(name, declared or ())
-                self.problem((*path, name), f"inputs: the workflow has no input {name!r}{near}")
-        for name in _required_inputs(declared or {}):
-            if name not in given:
-                self.problem(path, f"inputs: the workflow needs the input {name!r}")
+        path, declared = self.place(node, "inputs"), called.inputs
+        if not isinstance(declared, dict) or not isinstance(given, dict):
+            return
+        for name, value in given.items():
+            entry = declared.get(name) or {}
+            if name not in declared:
+                self.problem((*path, name), f"inputs: the workflow has no input {_shown(name)}{self.near(name, declared)}")
+            elif value is not None and not _holds_tag(value) and (fault := _input_fault(value, entry)):
+                self.problem((*path, name), f"inputs: {name} {fault}")
+        for name in _required_inputs(declared):
+            if given.get(name) is None:
+                self.problem(path, f"inputs: the workflow needs the input {_shown(name)}")
 
     def name_outputs(self, node: _Node, names: list[str]) -> None:
         """A container's outputs: the names that are given, in order; otherwise its children's own."""
         given = node.output_names
         if len(given) > len(names):
-            shown = f"{len(names)} outputs ({', '.join(names)})"
+            shown = f"{len(names)} outputs ({_shorten(', '.join(names), 100)})"
             self.problem((*node.path, "output"), f"{node.type} has {shown}, but {len(given)} are named")
         node.output_names = given or tuple(names)
 
     def child_steps(
-        self, node: _Node, steps: Any, path: _Path, names: _Names, local: frozenset[str] = frozenset()
+        self, node: _Node, steps: Any, path: _Path, graph: _Graph, local: frozenset[str] = frozenset()
     ) -> _Graph:
-        return self.steps(steps, path, _Names(names, node, names.inputs, names.local | node.local | local))
+        return self.steps(steps, path, _Graph(graph, node, graph.inputs, graph.local | node.local | local))
 
     # references
 
-    def connect(self, node: _Node, names: _Names) -> None:
+    def connect(self, node: _Node, graph: _Graph) -> None:
         """Turns `depends_on` and references into dependencies, refusing what does not exist."""
         listed = node.document.get("depends_on")
-        for index, step_id in enumerate(_as_list(listed)):
+        for index, step_id in enumerate(_as_list(listed) if listed else ()):
             path = (*node.path, "depends_on", index) if isinstance(listed, list) else (*node.path, "depends_on")
-            if isinstance(step_id, str) and not self.depend(node, step_id, names, path, f"depends_on: {step_id!r}"):
-                near = _suggestion(step_id, names.visible())
-                self.problem(path, f"depends_on: there is no step {step_id!r}{near}")
-        if node.type == "transform":
-            self.transform_inputs(node, names)
-        for reference, key in node.references:
-            self.resolve(node, reference, key, names)
+            if isinstance(step_id, str) and not self.depend(node, step_id, graph, path, ("depends_on", step_id)):
+                self.problem(path, f"depends_on: there is no step {_shown(step_id)}{self.near(step_id, graph.visible())}")
+        for (reference, key), place in zip(node.references, node.places):
+            self.resolve(node, reference, key, place, graph)
+        if node.type == "transform" and "inputs" in node.document:
+            self.transform_inputs(node, graph)
         if node.until is not None and node.children is not None:
-            inner = next(scope for graph, scope in self.graphs if graph is node.children)
             for reference in node.until.references:
-                self.resolve(node, reference, "until", inner)
+                self.resolve(node, reference, "until", (self.place(node, "until"), node.until.source), node.children)
 
-    def depend(self, node: _Node, step_id: str, names: _Names, path: _Path, shown: str) -> _Node | None:
+    def depend(self, node: _Node, step_id: str, graph: _Graph, path: _Path, shown: tuple[str, str]) -> _Node | None:
         """Finds a step from inside out; `node`, or the container of it that is its sibling, will wait for it."""
-        waiting: _Node | None = node if node.id in names.nodes else None
-        for scope in names.around():
-            target = scope.nodes.get(step_id)
+        waiting: _Node | None = node if graph.by_id.get(node.id) is node else None
+        for scope in graph.around():
+            target = scope.by_id.get(step_id)
             if target is not None:
-                if target is waiting and waiting is node:
-                    self.problem(path, f"{shown}: {step_id!r} depends on itself")
-                elif target is waiting:
-                    self.problem(path, f"{shown}: {step_id!r} contains this step")
+                if target is waiting:
+                    wrong = "depends on itself" if waiting is node else "contains this step"
+                    self.problem(path, f"{shown[0]}: {_shown(shown[1])}: {step_id!r} {wrong}")
                 elif waiting is not None:
                     waiting.dependencies[step_id] = None
                 return target
             waiting = scope.owner
         return None
 
-    def resolve(self, node: _Node, reference: Reference, key: str, names: _Names) -> None:
+    def resolve(self, node: _Node, reference: Reference, key: str, place: tuple[_Path, str], graph: _Graph) -> None:
         """Checks one reference and makes the node wait for the step that it names."""
-        segments, path = reference[0], (*node.path, key)
+        segments = reference[0]
         root = segments[0] if segments else ""
-        shown = f"{key}: {'.'.join(segments)!r}"
-        if not root or root in names.local or root in node.local or root in ("workflow", "run"):
+        if not root or root in graph.local or root in node.local or root in ("workflow", "run"):
             return
         if root not in ("steps", "outputs"):
-            name = segments[1] if root in ("inputs", "input") and len(segments) > 1 else root
-            if names.inputs is not None and name not in names.inputs and name not in ("inputs", "input"):
-                near = f"; did you mean steps.{name}?" if name in names.visible() else _suggestion(name, names.inputs)
-                self.problem(path, f"{shown}: there is no input {name!r}{near}")
-            return
-        if len(segments) < 2:
-            self.problem(path, f"{shown} needs the id of a step, as in steps.ID.OUTPUT")
-            return
+            fault = self.missing_input(segments, graph)
+        elif len(segments) < 2:
+            fault = " needs the id of a step, as in steps.ID.OUTPUT" if node.id else ""
+        else:
+            fault = self.missing_output(node, segments, place[0], key, graph)
+        if fault:
+            self.problem(place[0], f"{key}: {_shown('.'.join(segments))}{fault}", inside=(place[1], reference[2]))
+
+    def missing_input(self, segments: tuple[str, ...], graph: _Graph) -> str:
+        """What is wrong with a reference to an input, or nothing."""
+        prefixed = segments[0] in ("inputs", "input")
+        name = segments[1] if prefixed and len(segments) > 1 else segments[0]
+        if graph.inputs is None:
+            if prefixed or name not in ("item", *_LOOP_NAMES):
+                return ""
+            return f": {name!r} is known only inside {'a for_each' if name == 'item' else 'a loop'}"
+        if name in graph.inputs or name in ("inputs", "input"):
+            return ""
+        step = name if name in graph.visible() else "".join(graph.named.get(name, ())[:1])
+        path = f"steps.{name}" if step == name else f"steps.{step}.{name}"
+        near = f", did you mean {path!r}?" if step else self.near(name, graph.inputs)
+        return f": there is no input {_shown(name)}{near}"
+
+    def missing_output(self, node: _Node, segments: tuple[str, ...], path: _Path, key: str, graph: _Graph) -> str:
+        """What is wrong with a reference to a step, or nothing; the node will wait for the step."""
         step_id, rest = segments[1], segments[2:]
-        if root == "outputs" and step_id not in names.visible():
-            producers = next((scope.producers[step_id] for scope in names.around() if step_id in scope.producers), [])
-            if len(producers) > 1:
-                where = " or ".join(f"steps.{producer.id}.{step_id}" for producer in producers)
-                self.problem(path, f"{shown} is the name of several outputs; write {where}")
-                return
-            step_id, rest = (producers[0].id, ()) if producers else (step_id, rest)
-        target = self.depend(node, step_id, names, path, shown)
+        if segments[0] == "outputs" and step_id not in graph.by_id and not any(step_id in g.by_id for g in graph.around()):
+            ids = next((scope.named[step_id] for scope in graph.around() if step_id in scope.named), [])
+            if len(ids) > 1:
+                return f" is the name of several outputs; write {' or '.join(f'steps.{one}.{step_id}' for one in ids[:5])}"
+            step_id, rest = (ids[0], ()) if ids else (step_id, rest)
+        target = self.depend(node, step_id, graph, path, (key, ".".join(segments)))
         if target is None:
-            self.problem(path, f"{shown}: there is no step {step_id!r}{_suggestion(step_id, names.visible())}")
-        elif rest:
-            known = _declared_outputs(target)
-            if known and rest[0] not in known and rest[0] not in _STEP_FACTS:
-                near = _suggestion(rest[0], known) or f"; it has {', '.join(list(known)[:10])}"
-                self.problem(path, f"{shown}: step {step_id!r} has no output {rest[0]!r}{near}")
+            return f": there is no step {_shown(step_id)}{self.near(step_id, graph.visible())}"
+        while rest and target is not None and (names := target.names()) and rest[0] not in _STEP_FACTS:
+            if rest[0] not in names:
+                near = _suggestion(rest[0], names) or f"; it has {_shorten(', '.join(names), 200)}"
+                return f": step {target.id!r} has no output {_shown(rest[0])}{near}"
+            target, rest = None if target.for_each else target.child(rest[0]), rest[1:]
+        return ""
 
-    def transform_inputs(self, node: _Node, names: _Names) -> None:
+    def transform_inputs(self, node: _Node, graph: _Graph) -> None:
         """A transform's inputs: templates, values, or names of paths, upstream outputs and workflow inputs."""
-        inputs = node.document.get("inputs")
-        entries = inputs.items() if isinstance(inputs, Mapping) else ((name, name) for name in _as_list(inputs))
-        for name, source in entries:
-            if not isinstance(inputs, Mapping) and isinstance(source, str) and not _has_tag(source):
-                source = "{{" + self.input_path(node, source, names) + "}}"
-            render = self.compiled(node, "inputs", source)
-            if render is not None:
-                node.inputs.append((str(name), render))
+        inputs, place = node.document["inputs"], self.place(node, "inputs")
+        named = list(inputs.items()) if isinstance(inputs, dict) else [(one, one) for one in _as_list(inputs)]
+        paths = [isinstance(source, str) and not _has_tag(source) and self.is_path(node, source, graph) for _, source in named]
+        bare = [isinstance(source, str) and not _has_tag(source) and not isinstance(inputs, dict) for _, source in named]
+        rendered: dict[int, Callable[[Any], Any]] = {}
+        # Names of outputs come last: by then the paths and templates have said which steps it depends on.
+        for index in sorted(range(len(named)), key=lambda index: bare[index] and not paths[index]):
+            source, known = named[index][1], len(node.references)
+            path = (*place, list(inputs)[index] if isinstance(inputs, dict) else index) if inputs is not source else place
+            if paths[index] or bare[index]:
+                source = "{{" + (source if paths[index] else self.input_path(node, source, path, graph)) + "}}"
+            rendered[index] = self.compiled(node, "inputs", source, path) or _constant(source)
+            for (reference, key), where in zip(node.references[known:], node.places[known:]):
+                self.resolve(node, reference, key, where, graph)
+        node.inputs = [(str(name), rendered[index]) for index, (name, _) in enumerate(named)]
 
-    def input_path(self, node: _Node, name: str, names: _Names) -> str:
-        """What a transform's input name stands for: a path, an output of a dependency, a workflow input."""
+    def is_path(self, node: _Node, name: str, graph: _Graph) -> bool:
+        root, dot, _ = name.partition(".")
+        return root in graph.local or root in node.local or bool(dot and root in ("steps", "outputs", "inputs", "input"))
+
+    def input_path(self, node: _Node, name: str, path: _Path, graph: _Graph) -> str:
+        """What a transform's input name stands for: an output of a dependency, a dependency, a workflow input."""
         root = name.split(".", 1)[0]
-        if root in names.local or root in node.local or ("." in name and root in ("steps", "outputs", "inputs", "input")):
-            return name
-        upstream = [names.nodes[step_id] for step_id in node.dependencies]
-        found = [target for target in upstream if root in target.output_names]
+        found = [step_id for step_id in node.dependencies if root in graph.by_id[step_id].output_names]
         if len(found) > 1:
-            where = " or ".join(f"steps.{target.id}.{root}" for target in found)
-            self.problem((*node.path, "inputs"), f"inputs: {name!r} is an output of several dependencies; write {where}")
+            where = " or ".join(f"steps.{step_id}.{root}" for step_id in found)
+            self.problem(path, f"inputs: {_shown(name)} is an output of several dependencies; write {where}")
         if found:
-            return f"steps.{found[0].id}.{name}"
-        if root in node.dependencies and root not in (names.inputs or ()):
+            return f"steps.{found[0]}.{name}"
+        if root in node.dependencies and root not in (graph.inputs or ()):
             return f"steps.{name}"
         return f"inputs.{name}"
 
     def check_cycles(self, graph: _Graph) -> None:
+        """Names the cycles; each is broken where it was found, to look for others."""
+        if all(graph.by_id[name].position < node.position for node in graph.nodes for name in node.dependencies):
+            return  # every step stands below its dependencies
         import graphlib
 
-        try:
-            graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
-        except graphlib.CycleError as error:
-            cycle = error.args[1][::-1][1:]
-            first = cycle.index(min(cycle, key=lambda step_id: graph.by_id[step_id].position))
-            cycle = [*cycle[first:], *cycle[:first], cycle[first]]
-            self.problem(graph.by_id[cycle[0]].path, f"cycle: {' -> '.join(cycle)}").cycle = cycle
-            for node in graph.nodes:
-                node.dependencies = {}
+        for _ in range(_MOST_SUGGESTIONS):
+            try:
+                return graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
+            except graphlib.CycleError as error:
+                cycle = error.args[1][::-1][1:]
+                first = cycle.index(min(cycle, key=lambda step_id: graph.by_id[step_id].position))
+                cycle = [*cycle[first:], *cycle[:first], cycle[first]]
+                self.problem(graph.by_id[cycle[0]].path, f"cycle: {' -> '.join(cycle)}").cycle = cycle
+                del graph.by_id[cycle[0]].dependencies[cycle[1]]
 
-    def outputs(self, names: _Names) -> list[tuple[str, Callable[[Any], Any]]]:
+    def outputs(self, graph: _Graph) -> list[tuple[str, Callable[[Any], Any]]]:
         """The run's own outputs, rendered when every step has ended."""
-        holder = _Node({}, ("outputs",), 0)
+        holder = _Node({"id": ""}, ("outputs",), 0)
         outputs = self.document.get("outputs")
         rendered = []
-        for name, value in outputs.items() if isinstance(outputs, Mapping) else ():
-            rendered.append((str(name), self.compiled(holder, name, value) or (lambda context: None)))
-        for reference, key in holder.references:
-            self.resolve(holder, reference, key, names)
+        for name, value in outputs.items() if isinstance(outputs, dict) else ():
+            if not isinstance(name, str):
+                self.misshape(("outputs", name), f"outputs: the name {_shown(name)} must be text; quote it")
+            rendered.append((str(name), self.rendered(holder, name, value)))
+        for (reference, key), place in zip(holder.references, holder.places):
+            self.resolve(holder, reference, key, place, graph)
         return rendered
-
-
-def _holds_tag(value: Any) -> bool:
-    """Whether a template stands anywhere in a value."""
-    if isinstance(value, Mapping):
-        return any(map(_holds_tag, value.values()))
-    return any(map(_holds_tag, value)) if isinstance(value, (list, tuple)) else _has_tag(value)
-
-
-def _declared_outputs(node: _Node) -> dict[str, None]:
-    """The names that may follow `steps.ID.`; none if they are known only when it runs."""
-    children = [child.id for graph in node.graphs() for child in graph.nodes]
-    called = [str(step.document.get("id")) for step in node.workflow.steps] if node.workflow else []
-    return dict.fromkeys((*node.output_names, *children, *called))
 
 
 def _branch_key(value: Any) -> str:
@@ -3546,8 +3614,8 @@ def _label(document: Any, path: _Path) -> str:
             document = document[key]
         except (KeyError, IndexError, TypeError):
             break
-        if isinstance(key, int) and isinstance(document, Mapping) and "id" in document:
-            parts.append(f"{path[depth - 1]}[{key}] {document['id']!r}: ")
+        if isinstance(key, int) and isinstance(document, dict) and "id" in document:
+            parts.append(f"{path[depth - 1]}[{key}] {_shown(document['id'])}: ")
     return "".join(parts)
 
 
@@ -3555,7 +3623,10 @@ def _sub_workflow(caller: Workflow, name: str) -> Workflow:
     """The workflow in a file, by a name relative to the caller's own folder; read once however often it is called."""
     path = os.path.join(caller.folder or ".", name)
     known = caller._loaded.get(os.path.realpath(path))
-    return known or Workflow._from_path(path, caller._loaded)
+    if known is None and len(caller._chain) >= _MAX_WORKFLOW_DEPTH:
+        chain = " -> ".join((*caller._chain, os.path.basename(name)))
+        raise OrchestratorError(f"workflows call each other more than {_MAX_WORKFLOW_DEPTH} deep: {chain}")
+    return known or Workflow._from_path(path, caller._loaded, caller._chain)
 
 
 def _read_document(path: str) -> Any:
@@ -3569,19 +3640,19 @@ def _read_document(path: str) -> Any:
 
 def _required_inputs(declared: Mapping[str, Any]) -> list[str]:
     """The declared inputs that must be given: required (without a default)."""
-    given = ((name, entry or {}) for name, entry in declared.items())
-    return [name for name, entry in given if entry.get("required") and entry.get("default") is None]
+    entries = ((name, entry) for name, entry in declared.items() if isinstance(entry, dict))
+    return [name for name, entry in entries if entry.get("required") and entry.get("default") is None]
 
 
 def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:
     """What is wrong with an input's value, or None."""
-    kind = declared.get("type") or "any"
-    kind = _INPUT_TYPE_ALIASES.get(kind, kind)
+    kind = declared.get("type")
+    kind = _INPUT_TYPE_ALIASES.get(kind, kind) if isinstance(kind, str) else "any"
     if kind in _INPUT_TYPES and not _INPUT_TYPES[kind](value):
         return f"must be {'an' if kind[0] in 'aio' else 'a'} {kind}, not {_shown(value)}"
     allowed = declared.get("enum")
     if isinstance(allowed, list) and not any(value == one and type(value) is type(one) for one in allowed):
-        return f"must be one of {', '.join(map(_to_json, allowed))}, not {_shown(value)}"
+        return f"must be one of {_shorten(', '.join(map(_to_json, allowed)), 200)}, not {_shown(value)}"
     return None
 
 
@@ -3634,8 +3705,9 @@ def _levels(graph: _Graph) -> list[list[_Node]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Retry: policies and delays
-# How often a step is tried and how long it waits in between. Pure arithmetic; the waiting is done by the executor.
+# 8. Retry: policies, delays, limits
+# How often a step is tried and how long it waits in between; how fast a provider may be called, and when it is better
+# left alone. Limits are shared by threads and event loops.
 # ---------------------------------------------------------------------------------------------------------------------
 
 _RETRY_KEYS: dict[str, Callable[[Any], str | None]] = {
@@ -3644,9 +3716,44 @@ _RETRY_KEYS: dict[str, Callable[[Any], str | None]] = {
     "initial_delay": _must("milliseconds, or a text such as 1.5s", lambda value: _seconds(value, "ms") is not None),
     "max_delay": _must("milliseconds, or a text such as 30s", lambda value: _seconds(value, "ms") is not None),
     "backoff_multiplier": _number(1, 1000),
-    "jitter": _must("true, false or a fraction up to 1", lambda value: isinstance(value, (bool, int, float)) and 0 <= value <= 1),
-}  # fmt: skip
+    "jitter": _must("true, false or a fraction up to 1", lambda value: isinstance(value, (int, float)) and 0 <= value <= 1),
+}
 _RETRY_ALIASES = {"backoff": "strategy", "initial_delay_ms": "initial_delay", "max_delay_ms": "max_delay"}
+_RATE_LIMIT_KEYS: dict[str, Callable[[Any], str | None]] = {
+    "requests_per_minute": _must("a number above 0", lambda value: _is_number(value) and value > 0),
+    "tokens_per_minute": _must("a number above 0", lambda value: _is_number(value) and value > 0),
+    "max_concurrent": _integer(1),
+}
+_CIRCUIT_BREAKER_KEYS: dict[str, Callable[[Any], str | None]] = {
+    "failure_rate": _must("a fraction above 0, up to 1", lambda value: _is_number(value) and 0 < value <= 1),
+    "window": _integer(1, 1000),
+    "min_calls": _integer(1, 1000),
+    "open_seconds": _must("seconds, or a text such as 30s", lambda value: _seconds(value, "s") is not None),
+}
+
+
+def _checked_settings(
+    name: str, document: Any, checks: Mapping[str, Callable[[Any], str | None]], aliases: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """A map of settings under their first names, without nulls (the default is meant). ValidationError has every fault."""
+    if not isinstance(document, Mapping):
+        raise ValidationError(f"{name} must be a map, not {_shown(document)}")
+    given: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for key, value in document.items():
+        known = (aliases or {}).get(str(key), str(key))
+        if known not in checks:
+            hint = _suggestion(known, (*checks, *(aliases or ())))
+            problems.append(Problem(f"{name}: unknown key {key!r}{hint}", (key,)))
+        elif known in given:
+            problems.append(Problem(f"{name}: {key} and {known} are two names of one value", (key,)))
+        elif value is not None:
+            given[known] = value
+            if fault := checks[known](value):
+                problems.append(Problem(f"{name}: {key} {fault}", (key,)))
+    if problems:
+        raise ValidationError(problems)
+    return given
 
 
 class RetryPolicy:
@@ -3660,19 +3767,13 @@ class RetryPolicy:
     __slots__ = ("backoff_multiplier", "initial_delay_seconds", "jitter", "max_attempts", "max_delay_seconds", "strategy")
 
     def __init__(
-        self,
-        max_attempts: int = 3,
-        strategy: str = "exponential",
-        initial_delay: float | str = 500,
-        max_delay: float | str = 30_000,
-        backoff_multiplier: float = 2,
-        jitter: bool | float = True,
-    ) -> None:
-        given = {"max_attempts": max_attempts, "strategy": strategy, "initial_delay": initial_delay}
-        given.update(max_delay=max_delay, backoff_multiplier=backoff_multiplier, jitter=jitter)
-        problems = [(key, fault) for key, value in given.items() if (fault := _RETRY_KEYS[key](value))]
-        if problems:
-            raise ValidationError([Problem(f"retry: {key} {fault}", (key,)) for key, fault in problems])
+        self, max_attempts: int = 3, strategy: str = "exponential", initial_delay: float | str = 500,
+        max_delay: float | str = 30_000, backoff_multiplier: float = 2, jitter: bool | float = True,
+    ) -> None:  # fmt: skip
+        given = (max_attempts, strategy, initial_delay, max_delay, backoff_multiplier, jitter)
+        faults = [(key, check(value)) for (key, check), value in zip(_RETRY_KEYS.items(), given)]
+        if any(fault for _, fault in faults):
+            raise ValidationError([Problem(f"retry: {key} {fault}", (key,)) for key, fault in faults if fault])
         self.max_attempts, self.strategy = max_attempts, strategy
         self.initial_delay_seconds = _seconds(initial_delay, "ms") or 0.0
         self.max_delay_seconds = _seconds(max_delay, "ms") or 0.0
@@ -3681,32 +3782,17 @@ class RetryPolicy:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> RetryPolicy:
         """The policy of a document's `retry` map, in either spelling of its keys; null means the default."""
-        given: dict[str, Any] = {}
-        problems: list[Problem] = []
-        for key, value in document.items():
-            name = _RETRY_ALIASES.get(key, key) if isinstance(key, str) else str(key)
-            if name not in _RETRY_KEYS:
-                known = (*_RETRY_KEYS, *_RETRY_ALIASES)
-                problems.append(Problem(f"retry: unknown key {key!r}{_suggestion(name, known)}", (key,)))
-            elif name in given:
-                problems.append(Problem(f"retry: {key} and {name} are two names of one value", (key,)))
-            elif value is not None and (fault := _RETRY_KEYS[name](value)):
-                problems.append(Problem(f"retry: {key} {fault}", (key,)))
-            elif value is not None:
-                given[name] = value
-        if problems:
-            raise ValidationError(problems)
-        return cls(**given)
+        return cls(**_checked_settings("retry", document, _RETRY_KEYS, _RETRY_ALIASES))
 
     def full_delay_seconds(self, failures: int) -> float:
         """The delay after this many failures (from 1) before jitter."""
-        if self.strategy == "linear":
-            return min(self.initial_delay_seconds * failures, self.max_delay_seconds)
-        factor = self.backoff_multiplier if self.strategy == "exponential" else 1
-        try:
-            return min(self.initial_delay_seconds * factor ** (failures - 1), self.max_delay_seconds)
-        except OverflowError:
-            return self.max_delay_seconds
+        factor: float = failures if self.strategy == "linear" else 1
+        if self.strategy == "exponential":
+            try:
+                factor = float(self.backoff_multiplier) ** (failures - 1)
+            except OverflowError:
+                factor = sys.float_info.max
+        return min(self.initial_delay_seconds * factor, self.max_delay_seconds)
 
     def delay_seconds(self, failures: int, retry_after_seconds: float | None = None) -> float | None:
         """How long to wait after this many failures (from 1); None if the server asks for more than `max_delay`."""
@@ -3716,8 +3802,7 @@ class RetryPolicy:
         if self.jitter is not False:
             import random
 
-            spread = 1.0 if self.jitter is True else float(self.jitter)
-            delay *= random.uniform(0, 1) if self.jitter is True else random.uniform(1 - spread, 1 + spread)
+            delay *= random.uniform(0, 1) if self.jitter is True else random.uniform(1 - self.jitter, 1 + self.jitter)
         return max(min(delay, self.max_delay_seconds), retry_after_seconds or 0.0)
 
     def __repr__(self) -> str:
@@ -3728,62 +3813,242 @@ _DEFAULT_RETRY = RetryPolicy()
 _NO_RETRY = RetryPolicy(max_attempts=1)
 
 
+class _Places:
+    """A number of places, given in the order of asking to tasks of any event loop in any thread."""
+
+    def __init__(self, count: float = math.inf) -> None:
+        self.count, self.taken, self.lock = count, 0, threading.Lock()
+        self.waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+
+    async def enter(self) -> None:
+        """Waits for a place. A cancelled wait keeps none."""
+        import asyncio
+
+        with self.lock:
+            if self.taken < self.count:
+                self.taken += 1
+                return
+            place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.waiting.append(place)
+        try:
+            await place
+        except BaseException:
+            with self.lock:
+                given = place not in self.waiting
+                if not given:
+                    self.waiting.remove(place)
+            if given:
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Gives a place up, from any thread. It passes to who has waited longest without ever being free."""
+        with self.lock:
+            while self.waiting:
+                place = self.waiting.popleft()
+                with contextlib.suppress(RuntimeError):  # its event loop is closed: the next one
+                    place.get_loop().call_soon_threadsafe(self.give, place)
+                    return
+            self.taken -= 1
+
+    @staticmethod
+    def give(place: asyncio.Future[None]) -> None:
+        if not place.done():
+            place.set_result(None)
+
+
+class _RateLimit(_Places):
+    """How fast and how many at once a provider may be called: `await start(tokens)`, the call, `settle`, `leave`.
+
+    No window of 60 s sees more than `requests_per_minute` starts, nor more than `tokens_per_minute` tokens (a single
+    larger call goes alone). Starts keep the order of asking and are evenly spaced, at most one second's worth at once.
+    """
+
+    def __init__(
+        self, requests_per_minute: float = math.inf, tokens_per_minute: float = math.inf, max_concurrent: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        super().__init__(max_concurrent)
+        self.requests, self.tokens, self.clock = requests_per_minute, tokens_per_minute, clock
+        self.window_seconds = max(60.0, 60 / requests_per_minute)
+        self.booked: collections.deque[list[float]] = collections.deque()  # [start, tokens] within a window of the last
+        self.used = self.refunded = 0.0  # tokens booked less refunds; refunds, which count for the oldest booked first
+        self.last = self.due = self.resumes = -math.inf  # the last start, the next at an even pace, the end of a pause
+        self.gate = _Places(1)  # only the first in line has booked, so that refunds and pauses count for those behind
+
+    @classmethod
+    def from_dict(cls, document: Any, clock: Callable[[], float] = time.monotonic) -> _RateLimit:
+        """The limits of a provider's `rate_limit` map. Raises ValidationError."""
+        return cls(**_checked_settings("rate_limit", document, _RATE_LIMIT_KEYS), clock=clock)
+
+    async def start(self, tokens: int = 0) -> None:
+        """Waits until a call of about so many tokens may start, and takes a place. A cancelled wait keeps nothing."""
+        import asyncio
+
+        await self.enter()
+        booked = False
+        try:
+            await self.gate.enter()
+            try:
+                wait, booked = self.reserve(tokens), True
+                while wait > 0:
+                    await asyncio.sleep(wait)
+                    wait = self.blocked_seconds()
+            finally:
+                self.gate.leave()
+        except BaseException:
+            if booked:
+                self.settle(tokens, 0)
+            self.leave()
+            raise
+
+    def reserve(self, tokens: int = 0) -> float:
+        """Books the next start for a call of about so many tokens; returns the seconds until then (0.0: now).
+
+        After that wait ask for `blocked_seconds`: a pause that came meanwhile does not move what is booked.
+        """
+        with self.lock:
+            now, gap = self.clock(), max(60 / self.requests, tokens * 60 / self.tokens)
+            start = max(now, self.last, self.resumes, self.due - max(0.0, 1 - gap))
+            while self.booked:
+                full = len(self.booked) + 1 > self.requests or self.used + tokens > self.tokens
+                if self.booked[0][0] > start - self.window_seconds and not full:
+                    break
+                left, spent = self.booked.popleft()
+                refund = min(spent, self.refunded)
+                self.refunded -= refund
+                self.used -= spent - refund
+                start = max(start, left + self.window_seconds)
+            if gap:
+                self.booked.append([start, tokens])
+                self.used += tokens
+            self.last, self.due = start, max(self.due, start) + gap
+            return start - now
+
+    def settle(self, estimated: int, actual: int) -> None:
+        """Corrects what a call that was booked with `estimated` tokens has used (0 if it was never made)."""
+        with self.lock:
+            more = max(float(actual - estimated), -self.used) if self.booked else 0.0
+            self.due += more * 60 / self.tokens
+            self.used += more
+            if more > 0:
+                self.booked[-1][1] += more
+            else:
+                self.refunded -= more
+
+    def pause(self, seconds: float) -> None:
+        """Nobody may start for so long: the provider has asked for it."""
+        with self.lock:
+            self.resumes = max(self.resumes, self.clock() + seconds)
+
+    def blocked_seconds(self) -> float:
+        """The rest of the pause."""
+        return max(0.0, self.resumes - self.clock())
+
+
+class _CircuitBreaker:
+    """Whether a provider is worth calling: `allow()` before a call, `record(ok)` after it, in any thread.
+
+    Closed, it opens when at least `min_calls` of the last `window` calls are known and a share of `failure_rate` of them
+    failed. Open, it lets nobody pass for `open_seconds`. Half open, it lets one probe pass at a time: a success closes it,
+    a failure opens it again. `on_change(old, new)` hears of each change of `state`.
+    """
+
+    def __init__(
+        self, failure_rate: float = 0.5, window: int = 20, min_calls: int | None = None, open_seconds: float | str = 30,
+        clock: Callable[[], float] = time.monotonic, on_change: Callable[[str, str], Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.failure_rate, self.min_calls = failure_rate, min(min_calls or 10, window)
+        self.open_seconds, self.clock = _seconds(open_seconds, "s") or 0.0, clock
+        self.on_change, self.lock = on_change, threading.Lock()
+        self.state, self.opened, self.probing = "closed", 0.0, False
+        self.outcomes: collections.deque[bool] = collections.deque(maxlen=window)
+
+    @classmethod
+    def from_dict(cls, document: Any, clock: Callable[[], float] = time.monotonic) -> _CircuitBreaker:
+        """The breaker of a provider's `circuit_breaker` map. Raises ValidationError."""
+        return cls(**_checked_settings("circuit_breaker", document, _CIRCUIT_BREAKER_KEYS), clock=clock)
+
+    @property
+    def retry_after_seconds(self) -> float:
+        """How long nobody passes; 0.0 if the next caller may, or the outcome of a probe decides."""
+        return max(0.0, self.opened + self.open_seconds - self.clock()) if self.state == "open" else 0.0
+
+    def allow(self) -> bool:
+        """Whether to make a call now. The outcome of every call that it has let pass must be recorded."""
+        with self.lock:
+            state = "half_open" if self.state == "open" and not self.retry_after_seconds else self.state
+            allowed = state == "closed" or (state == "half_open" and not self.probing)
+            self.probing = state == "half_open"
+            old, self.state = self.state, state
+        self.changed(old, state)
+        return allowed
+
+    def record(self, ok: bool | None) -> None:
+        """The outcome of a call that was let pass; None if there is none, as when it was cancelled."""
+        with self.lock:
+            old = state = self.state
+            if old == "half_open":
+                self.probing, state = False, {True: "closed", False: "open", None: old}[ok]
+            elif old == "closed" and ok is not None:
+                self.outcomes.append(ok)
+                failures, calls = self.outcomes.count(False), len(self.outcomes)
+                state = "open" if calls >= self.min_calls and failures >= self.failure_rate * calls else old
+            if state != old:
+                self.state, self.opened = state, self.clock()
+                self.outcomes.clear()
+        self.changed(old, state)
+
+    def changed(self, old: str, new: str) -> None:
+        if new != old and self.on_change:
+            self.on_change(old, new)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. HTTP: connections, deadlines, cancellation
 # A request goes out, a bounded response comes back before its deadline, or an error of the ProviderError family says
-# what happened. Connections are kept and reused; another thread can break a call off by the socket under it.
+# what happened. Connections are kept and reused; another thread can break a call off by the socket under it. HTTP/1.1
+# is read here (RFC 9112): http.client has no deadline, and spends most of its time on reading headers.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_CONNECT_SECONDS = 10.0
-_CALL_SECONDS = 120.0  # for a whole attempt, unless it has its own deadline
+_CONNECT_SECONDS = 10.0  # for the TCP connection, the proxy's consent and the TLS handshake together
+_CALL_SECONDS = 120.0  # for a whole attempt outside a run, unless the client has its own limit
 _IDLE_SECONDS = 60.0  # after which an unused connection is not trusted any more
-_MAX_BODY_BYTES = 64 * 1024 * 1024
-_MAX_HEADERS = 200
+_LINGER_SECONDS = 0.25  # for the rest of a stream whose reader has had enough, so that its connection can be kept
+_MAX_BODY_BYTES, _MAX_HEAD_BYTES = 64 * 1024 * 1024, 256 * 1024
 _RETRIED_STATUSES = frozenset((408, 409, 425, 429, *range(500, 600)))
 _CALL = threading.local()  # .scope: the _CancelScope of the call that this thread makes
+
+_STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) +([1-9][0-9][0-9])(?: .*)?").fullmatch
+_HEAD_END, _LINE_END, _FOLD = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r?\n").search, re.compile(r"\r?\n[ \t]+").sub
+_CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?").fullmatch
+_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
+_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*").fullmatch
+_SECRET_HEADER = re.compile("auth|key|token|secret|cookie", re.I).search
 
 
 class _CancelScope:
     """One call in a worker thread. `cancel`, from any thread, shuts down the socket that the call waits for.
 
-    As a context it is the calling thread's scope, and cancels itself after `timeout_seconds`.
+    The lookup of a host's addresses has no socket and cannot be broken off; the call ends right after it.
     """
 
-    __slots__ = ("cancelled", "expired", "lock", "socket", "timeout_seconds", "timer")
+    __slots__ = ("cancelled", "lock", "socket")
 
-    def __init__(self, timeout_seconds: float | None = None) -> None:
-        self.cancelled = self.expired = False
-        self.lock, self.socket, self.timeout_seconds = threading.Lock(), None, timeout_seconds
-        self.timer: threading.Timer | None = None
-
-    def __enter__(self) -> _CancelScope:
-        _CALL.scope = self
-        if self.timeout_seconds is not None:
-            self.timer = threading.Timer(self.timeout_seconds, self.expire)
-            self.timer.daemon = True
-            self.timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _CALL.scope = None
-        if self.timer:
-            self.timer.cancel()
-
-    def expire(self) -> None:
-        self.expired = True
-        self.cancel()
+    def __init__(self) -> None:
+        self.cancelled, self.lock, self.socket = False, threading.Lock(), None
 
     def cancel(self) -> None:
-        import socket
-
         with self.lock:
             self.cancelled = True
             if self.socket is not None:
+                import socket
+
                 with contextlib.suppress(OSError):  # not the method of an SSLSocket, which another thread is reading
                     socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
     def attach(self, sock: Any) -> None:
-        """The socket to shut down from now on; None when the call is done with it."""
+        """The socket to shut down from now on; None, before it is closed, when the call is done with it."""
         with self.lock:
             self.socket = sock
             if self.cancelled and sock is not None:
@@ -3803,412 +4068,469 @@ class _Response:
         return self.body.decode("utf-8", "replace")
 
 
-@functools.cache
-def _response_class() -> Any:
-    """http.client's response with a strict and small reading of headers, instead of the email package's."""
-    from http.client import BadStatusLine, HTTPException, HTTPResponse, IncompleteRead, LineTooLong
+class _HttpFault(Exception):
+    """An answer that cannot be taken: why, whether another attempt may help, and the server's own words."""
 
-    class StrictResponse(HTTPResponse):
-        def begin(self) -> None:
-            status, headers = 100, {}
-            while status < 200 and status != 101:
-                version, status, self.reason = self._read_status()  # type: ignore[attr-defined]
-                headers = self.header_lines()
-            self.version = 10 if version in ("HTTP/1.0", "HTTP/0.9") else 11
-            self.code = self.status = status
-            self.headers = self.msg = headers  # type: ignore[assignment]
-            coding, length = headers.get("transfer-encoding", "identity").lower(), headers.get("content-length")
-            if coding not in ("identity", "chunked"):
-                raise HTTPException(f"unknown transfer encoding {coding[:50]!r}")
-            self.chunked, self.chunk_left = coding == "chunked", None  # type: ignore[assignment]
-            self.will_close = self._check_close()  # type: ignore[attr-defined]
-            if status in (204, 304) or self._method == "HEAD":  # type: ignore[attr-defined]
-                self.length: int | None = 0
-            elif self.chunked or length is None:
-                self.length = None
-                self.will_close = self.will_close or not self.chunked
-            elif not (length.isascii() and length.isdigit() and len(length) < 19):
-                raise HTTPException(f"the content length {length[:50]!r} is no number")
-            else:
-                self.length = int(length)
+    def __init__(self, reason: str, words: Any = "", retryable: bool = True) -> None:
+        super().__init__(reason)
+        self.words, self.retryable = words if isinstance(words, str) else words.decode("latin-1"), retryable
 
-        def header_lines(self) -> dict[str, str]:
+
+class _Connection:
+    """A socket and what was read from it ahead. It waits until `deadline` (of time.monotonic(); inf: as long as it takes)
+    and then raises TimeoutError (socket.timeout); a cancelled scope or a lost connection is a ConnectionError."""
+
+    def __init__(self, sock: Any) -> None:
+        self.socket, self.ahead, self.position, self.since = sock, b"", 0, 0.0
+
+    def begin(self, scope: _CancelScope, deadline: float) -> None:
+        """Serves a call. `silent`: nothing has come yet; `lives`: it can serve another one after the answer."""
+        self.scope, self.deadline, self.silent, self.lives = scope, deadline, True, False
+        scope.attach(self.socket)
+        self.socket.settimeout(None)
+
+    def limit(self) -> None:
+        """Lets the socket wait until the deadline."""
+        if self.deadline != math.inf:
+            remaining = self.deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError("timed out")
+            self.socket.settimeout(min(remaining, 1e6))
+
+    def send(self, message: bytes) -> None:
+        rest = memoryview(message)
+        while rest:
+            self.limit()
+            rest = rest[self.socket.send(rest) :]
+
+    def read(self) -> bytes:
+        """More bytes; none at the end of the connection."""
+        self.limit()
+        piece: bytes = self.socket.recv(65536)
+        self.silent = self.silent and not piece
+        if not piece and self.scope.cancelled:
+            raise ConnectionAbortedError("the call was cancelled")
+        return piece
+
+    def more(self) -> None:
+        piece = self.read()
+        if not piece:
+            raise ConnectionResetError(f"it was closed {'before' if self.silent else 'in the middle of'} the answer")
+        self.ahead, self.position = self.ahead[self.position :] + piece, 0
+
+    def until(self, end: Callable[..., re.Match[bytes] | None], most: int = _MAX_HEAD_BYTES) -> bytes:
+        """What comes before a match of `end`, not much more than so many bytes; the match is passed over."""
+        start = self.position
+        while not (match := end(self.ahead, start)):
+            start = max(0, len(self.ahead) - self.position - 3)  # where the unread bytes will end, less a split match
+            if start > most:
+                raise _HttpFault("more headers than can be right", self.ahead, False)
+            self.more()
+        text, self.position = self.ahead[self.position : match.start()], match.end()
+        return text
+
+    def head(self) -> _Response:
+        """The answer without its body. Interim answers (1xx) are passed over."""
+        left, status = _MAX_HEAD_BYTES, 100
+        while status < 200:  # runs at least once
+            self.ahead, self.position = self.ahead[self.position :], 0
+            while b"HTTP/".startswith(self.ahead):
+                self.more()
+            text = self.until(_HEAD_END, left) if self.ahead.startswith(b"HTTP/") else self.ahead
+            first, *lines = _FOLD(" ", text.decode("latin-1")).split("\n")
+            status_line = _STATUS_LINE(first.rstrip("\r"))
+            if not status_line or status_line[2] == "101":
+                raise _HttpFault("something that is not HTTP/1.1", text)
+            left, status = left - len(text), int(status_line[2])
             headers: dict[str, str] = {}
-            for _ in range(_MAX_HEADERS):
-                line = self.fp.readline(65537)
-                if line in (b"\r\n", b"\n"):
-                    return headers
-                if len(line) > 65536:
-                    raise LineTooLong("header line")
-                if not line.endswith(b"\n"):
-                    raise IncompleteRead(line)
-                name, colon, value = line.decode("latin-1").partition(":")
+            for line in lines:
+                name, colon, value = line.partition(":")
                 name, value = name.strip().lower(), value.strip()
                 if not colon:
-                    raise BadStatusLine(name)
-                if name == "content-length" and headers.get(name, value) != value:
-                    raise HTTPException("two different content lengths")
-                headers[name] = f"{headers[name]}, {value}" if name in headers and name != "content-length" else value
-            raise HTTPException(f"more than {_MAX_HEADERS} headers")
+                    raise _HttpFault("a header without a colon", line)
+                if name in headers and not (name == "content-length" and headers[name] == value):
+                    value = f"{headers[name]}, {value}"
+                headers[name] = value
+            wishes = headers.get("connection", "").lower()
+            self.lives = "close" not in wishes and (status_line[1] != "0" or "keep-alive" in wishes)
+        return _Response(status, headers)
 
-    return StrictResponse
+    def body(self, response: _Response) -> Iterator[bytes]:
+        """The pieces of the body of an answer that has one, unchunked (RFC 9112, 6.3)."""
+        coding, length = response.headers.get("transfer-encoding"), response.headers.get("content-length")
+        if coding:
+            if coding.lower() != "chunked":
+                raise _HttpFault("an unknown transfer encoding", coding)
+            self.lives = self.lives and length is None
+            size = -1
+            while size:
+                found = _CHUNK_SIZE(line := self.until(_LINE_END))
+                if not found:
+                    raise _HttpFault("a chunk without its size", line)
+                size = int(found[1], 16)
+                yield from self.exactly(size)
+                while line := self.until(_LINE_END):  # trailers, if this was the last chunk
+                    if size:
+                        raise _HttpFault("a chunk that is longer than it says", line)
+        elif length is None:
+            self.lives, rest, self.position = False, self.ahead[self.position :], len(self.ahead)
+            yield rest
+            yield from iter(self.read, b"")
+        elif not (length.isascii() and length.isdigit() and len(length) < 19):
+            raise _HttpFault("a content length that is no number", length)
+        elif int(length) > _MAX_BODY_BYTES:
+            raise _HttpFault(f"more than {_MAX_BODY_BYTES >> 20} MiB", "", False)
+        else:
+            yield from self.exactly(int(length))
+
+    def exactly(self, count: int) -> Iterator[bytes]:
+        while count:
+            if self.position == len(self.ahead):
+                self.more()
+            piece = self.ahead[self.position : self.position + count]
+            self.position, count = self.position + len(piece), count - len(piece)
+            yield piece
+
+    def quiet(self) -> bool:
+        """Whether nothing has come since the last answer, not even the end of the connection."""
+        import socket
+
+        with contextlib.suppress(OSError):
+            self.socket.settimeout(0)
+            try:
+                socket.socket.recv(self.socket, 1, socket.MSG_PEEK)
+            except BlockingIOError:
+                return True
+        return False
+
+
+def _inflated(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """gzip (of any number of members) or zlib unpacked, in steps that stay small whatever was packed."""
+    import zlib
+
+    unpack = None
+    for piece in pieces:
+        while piece:
+            unpack = zlib.decompressobj(47) if unpack is None or unpack.eof else unpack
+            try:
+                yield unpack.decompress(piece, 1 << 20)
+            except zlib.error as error:
+                raise _HttpFault("a compressed body that is broken", str(error)) from None
+            piece = unpack.unconsumed_tail or unpack.unused_data
+    if unpack is not None and not unpack.eof:
+        raise ConnectionResetError("it was closed in the middle of a compressed answer")
 
 
 class _HttpClient:
     """Requests to any http or https address, over connections that are kept and reused; safe for many threads.
 
     `name` opens its error messages. `proxy` is a URL ("" for none); otherwise HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and
-    NO_PROXY count. `timeout_seconds` bounds a call that no step's deadline bounds already.
+    NO_PROXY count. `timeout_seconds` bounds each call, beside what its scope decides.
     """
 
     def __init__(self, name: str, *, proxy: str | None = None, timeout_seconds: float | None = None) -> None:
         self.name, self.proxy, self.timeout_seconds = name, proxy, timeout_seconds
-        self.idle: dict[tuple[Any, ...], list[tuple[Any, float]]] = {}
+        self.idle: dict[tuple[Any, ...], list[_Connection]] = {}
+        self.target = functools.lru_cache(maxsize=256)(functools.partial(_Target, proxy=proxy))
         self.lock = threading.Lock()
-        self.context: Any = None
-        self.proxies: dict[tuple[str, str, int], str | None] = {}
 
     def request(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        body: bytes | None,
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None,
         on_bytes: Callable[[bytes], Any] | None = None,
-    ) -> _Response:
+    ) -> _Response:  # fmt: skip
         """The response, whatever its status; redirects are refused. Errors: ProviderConnectionError (retryable, but for
         certificates), ProviderTimeoutError, BadResponseError.
 
         With `on_bytes` the body of a 2xx answer is handed over piece by piece as it arrives, until it returns True.
         """
-        scope: _CancelScope | None = getattr(_CALL, "scope", None)
-        if scope is None:
-            with _CancelScope(self.timeout_seconds or _CALL_SECONDS):
-                return self.request(method, url, headers, body, on_bytes)
-        target = self.target(url)
-        try:
-            response = self.exchange(scope, target, method, headers, body, on_bytes)
-        except OrchestratorError:
-            raise
-        except Exception as error:
-            raise self.fault(error, scope, target) from error
-        if 300 <= response.status < 400:
-            place = response.headers.get("location", "")[:200]
-            reason = f"answered {response.status}, a redirect to {place!r}; redirects are not followed, so give the final address"
-            raise BadResponseError(reason, provider=self.name, status=response.status)
-        return response
-
-    def exchange(
-        self,
-        scope: _CancelScope,
-        target: _Target,
-        method: str,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        on_bytes: Any,
-    ) -> _Response:
-        connection, reused = self.connection(scope, target, False)
-        try:
-            try:
-                raw = self.send(connection, target, method, headers, body)
-            except ConnectionError:  # a kept connection that the server had closed: once more, on a new one
-                if not reused or scope.cancelled:
-                    raise
-                scope.attach(None)
-                connection.close()
-                connection, _ = self.connection(scope, target, True)
-                raw = self.send(connection, target, method, headers, body)
-            response, complete = self.receive(raw, on_bytes)
-        except BaseException:
-            scope.attach(None)
-            connection.close()
-            raise
-        scope.attach(None)
-        if complete and not raw.will_close and not scope.cancelled:
-            raw.close()
-            with self.lock:
-                self.idle.setdefault(target.key, []).append((connection, time.monotonic()))
-        else:
-            raw.close()
-            connection.close()
-        return response
-
-    def send(
-        self, connection: Any, target: _Target, method: str, headers: Mapping[str, str], body: bytes | None
-    ) -> Any:
-        """Sends the request in one piece and reads the head of the response."""
-        sent = {name.lower() for name in headers}
-        connection.putrequest(method, target.request_path, skip_accept_encoding=True, skip_host="host" in sent)
-        for name, value in (*headers.items(), *target.headers):
-            connection.putheader(name, value)
-        if body is not None or method in ("POST", "PUT", "PATCH"):
-            connection.putheader("Content-Length", str(len(body or b"")))
-        connection.endheaders(body)
-        return connection.getresponse()
-
-    def receive(self, raw: Any, on_bytes: Callable[[bytes], Any] | None) -> tuple[_Response, bool]:
-        """The response and whether its body was read to the end."""
-        response = _Response(raw.status, raw.headers)
-        if raw.length is not None and raw.length > _MAX_BODY_BYTES:
-            raise self.too_large(response)
-        coding = response.headers.get("content-encoding", "identity").lower()
-        if coding not in ("identity", "", "gzip", "x-gzip", "deflate"):
-            raise BadResponseError(
-                f"answered in the encoding {coding[:50]!r}, which was not asked for", provider=self.name
-            )
-        inflate = None
-        if coding not in ("identity", ""):
-            import zlib
-
-            inflate = zlib.decompressobj(47)
-        pieces, size, live = [], 0, on_bytes is not None and 200 <= raw.status < 300
-        for piece in iter(lambda: raw.read1(1 << 20), b""):
-            piece = inflate.decompress(piece, _MAX_BODY_BYTES + 1) if inflate else piece
-            size += len(piece)
-            if size > _MAX_BODY_BYTES or (inflate and inflate.unconsumed_tail):
-                raise self.too_large(response)
-            if not live:
-                pieces.append(piece)
-            elif on_bytes is not None and piece and on_bytes(piece):
-                return response, False
-        if raw.length or (inflate and not inflate.eof):
-            raise ConnectionResetError("the connection was lost in the middle of the answer")
+        answer = _Exchange(self, method, url, headers, body).answer()
+        response, pieces = next(answer), []  # type: _Response, list[bytes]
+        with contextlib.closing(answer):
+            for piece in answer:
+                if on_bytes is None or not 200 <= response.status < 300:
+                    pieces.append(piece)
+                elif on_bytes(piece):
+                    with contextlib.suppress(ProviderError, StopIteration):
+                        answer.send(True)
+                        collections.deque(answer, 0)
         response.body = b"".join(pieces)
-        return response, True
+        return response
 
-    def too_large(self, response: _Response) -> ProviderError:
-        return BadResponseError(
-            f"the answer is larger than {_MAX_BODY_BYTES >> 20} MiB", provider=self.name, status=response.status
-        )
-
-    # ---- connections
-
-    def connection(self, scope: _CancelScope, target: _Target, fresh: bool) -> tuple[Any, bool]:
-        """(connection, whether it was used before), attached to the scope."""
-        import select
-
-        while not fresh:
+    def kept(self, key: tuple[Any, ...]) -> _Connection | None:
+        """A connection that waits for its next use."""
+        while True:
             with self.lock:
-                kept = self.idle.get(target.key)
-                connection, since = kept.pop() if kept else (None, 0.0)
-            if connection is None:
-                break
-            usable = time.monotonic() - since < _IDLE_SECONDS and connection.sock is not None
-            if usable:
-                poll = getattr(select, "poll", None)  # select() itself fails for descriptors above 1023
-                if poll:
-                    waiting = poll()
-                    waiting.register(connection.sock, select.POLLIN)
-                    usable = not waiting.poll(0)
-                if usable:
-                    try:
-                        scope.attach(connection.sock)
-                    except BaseException:
-                        connection.close()
-                        raise
-                    return connection, True
-            connection.close()
-        return self.connect(scope, target), False
+                waiting = self.idle.get(key)
+                if not waiting:
+                    return None
+                connection = waiting.pop()
+            if time.monotonic() - connection.since < _IDLE_SECONDS and connection.quiet():
+                return connection
+            connection.socket.close()
 
-    def connect(self, scope: _CancelScope, target: _Target) -> Any:
-        """A new connection: through the proxy if there is one, with TLS for https."""
-        from http.client import HTTPConnection
-
-        host, port = target.proxy or (target.host, target.port)
-        connection = HTTPConnection(host, port, timeout=_CONNECT_SECONDS)
-        connection.response_class = _response_class()
-        connection._create_connection = functools.partial(_open_socket, scope)  # type: ignore[attr-defined]
-        try:
-            if target.proxy and target.secure:
-                netloc = f"[{target.host}]:{target.port}" if ":" in target.host else f"{target.host}:{target.port}"
-                connection.set_tunnel(target.host, target.port, {"Host": netloc, **dict(target.tunnel_headers)})
-            connection.connect()
-            if target.secure:
-                context = self.tls()
-                name = target.host.rstrip(".")
-                connection.sock = sock = context.wrap_socket(
-                    connection.sock, server_hostname=name, do_handshake_on_connect=False
-                )
-                scope.attach(sock)
-                sock.do_handshake()
-            connection.sock.settimeout(None)  # from here on the deadline of the call decides
-        except BaseException:
-            scope.attach(None)
-            connection.close()
-            raise
-        return connection
-
-    def tls(self) -> Any:
+    def keep(self, key: tuple[Any, ...], connection: _Connection) -> None:
+        connection.since = time.monotonic()
         with self.lock:
-            if self.context is None:
-                try:
-                    import ssl
-                except ImportError:
-                    reason = "https needs Python's ssl module, which this Python was built without"
-                    raise ProviderConnectionError(reason, provider=self.name, retryable=False) from None
-                bundle = os.environ.get("SSL_CERT_FILE")
-                if bundle and not os.path.isfile(bundle):
-                    reason = f"SSL_CERT_FILE names {bundle!r}, which is no file"
-                    raise ProviderConnectionError(reason, provider=self.name, retryable=False)
-                self.context = ssl.create_default_context()
-                self.context.set_alpn_protocols(["http/1.1"])
-            return self.context
-
-    def target(self, url: str) -> _Target:
-        try:
-            target = _Target(url)
-            place = (target.scheme, target.host, target.port)
-            if place not in self.proxies:
-                self.proxies[place] = _proxy_for(*place) if self.proxy is None else self.proxy or None
-            target.go_through(self.proxies[place])
-        except ValueError as error:
-            raise ProviderConnectionError(f"bad address: {error}", provider=self.name, retryable=False) from None
-        return target
-
-    def fault(self, error: Exception, scope: _CancelScope, target: _Target) -> ProviderError:
-        """What an exception of the network means. Only the host is named: a path or a query may hold a secret."""
-        from http.client import HTTPException, IncompleteRead
-
-        place = f"{target.host}:{target.port}" + (
-            f" through the proxy {target.proxy[0]}:{target.proxy[1]}" if target.proxy else ""
-        )
-        kind: type[ProviderError] = ProviderConnectionError
-        retryable, text = True, str(error) or type(error).__name__
-        if scope.expired:
-            kind, reason = ProviderTimeoutError, f"no answer from {place} within {scope.timeout_seconds:g} s"
-        elif scope.cancelled:
-            reason, retryable = "the call was cancelled", False
-        elif isinstance(error, TimeoutError) or "timed out" in text:
-            kind, reason = ProviderTimeoutError, f"cannot connect to {place} within {_CONNECT_SECONDS:g} s"
-        elif type(error).__name__ == "gaierror":
-            reason = f"cannot find the host of {place}: {text}"
-        elif type(error).__name__ == "SSLCertVerificationError":
-            reason, retryable = (
-                f"the certificate of {place} is not trusted: {getattr(error, 'verify_message', text)}",
-                False,
-            )
-        elif refused := re.match(r"Tunnel connection failed: (\d+)", text):
-            reason, retryable = f"the proxy refused {place}: {text}", int(refused[1]) in _RETRIED_STATUSES
-        elif isinstance(error, (IncompleteRead, ConnectionError, OSError)):
-            reason = f"lost the connection to {place}: {text}" if not isinstance(error, ConnectionRefusedError) else (
-                f"{place} refused the connection"
-            )  # fmt: skip
-        elif isinstance(error, HTTPException):
-            shown = _shorten(text.strip("'\""), 200)
-            kind, reason, retryable = BadResponseError, f"{place} answered something that is not HTTP: {shown}", False
-        else:  # a header that cannot be sent; its value may be a secret
-            reason, retryable = (
-                f"the request to {place} cannot be sent: {type(error).__name__} in its address or headers",
-                False,
-            )
-        return kind(reason, provider=self.name, retryable=retryable)
+            waiting = self.idle.setdefault(key, [])
+            waiting.append(connection)
+            while connection.since - waiting[0].since > _IDLE_SECONDS:
+                waiting.pop(0).socket.close()
 
     def close(self) -> None:
         """Closes the connections that are not in use."""
         with self.lock:
-            kept = [connection for connections in self.idle.values() for connection, _ in connections]
-            self.idle.clear()
-        for connection in kept:
-            connection.close()
+            kept, self.idle = self.idle, {}
+        for connections in kept.values():
+            for connection in connections:
+                connection.socket.close()
+
+    __del__ = close
+
+
+_FAULTS: dict[str, tuple[type[ProviderError], bool, str]] = {  # of the network, by the name of the exception or a base of it
+    "gaierror": (ProviderConnectionError, True, "cannot find the host of {place}: {text}"),
+    "SSLCertVerificationError": (ProviderConnectionError, False, "the certificate of {place} is not trusted: {text}"),
+    "SSLError": (ProviderConnectionError, True, "TLS with {place} failed: {text}"),
+    "timeout": (ProviderTimeoutError, True, "cannot connect to {place} within {limit:g} s"),  # before Python 3.10
+    "TimeoutError": (ProviderTimeoutError, True, "cannot connect to {place} within {limit:g} s"),
+    "ConnectionRefusedError": (ProviderConnectionError, True, "{place} refused the connection"),
+    "OSError": (ProviderConnectionError, True, "lost the connection to {place}: {text}"),
+    "ImportError": (ProviderConnectionError, False, "{place} cannot be used with this Python: {text}"),
+    "ValueError": (ProviderConnectionError, False, "{place} is no host that can be looked up"),
+}
+
+
+class _Exchange:
+    """One request and its answer: over which connection, until when, and what a fault of the network means."""
+
+    def __init__(self, client: _HttpClient, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> None:
+        self.client, self.has_body = client, method != "HEAD"
+        scope: _CancelScope | None = getattr(_CALL, "scope", None)
+        self.scope = scope or _CancelScope()
+        self.seconds = client.timeout_seconds or (math.inf if scope else _CALL_SECONDS)
+        self.deadline = time.monotonic() + self.seconds
+        try:
+            self.target = client.target(url)
+            self.fields = self.target.fields(method, headers, body)
+        except ValueError as error:
+            raise ProviderConnectionError(str(error), provider=client.name, retryable=False) from None
+        lines = (f"{method} {self.target.path} HTTP/1.1", *self.fields.values(), "", "")
+        self.message = "\r\n".join(lines).encode("latin-1") + (body or b"")
+        self.key = (os.getpid(), *self.target.key)  # a forked process leaves the connections to its parent
+
+    def answer(self) -> Generator[Any, Any, None]:
+        """The response without its body, then the body in pieces; a True sent back leaves little time for the rest. In
+        the end the connection is kept, or closed if anything is wrong with it."""
+        connection, done = None, False
+        try:
+            connection, response = self.open()
+            yield response
+            coding, size = response.headers.get("content-encoding", "identity").lower(), 0
+            pieces = connection.body(response) if self.has_body and response.status not in (204, 304) else ()
+            if coding not in ("identity", ""):
+                if coding not in ("gzip", "x-gzip", "deflate"):
+                    raise _HttpFault("in an encoding that was not asked for", coding, False)
+                pieces = _inflated(pieces)
+            for piece in pieces:
+                size += len(piece)
+                if size > _MAX_BODY_BYTES:
+                    raise _HttpFault(f"more than {_MAX_BODY_BYTES >> 20} MiB", "", False)
+                if piece and (yield piece):
+                    connection.deadline = min(self.deadline, time.monotonic() + _LINGER_SECONDS)
+            done = connection.lives and connection.position == len(connection.ahead)
+        except (OSError, ValueError, ImportError, _HttpFault) as error:
+            raise self.fault(error) from (error if isinstance(error, OSError) else None)
+        finally:
+            self.scope.attach(None)
+            if done and connection:
+                self.client.keep(self.key, connection)
+            elif connection:
+                connection.socket.close()
+
+    def open(self) -> tuple[_Connection, _Response]:
+        """(connection, the answer that begins on it). A kept connection may have been closed by the server just now: if it
+        dies before the first byte of an answer, the request goes out once more, on a new one."""
+        connection = self.client.kept(self.key)
+        while True:
+            reused = connection is not None
+            connection = connection or self.connect()
+            try:
+                connection.begin(self.scope, self.deadline)
+                response = self.ask(connection)
+                if 300 <= response.status < 400 and response.status != 304:
+                    place = re.split("[?#]", response.headers.get("location", ""))[0]
+                    raise _HttpFault(f"{response.status}, a redirect. Redirects are not followed; it leads to", place, False)
+                return connection, response
+            except BaseException as error:
+                self.scope.attach(None)
+                connection.socket.close()
+                died = reused and connection.silent and isinstance(error, ConnectionError)
+                if not died or self.scope.cancelled:
+                    raise
+                connection = None
+
+    def ask(self, connection: _Connection) -> _Response:
+        """Sends the request and reads the head of the answer, which may come before all is sent (as 413 does)."""
+        try:
+            connection.send(self.message)
+        except ConnectionError as error:
+            with contextlib.suppress(ConnectionError):
+                return connection.head()
+            raise error
+        return connection.head()
+
+    def connect(self) -> _Connection:
+        """A new connection, to the first address that takes one; each but the last has half of the time that is left."""
+        import socket
+
+        target = self.target
+        context = _tls_context(*map(os.environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR"))) if target.secure else None
+        addresses = socket.getaddrinfo(*(target.proxy or (target.host, target.port)), 0, socket.SOCK_STREAM)
+        end = min(time.monotonic() + _CONNECT_SECONDS, self.deadline)
+        failure: OSError = OSError("the host has no address")
+        for left, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses):
+            connection, now = _Connection(socket.socket(family, kind, protocol)), time.monotonic()
+            try:
+                connection.begin(self.scope, end if left == 1 else (now + end) / 2)
+                connection.limit()
+                connection.socket.connect(address)
+                connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.begin(self.scope, end)
+                self.secure(connection, context)
+                return connection
+            except BaseException as error:
+                self.scope.attach(None)
+                connection.socket.close()
+                if not isinstance(error, OSError) or self.scope.cancelled:
+                    raise
+                failure = error
+        raise failure
+
+    def secure(self, connection: _Connection, context: Any) -> None:
+        """For https: the way through the proxy, if there is one, and TLS."""
+        target = self.target
+        if context and target.proxy:
+            lines = (f"CONNECT {target.host_port} HTTP/1.1", f"Host: {target.host_port}", *target.proxy_fields.values(), "", "")
+            connection.send("\r\n".join(lines).encode())
+            status = connection.head().status
+            if not 200 <= status < 300:
+                reason, again = f"the proxy refused {target.host_port}: it answered {status}", status in _RETRIED_STATUSES
+                raise ProviderConnectionError(reason, provider=self.client.name, retryable=again)
+            connection.ahead = b""
+        if context:
+            connection.limit()
+            name, plain = target.host.rstrip("."), connection.socket
+            connection.socket = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
+            self.scope.attach(connection.socket)
+            connection.socket.do_handshake()
+
+    def fault(self, error: Exception) -> ProviderError:
+        """What an exception means. Of the address only the host is named: a path or a query may hold a secret."""
+        place = self.target.host_port + (f" through the proxy {self.target.proxy[0]}" if self.target.proxy else "")
+        kind: type[ProviderError]
+        if self.scope.cancelled:
+            kind, retryable, reason = ProviderConnectionError, False, "the call was cancelled"
+        elif isinstance(error, _HttpFault):
+            words, kind, retryable, reason = error.words, BadResponseError, error.retryable, f"{place} answered {error}"
+            lines = (*self.fields.values(), *self.target.proxy_fields.values())
+            secrets = [line.rpartition(" ")[2] for line in lines if _SECRET_HEADER(line.partition(":")[0])]
+            for secret in filter(None, (self.target.path.partition("?")[2], *secrets)):
+                words = words.replace(secret, "***")
+            reason += f": {_shorten(words.strip(), 100)!r}" if words.strip() else ""
+        elif time.monotonic() >= self.deadline:
+            kind, retryable, reason = ProviderTimeoutError, True, f"no answer from {place} within {self.seconds:g} s"
+        else:
+            base = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _FAULTS)
+            text = getattr(error, "verify_message", "") or str(error) or base
+            kind, retryable, reason = _FAULTS[base]
+            reason = reason.format(place=place, text=text, limit=_CONNECT_SECONDS)
+        return kind(reason, provider=self.client.name, retryable=retryable)
+
+
+@functools.lru_cache(maxsize=8)
+def _tls_context(bundle: str | None, _folder: str | None) -> Any:
+    """What certificates are verified with: the system's authorities, or those of SSL_CERT_FILE and SSL_CERT_DIR."""
+    import ssl
+
+    if bundle and not os.path.isfile(bundle):
+        raise ProviderConnectionError(f"SSL_CERT_FILE names {bundle!r}, which is no file", retryable=False)
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 class _Target:
-    """Where a URL leads: scheme, host, port, the path to ask for, and the proxy on the way. ValueError if nowhere."""
+    """Where a URL leads: host, port, the path to ask for, and the proxy on the way. ValueError if nowhere."""
 
-    __slots__ = (
-        "headers",
-        "host",
-        "key",
-        "path",
-        "port",
-        "proxy",
-        "request_path",
-        "scheme",
-        "secure",
-        "tunnel_headers",
-    )
+    def __init__(self, url: str, proxy: str | None) -> None:
+        from urllib.parse import quote
 
-    def __init__(self, url: str) -> None:
-        from urllib.parse import quote, urlsplit
+        scheme, self.host, self.port, user, path = _url_parts("the address", url, http=80, https=443)
+        self.secure, host = scheme == "https", f"[{self.host}]" if ":" in self.host else self.host
+        self.host_port = f"{host}:{self.port}"
+        self.path = path if path.isascii() else quote(path, safe="/%:=&?~+!$,;'@()*[]")
+        self.own = {"host": f"Host: {host if self.port == (443 if self.secure else 80) else self.host_port}"}
+        self.own.update({"accept-encoding": "Accept-Encoding: identity", **_basic("Authorization", user)})
+        self.proxy, self.proxy_fields = None, {}  # type: tuple[str, int] | None, dict[str, str]
+        proxy = _proxy_for(scheme, self.host, self.port) if proxy is None else proxy
+        if proxy:
+            _, name, port, user, _ = _url_parts("the proxy", proxy if "://" in proxy else f"http://{proxy}", http=80)
+            self.proxy, self.proxy_fields = (name, port), _basic("Proxy-Authorization", user)
+            if not self.secure:
+                self.path = f"http://{self.host_port}{self.path}"
+                self.own.update(self.proxy_fields)
+        self.key = (self.secure, self.host, self.port, self.proxy)
 
-        if re.search(r"[\x00-\x20\x7f]", url):
-            raise ValueError("it holds white space or control characters")
+    def fields(self, method: str, headers: Mapping[str, str], body: bytes | None) -> dict[str, str]:
+        """The header lines of a request by their lower-case names. ValueError for what cannot be sent."""
+        fields = {**self.own, **{name.lower(): f"{name}: {value}" for name, value in headers.items()}}
+        fields.pop("transfer-encoding", None)
+        fields.pop("content-length", None)
+        if body is not None or method in ("POST", "PUT", "PATCH"):
+            fields["content-length"] = f"Content-Length: {len(body or b'')}"
+        for name, line in fields.items():
+            if not (_FIELD(line) and _METHOD(method)):
+                raise ValueError(f"the method or the header {_shorten(name, 40)!r} holds something that cannot be sent")
+        return fields
+
+
+def _url_parts(subject: str, url: str, **ports: int) -> tuple[str, str, int, str | None, str]:
+    """(scheme, host in ASCII, port, user:password, path and query) of a URL. No ValueError shows it: it may hold a password."""
+    from urllib.parse import unquote, urlsplit
+
+    try:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("it does not start with http:// or https:// and a host")
-        self.scheme, self.host, self.secure = parts.scheme, parts.hostname, parts.scheme == "https"
-        self.port = parts.port or (443 if self.secure else 80)
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self.path = self.request_path = path if path.isascii() else quote(path, safe="/%:=&?~+!$,;'@()*[]")
-        self.headers = _basic("Authorization", parts.username, parts.password)
-        self.proxy: tuple[str, int] | None = None
-        self.tunnel_headers: tuple[tuple[str, str], ...] = ()
-        self.key: tuple[Any, ...] = (self.scheme, self.host, self.port, None)
-
-    def go_through(self, proxy: str | None) -> None:
-        if not proxy:
-            return
-        from urllib.parse import urlsplit
-
-        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError(f"proxies are reached by http://, not {parts.scheme}://")
-        self.proxy = (parts.hostname, parts.port or 80)
-        credentials = _basic("Proxy-Authorization", parts.username, parts.password)
-        self.key = (self.scheme, self.host, self.port, self.proxy)
-        if self.secure:
-            self.tunnel_headers = credentials
-        else:
-            host = f"[{self.host}]" if ":" in self.host else self.host
-            self.request_path, self.headers = f"http://{host}:{self.port}{self.path}", (*self.headers, *credentials)
+        host, port = (parts.hostname or "").encode("ascii" if url.isascii() else "idna").decode(), parts.port
+    except ValueError:
+        raise ValueError(f"{subject} is no URL") from None
+    if parts.scheme not in ports or not host or re.search(r"[\x00-\x20\x7f]", url):
+        schemes = " or ".join(f"{scheme}://" for scheme in ports)
+        raise ValueError(f"{subject} must start with {schemes} and a host, and hold no white space or control characters")
+    user = None if parts.username is None else f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return parts.scheme, host, ports[parts.scheme] if port is None else port, user, path
 
 
-def _basic(header: str, user: str | None, password: str | None) -> tuple[tuple[str, str], ...]:
+def _basic(name: str, user: str | None) -> dict[str, str]:
     """The header of basic authentication; none without a user."""
-    if user is None:
-        return ()
     from base64 import b64encode
-    from urllib.parse import unquote
 
-    return ((header, "Basic " + b64encode(f"{unquote(user)}:{unquote(password or '')}".encode()).decode()),)
-
-
-def _open_socket(scope: _CancelScope, address: tuple[str, int], timeout: float, _source: Any = None) -> Any:
-    """socket.create_connection, with each socket attached to the scope before it connects."""
-    import socket
-
-    failure: OSError = OSError("the host has no address")
-    deadline = time.monotonic() + timeout
-    for family, kind, protocol, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            scope.attach(sock)
-            sock.settimeout(max(0.1, deadline - time.monotonic()))
-            sock.connect(place)
-            sock.settimeout(timeout)
-            return sock
-        except OSError as error:
-            failure = error
-            scope.attach(None)
-            sock.close()
-            if scope.cancelled:
-                break
-    raise failure
+    return {} if user is None else {name.lower(): f"{name}: Basic {b64encode(user.encode()).decode()}"}
 
 
 def _proxy_for(scheme: str, host: str, port: int) -> str | None:
     """The proxy that the environment names for an address, as curl and urllib read it."""
-    names: tuple[str, ...] = (f"{scheme}_proxy", f"{scheme}_proxy".upper(), "all_proxy", "ALL_PROXY")
-    if "REQUEST_METHOD" in os.environ:  # a CGI program: HTTP_PROXY may be a header of the request
-        names = tuple(name for name in names if name != "HTTP_PROXY")
+    names = [f"{scheme}_proxy", f"{scheme}_proxy".upper(), "all_proxy", "ALL_PROXY"]
+    if "REQUEST_METHOD" in os.environ:  # a CGI program, where HTTP_PROXY may be a header of the request
+        names = [name for name in names if name != "HTTP_PROXY"]
     proxy = next((os.environ[name] for name in names if os.environ.get(name)), None)
-    for entry in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",") if proxy else ():
-        name, _, entry_port = entry.strip().lower().rpartition(":")
-        if not name or not entry_port.isdigit() or name.endswith(":"):
-            name, entry_port = entry.strip().lower(), ""
-        name = name.strip("[]").lstrip("*.") if name != "*" else name
-        within = host == name or host.endswith("." + name) or name == "*" or ("/" in name and _in_network(host, name))
-        if name and within and entry_port in ("", str(port)):
+    exceptions = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    for entry in exceptions.lower().replace(",", " ").split() if proxy else ():
+        place = re.fullmatch(r"(\[.*\]|[^:]*):([0-9]+)", entry)
+        name = (place[1] if place else entry).strip("[]")
+        name = name if name == "*" else name.lstrip("*.")
+        within = name in ("*", host) or host.endswith(f".{name}") or ("/" in name and _in_network(host, name))
+        if name and within and (not place or int(place[2]) == port):
             return None
     return proxy
 
@@ -4228,12 +4550,10 @@ def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
         text = headers.get(name, "").strip()
         if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{0,12})?", text):
             return float(text) * unit
-        if text and unit == 1.0:
-            from email.utils import mktime_tz, parsedate_tz
+    from email.utils import mktime_tz, parsedate_tz
 
-            with contextlib.suppress(ValueError, TypeError, OverflowError):
-                moment = parsedate_tz(text)
-                return max(0.0, mktime_tz(moment) - time.time()) if moment else None
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # TypeError: it is no date
+        return max(0.0, mktime_tz(parsedate_tz(text)) - time.time())  # type: ignore[arg-type]
     return None
 
 
@@ -4243,13 +4563,18 @@ def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
 # that answer up. The wire facts are those of the vendors' API references and official SDKs, named at each class.
 # ---------------------------------------------------------------------------------------------------------------------
 
+_TUNING = ("temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "frequency_penalty", "presence_penalty")
+_SHAPE_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError)  # of reading what has another shape
+
 
 class CompletionRequest:
     """What a step asks of a language model.
 
-    `messages` are maps of role (user, assistant, system, tool) and content. `params` go to the vendor as they are.
-    `schema` is a JSON Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema).
-    `on_text` is called with each piece of text of a streamed answer as it arrives, in the thread that makes the call.
+    `messages` are maps of role and content: {role: user | system, content}, {role: assistant, content, tool_calls},
+    {role: tool, id, name, content, is_error?}; the tool calls are those of a CompletionResponse, passed back as they are.
+    A content is a text, or a list of the vendor's own parts. `params` go to the vendor as they are. `schema` is a JSON
+    Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called with
+    each piece of text of a streamed answer as it arrives, in the thread that makes the call.
     """
 
     def __init__(
@@ -4259,17 +4584,11 @@ class CompletionRequest:
         stream: bool = False, params: Mapping[str, Any] | None = None, schema: Any = None,
         tools: list[dict[str, Any]] | None = None, on_text: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.messages, self.system = model, messages, system
+        self.model, self.messages, self.system, self.stop, self.seed = model, messages, system, stop, seed
         self.temperature, self.max_tokens, self.top_p, self.top_k = temperature, max_tokens, top_p, top_k
-        self.stop, self.seed = stop, seed
         self.frequency_penalty, self.presence_penalty = frequency_penalty, presence_penalty
-        self.stream, self.params, self.schema, self.tools, self.on_text = (
-            stream,
-            dict(params or {}),
-            schema,
-            tools,
-            on_text,
-        )
+        self.stream, self.params, self.schema, self.tools = stream, dict(params or {}), schema, tools
+        self.on_text = on_text
 
     @property
     def prompt(self) -> str:
@@ -4285,7 +4604,8 @@ class CompletionResponse:
     """What a language model answered.
 
     Token counts are None where the vendor does not say. `finish_reason` is the vendor's word (such as stop, length,
-    tool_use). `tool_calls` are maps of id, name and arguments. `metadata` is JSON: finish_reason, request_id and more.
+    tool_use). `tool_calls` are maps of id, name and arguments; further keys are the vendor's, for the next request.
+    `metadata` is JSON: finish_reason, request_id, truncated (true for an answer cut off by a limit) and more.
     """
 
     def __init__(
@@ -4302,9 +4622,8 @@ class CompletionResponse:
         self.metadata: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
 
     def __repr__(self) -> str:
-        return (
-            f"CompletionResponse({_shorten(self.text, 60)!r}, model={self.model!r}, total_tokens={self.total_tokens})"
-        )
+        shown = _shorten(self.text, 60)
+        return f"CompletionResponse({shown!r}, model={self.model!r}, total_tokens={self.total_tokens})"
 
 
 class EmbeddingRequest:
@@ -4326,80 +4645,66 @@ class EmbeddingResponse:
 
 
 def _joined_text(content: Any) -> str:
-    """The text of a content: itself, or the texts among its parts; TypeError if it is neither."""
+    """The text of a content: itself, or the texts among its parts; TypeError or AttributeError if it is neither."""
     if isinstance(content, str):
         return content
     return "".join(part if isinstance(part, str) else _joined_text(part.get("text", "")) for part in content or ())
 
 
-def _count(value: Any) -> int | None:
-    """A token count: None if there is none, TypeError or ValueError if it is no number."""
-    return None if value is None or isinstance(value, bool) else int(value + 0)
+def _dig(document: Any, place: str) -> Any:
+    """The value at a place such as "choices.0.message"; None where there is none."""
+    for key in place.split("."):
+        try:
+            document = document[int(key) if isinstance(document, list) else key]
+        except _SHAPE_ERRORS:
+            return None
+    return document
+
+
+def _total(document: Any, places: Iterable[str]) -> int | None:
+    """The sum of the token counts at these places; None if there is none."""
+    found = [value for place in places if type(value := _dig(document, place)) in (int, float) and value >= 0]
+    return int(sum(found)) if found else None
 
 
 # ---- From a bad answer to an error -----------------------------------------------------------------------------------
 
 _STATUS_ERRORS: dict[int, type[ProviderError]] = {
     401: AuthenticationError, 402: QuotaExceededError, 403: AuthenticationError, 408: ProviderTimeoutError,
-    429: RateLimitError, 504: ProviderTimeoutError,
+    413: ContextLengthError, 429: RateLimitError, 498: AuthenticationError, 504: ProviderTimeoutError,
 }  # fmt: skip
+_WORD_ERRORS: tuple[tuple[type[ProviderError], frozenset[int | None], Any], ...] = (  # what code and message decide
+    (QuotaExceededError, frozenset((400, 402, 403, 429)), re.compile(
+        r"insufficient[_ ](quota|balance|credits?|funds)|credit[_ ]balance|billing_(error|hard_limit)|out of credits"
+        r"|spend(ing)?[ _-](limit|cap)|reached your specified .{0,20}usage limits"
+    )),
+    (ContextLengthError, frozenset((400, 413, 422, 500, None)), re.compile(
+        r"context[_ ](length|window|size|limit)|string_above_max_length|(prompt|input) is too long|prompt too long"
+        r"|too many (input )?tokens|token count .{0,40}exceeds|too large for model|maximum model length|reduce the length"
+        r"|max allowed tokens per|must have less than \d+ tokens|`inputs` tokens \+ `max_new_tokens`"
+    )),
+    (AuthenticationError, frozenset((400,)), re.compile(r"api[_ ]key[_ ](not[_ ]valid|invalid)|invalid[_ ]api[_ ](key|token)")),
+)  # fmt: skip
 _TYPE_STATUSES = {  # of errors inside an answer that began as a 200
-    "overloaded_error": 529, "rate_limit_error": 429, "rate_limit_exceeded": 429, "api_error": 500, "server_error": 500,
-    "internal_server_error": 500, "timeout_error": 504, "authentication_error": 401, "permission_error": 403,
-    "billing_error": 402, "invalid_request_error": 400, "insufficient_quota": 429,
+    "overloaded_error": 529, "rate_limit_error": 429, "rate_limit_exceeded": 429, "slow_down": 429, "api_error": 500,
+    "server_error": 500, "internal_server_error": 500, "server_is_overloaded": 503, "timeout_error": 504,
+    "authentication_error": 401, "invalid_api_key": 401, "permission_error": 403, "billing_error": 402,
+    "insufficient_quota": 429, "credit_balance_exhausted": 429, "invalid_request_error": 400, "not_found_error": 404,
+    "context_length_exceeded": 400, "request_too_large": 413,
 }  # fmt: skip
-_NO_QUOTA = re.compile(
-    r"insufficient_quota|credit_balance|billing_(error|hard_limit)|credit balance|spend(ing)?[ _-](limit|cap)"
-)
-_TOO_LONG = re.compile(
-    r"context_length|maximum context|context window|prompt is too long|too many (input )?tokens|"
-    r"token count .{0,40}exceeds|exceeds? .{0,60}(context|token limit)|input is too long|reduce the length"
-)
+_SECRET_HEADER = re.compile("auth|key|token|secret|cookie|password|credential|signature", re.I)
+_USER_AGENT = f"llm_orchestrator/{__version__}"
 
 
 def _error_parts(document: Any) -> tuple[str, str, Any]:
-    """(message, code or type, the error map) of the error bodies that vendors send."""
-    if isinstance(document, list) and document:
-        document = document[0]
+    """(message, code and type, the error map) of the error bodies that vendors send."""
+    document = document[0] if isinstance(document, list) and document else document
     if not isinstance(document, Mapping):
         return "", "", {}
-    fault = document.get("error")
-    if fault is None or isinstance(fault, (str, int, bool)):
-        words = next(
-            (document[key] for key in ("message", "detail", "error") if isinstance(document.get(key), str)), None
-        )
-        return words or _to_json(document), str(document.get("code") or document.get("type") or ""), document
-    fault = fault if isinstance(fault, Mapping) else {"message": _to_json(fault)}
-    code = " ".join(str(fault[key]) for key in ("code", "type", "status") if fault.get(key) is not None)
-    return str(fault.get("message") or _to_json(fault)), code, fault
-
-
-def _answer_error(name: str, status: int | None, headers: Mapping[str, str], document: Any, text: str) -> ProviderError:
-    """The error for an answer with an error in it: its class, whether to retry, and how long the server asks to wait."""
-    message, code, fault = _error_parts(document)
-    if status is None or status < 400:
-        number = fault.get("code")
-        known = [_TYPE_STATUSES[word] for word in code.split() if word in _TYPE_STATUSES]
-        status = number if isinstance(number, int) and 400 <= number < 600 else known[0] if known else None
-    message = message or text.strip() or "no reason was given"
-    kind = _STATUS_ERRORS.get(status or 0, ProviderError)
-    lowered = f"{code} {message[:2000]}".lower()
-    if status in (400, 402, 403, 429) and _NO_QUOTA.search(lowered):
-        kind = QuotaExceededError
-    elif status in (400, 413, 422) and _TOO_LONG.search(lowered):
-        kind = ContextLengthError
-    retryable = status in _RETRIED_STATUSES and kind is not QuotaExceededError
-    if headers.get("x-should-retry") in ("true", "false") and kind is not QuotaExceededError:
-        retryable = headers["x-should-retry"] == "true"
-    wait = _retry_after_seconds(headers)
-    for detail in fault.get("details") or () if isinstance(fault.get("details"), list) else ():
-        delay = detail.get("retryDelay") if isinstance(detail, Mapping) else None  # google.rpc.RetryInfo
-        wait = _seconds(delay, "s") if wait is None and isinstance(delay, str) else wait
-    request_id = headers.get("x-request-id") or headers.get("request-id")
-    reason = (
-        f"answered {status}: {_shorten(message, 500)}" if status else f"answered an error: {_shorten(message, 500)}"
-    )
-    return kind(reason, provider=name, status=status, retryable=retryable, retry_after=wait, request_id=request_id)
+    fault = document["error"] if isinstance(document.get("error"), Mapping) else document
+    words = next((fault[key] for key in ("message", "detail", "error") if fault.get(key)), fault)
+    code = " ".join(str(fault[key]) for key in ("code", "type", "status") if isinstance(fault.get(key), (str, int)))
+    return words if isinstance(words, str) else _to_json(words), code, fault
 
 
 class _RestClient:
@@ -4410,18 +4715,26 @@ class _RestClient:
         proxy: str | None = None,
     ) -> None:  # fmt: skip
         self.name, self.base_url = name, base_url.rstrip("/")
-        self.headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": _USER_AGENT}
-        self.headers.update({str(key): str(value) for key, value in (headers or {}).items()})
-        secret = re.compile("auth|key|token|secret|cookie", re.I)
-        found = [value.partition("Bearer ")[2] or value for key, value in self.headers.items() if secret.search(key)]
-        self.secrets = [value for value in found if len(value) > 3]
+        usual = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": _USER_AGENT}
+        given = [(str(header), str(value).strip()) for header, value in (*usual.items(), *(headers or {}).items())]
+        for header, value in given:
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header) or not re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value):
+                kind: type[OrchestratorError] = AuthenticationError if _SECRET_HEADER.search(header) else ValidationError
+                raise kind(f"{name}: the header {header!r} holds characters that no header can carry")
+        self.headers = dict({header.lower(): (header, value) for header, value in given}.values())  # the last one counts
+        hidden = {part for header, value in given if _SECRET_HEADER.search(header) for part in (value, value.split(" ")[-1])}
+        self.secrets = sorted((value for value in hidden if len(value) > 3), key=len, reverse=True)
         self.http = _HttpClient(name, proxy=proxy, timeout_seconds=timeout_seconds)
 
     def send(
         self, method: str, path: str, payload: Any = None, on_bytes: Callable[[bytes], Any] | None = None
     ) -> _Response:
         """The response to a JSON payload; an error of the ProviderError family for every status from 400 on."""
-        body = None if payload is None else _request_json(payload, self.name)
+        try:
+            text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            body = None if payload is None else text.encode()
+        except (TypeError, ValueError, RecursionError) as error:  # a lone surrogate is a ValueError too
+            raise ValidationError(f"{self.name}: the request has no JSON form: {error}") from None
         response = self.http.request(method, self.base_url + path, self.headers, body, on_bytes)
         if response.status >= 400:
             document = None
@@ -4431,86 +4744,122 @@ class _RestClient:
         return response
 
     def error(self, status: int | None, headers: Mapping[str, str], document: Any, text: str) -> ProviderError:
-        error = _answer_error(self.name, status, headers, document, text)
-        for secret in self.secrets:
-            error.args = (str(error).replace(secret, "***"),)
-        return error
+        """The error that an answer is: its class, whether to retry, and how long the server asks to wait.
+
+        `status` is the HTTP status; below 400 the error itself says what it is, as those do that come in a stream.
+        """
+        message, code, fault = _error_parts(document)
+        message = self.excerpt(message or text.strip() or "no reason was given", 500)
+        if status is None or status < 400:
+            number = fault.get("code")
+            known = [_TYPE_STATUSES[word] for word in code.split() if word in _TYPE_STATUSES]
+            status = number if isinstance(number, int) and 400 <= number < 600 else known[0] if known else None
+        words = f"{code} {message}".lower()
+        kind = next((kind for kind, statuses, said in _WORD_ERRORS if status in statuses and said.search(words)), None)
+        kind = kind or _STATUS_ERRORS.get(status or 0, ProviderError)
+        advice = headers.get("x-should-retry")
+        retryable = status in _RETRIED_STATUSES if advice not in ("true", "false") else advice == "true"
+        wait = _retry_after_seconds(headers)
+        for detail in fault["details"] if wait is None and isinstance(fault.get("details"), list) else ():
+            delay = _dig(detail, "retryDelay")  # google.rpc.RetryInfo
+            wait = _seconds(delay, "s") if isinstance(delay, str) else wait
+        request_id = headers.get("x-request-id") or headers.get("request-id") or _dig(document, "request_id")
+        return kind(
+            f"answered {status or 'an error'}: {message}", provider=self.name, status=status, retry_after=wait,
+            retryable=retryable and kind not in (QuotaExceededError, ContextLengthError), request_id=request_id,
+        )  # fmt: skip
+
+    def check(self, headers: Mapping[str, str], document: Any) -> None:
+        """Raises the error that a document is whose only news is an error, though the status was good."""
+        whole = document[0] if isinstance(document, list) and document else document
+        if isinstance(whole, Mapping) and (whole.get("error") or whole.get("type") == "error"):
+            raise self.error(None, headers, whole, "")
 
     def parse(self, response: _Response) -> Any:
-        """The JSON of a response; an error for nonsense, and for a map whose only news is an error."""
+        """The JSON of a response; an error for nonsense, and for a document that is an error."""
         try:
             document = _load_json(response.body)
         except ParseError as error:
-            reason = f"answered something that is not JSON ({error.reason}): {_shorten(response.text.strip(), 200)!r}"
-            raise BadResponseError(self.hide(reason), provider=self.name, status=response.status) from None
-        if isinstance(document, Mapping) and document.get("error"):
-            raise self.error(response.status, response.headers, document, response.text)
+            reason = f"answered something that is not JSON ({error.reason}): {self.excerpt(response.text)}"
+            raise BadResponseError(reason, provider=self.name, status=response.status) from None
+        self.check(response.headers, document)
         return document
 
     def call(self, method: str, path: str, payload: Any = None) -> Any:
         """The JSON that the server answers to a JSON payload."""
         return self.parse(self.send(method, path, payload))
 
+    @contextlib.contextmanager
+    def reading(self, what: str, answer: Any) -> Iterator[None]:
+        """Reading an answer inside this raises BadResponseError with its beginning where it has another shape."""
+        try:
+            yield
+        except _SHAPE_ERRORS:
+            shown = self.excerpt(answer if isinstance(answer, str) else _to_json(answer))
+            raise BadResponseError(f"answered something else than {what}: {shown}", provider=self.name) from None
+
     def hide(self, text: str) -> str:
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return text
+
+    def excerpt(self, text: str, limit: int = 200) -> str:
+        """How a text of the server begins, without secrets and without what a terminal would obey."""
+        shown = self.hide(text)[:limit]
+        return shown if shown.isprintable() else "".join(mark if mark.isprintable() else " " for mark in shown)
 
     def close(self) -> None:
         """Closes the connections that are not in use."""
         self.http.close()
 
 
-_USER_AGENT = f"llm_orchestrator/{__version__}"
-
-
-def _request_json(payload: Any, name: str) -> bytes:
-    try:
-        return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except (TypeError, ValueError, RecursionError) as error:  # a lone surrogate is a ValueError too
-        raise BadResponseError(f"the request has no JSON form: {error}", provider=name) from None
+_LINE_END = re.compile(b"\r\n|\n|\r")
 
 
 class _Events:
     """The events of a stream from its bytes: server-sent events (WHATWG HTML, 9.2), or lines of JSON."""
 
     def __init__(self, plain_lines: bool) -> None:
-        self.plain_lines, self.rest, self.data = plain_lines, b"", []  # type: tuple[bool, bytes, list[str]]
-        self.seen = False  # whether anything was an event
+        self.plain_lines, self.after_return = plain_lines, False
+        self.rest: list[bytes] = []  # of a line that has not ended yet
+        self.data: list[str] = []  # of an event that has not ended yet
+        self.other: list[str] = []  # lines that belong to no event
 
     def feed(self, piece: bytes) -> Iterator[str]:
         """The data of each event that the piece completes. Raises UnicodeDecodeError."""
-        lines = (self.rest + piece).splitlines(keepends=True) if b"\r" in piece or b"\r" in self.rest else None
-        if lines is None:
-            *complete, self.rest = (self.rest + piece).split(b"\n")
-        else:  # a piece may end between a carriage return and its newline; other separators are no line ends here
-            text = (self.rest + piece).replace(b"\r\n", b"\n")
-            held = text.endswith(b"\r")
-            *complete, self.rest = (text[:-1] if held else text).replace(b"\r", b"\n").split(b"\n")
-            self.rest += b"\r" if held else b""
-        for line in complete:
-            yield from self.line(line.decode("utf-8"))
+        piece = piece[1:] if self.after_return and piece.startswith(b"\n") else piece
+        self.after_return = piece.endswith(b"\r")
+        first, *others = _LINE_END.split(piece)
+        self.rest.append(first)
+        for following in others:
+            yield from self.end_line()
+            self.rest.append(following)
 
-    def line(self, line: str) -> Iterator[str]:
-        if self.plain_lines:
-            self.seen = self.seen or bool(line.strip())
-            if line.strip():
-                yield line
-        elif not line:
-            if self.data:
-                yield "\n".join(self.data)
-            self.data = []
-        elif line.startswith("data:"):
-            self.seen = True
+    def end_line(self) -> Iterator[str]:
+        line = b"".join(self.rest).decode("utf-8").lstrip("\ufeff")
+        self.rest.clear()
+        if not line and self.data:
+            yield "\n".join(self.data)
+            self.data.clear()
+        elif self.plain_lines and line.startswith("{") and line.rstrip().endswith("}"):
+            yield line
+        elif line.startswith("data:") and not self.plain_lines:
             self.data.append(line[6:] if line.startswith("data: ") else line[5:])
+        elif not line.startswith((":", "event:", "id:", "retry:")):
+            self.other.append(line)
 
     def end(self) -> Iterator[str]:
         """What is left when the stream ends."""
-        yield from self.line(self.rest.decode("utf-8"))
-        yield from () if self.plain_lines else self.line("")
+        yield from self.end_line()
+        yield from self.end_line()
 
 
 # ---- Vendors ---------------------------------------------------------------------------------------------------------
+
+_TRUNCATED = frozenset(("length", "max_tokens", "model_length", "max_output_tokens", "model_context_window_exceeded"))
+_NORMAL_ENDS = _TRUNCATED | frozenset((
+    "none", "", "stop", "end_turn", "stop_sequence", "complete", "eos", "eos_token", "tool_calls", "tool_use", "pause_turn", "load",
+))  # fmt: skip  # an answer without text that ended otherwise was stopped
 
 
 class Provider:
@@ -4518,16 +4867,27 @@ class Provider:
 
     `api_key`, `base_url`, extra `headers`, `timeout_seconds` of each call, `proxy` (a URL, "" for none) and the options
     that the class lists in `OPTIONS`. `from_env` fills what is not given from the official SDK's variables.
+    `native_schema` says whether `schema` is sent to the vendor; where it is not, the prompt has to ask for it.
     """
 
     TYPE = ""
     BASE_URL = ""
+    PREFIX = ""  # where the vendor's calls lie below the base URL, which may end with it or with another version
+    CHAT_PATH = EMBED_PATH = ""
     KEY_VARIABLES: tuple[str, ...] = ()
     URL_VARIABLES: tuple[str, ...] = ()
-    OPTIONS: Mapping[str, str | None] = {}  # name -> the variable that sets it, or None
-    FIELDS: Mapping[str, str] = {}  # of a request -> the vendor's place for it ("options.seed": inside a map)
+    NEEDS_KEY = True
     KEY_HEADER = ("Authorization", "Bearer ")
+    OPTIONS: Mapping[str, str | None] = {}  # name -> the variable that sets it, or None
+    TOKEN_OPTION = ""  # the option that holds a bearer token in place of a key
+    FIELDS: Mapping[str, str] = {}  # of a request -> the vendor's place for it ("options.seed": inside a map)
+    PLACES: Mapping[str, str] = {"model": "model", "request_id": "id"}  # of a response -> where it is in the document
+    COUNTS: Mapping[str, tuple[str, ...]] = {}  # token counts of a response -> the places whose sum they are
+    EMBED_FIELDS: Mapping[str, str] = {"model": "model", "input": "input", "dimensions": "dimensions"}
+    INPUT_TYPES: Mapping[str, str] = {}  # the vendor's words for query and document
+    VECTORS, EMBED_TOKENS = "data", ("usage.prompt_tokens",)
     PLAIN_LINES = False  # streams are lines of JSON, not server-sent events
+    OBJECT_SCHEMAS = True  # a schema has to be that of a map, so that others are wrapped
     native_schema = True
     max_batch = 2048  # texts in one embedding call
 
@@ -4535,37 +4895,29 @@ class Provider:
         self, *, api_key: str | None = None, base_url: str | None = None, headers: Mapping[str, str] | None = None,
         timeout_seconds: float | None = None, proxy: str | None = None, name: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        unknown = [option for option in options if option not in self.OPTIONS]
-        if unknown:
-            known = _suggestion(
-                unknown[0], [*self.OPTIONS, "api_key", "base_url", "headers", "timeout_seconds", "proxy"]
-            )
-            raise ValidationError(f"{self.TYPE}: unknown option {unknown[0]!r}{known}")
+        for option in options:
+            if option not in self.OPTIONS:
+                known = (*self.OPTIONS, "api_key", "base_url", "headers", "timeout_seconds", "proxy")
+                raise ValidationError(f"{self.TYPE}: unknown option {option!r}{_suggestion(option, known)}")
         self.name, self.timeout_seconds = name or self.TYPE, timeout_seconds
         self.options = {option: options.get(option) for option in self.OPTIONS}
-        self.base_url = self.address(base_url or self.BASE_URL)
-        key = (api_key or "").strip()
-        if not key.isascii() or not key.isprintable():
-            raise AuthenticationError("the key holds characters that no header can carry", provider=self.name)
-        own = self.key_headers(key) if key else {}
-        self._rest = _RestClient(
-            self.name,
-            self.base_url,
-            {**own, **self.extra_headers(), **(headers or {})},
-            timeout_seconds=timeout_seconds,
-            proxy=proxy,
-        )
+        key, token = (str(secret or "").strip() for secret in (api_key, options.get(self.TOKEN_OPTION)))
+        own = {"Authorization": f"Bearer {token}"} if token and not key else {}
+        own = {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key} if key else own
+        self.base_url, prefix = self.address((base_url or self.default_url(key)).rstrip("/"))
+        all_headers = {**own, **self.extra_headers(), **(headers or {})}
+        self._rest = _RestClient(self.name, self.base_url + prefix, all_headers, timeout_seconds=timeout_seconds, proxy=proxy)
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Any:
         """A client set up by the environment. AuthenticationError names the variable of a key that is missing."""
-        settings = dict(overrides)
+        settings = {name: value for name, value in overrides.items() if value is not None}
         settings.setdefault("base_url", _variable(*cls.URL_VARIABLES))
-        for option, variable in cls.OPTIONS.items():
-            if variable and settings.get(option) is None:
-                settings[option] = _variable(variable)
-        if not settings.get("api_key"):
+        if not settings.get("api_key") and not settings.get(cls.TOKEN_OPTION):
             settings["api_key"] = _variable(*cls.KEY_VARIABLES)
+        for option, variable in cls.OPTIONS.items():
+            if variable and (option != cls.TOKEN_OPTION or not settings.get("api_key")):
+                settings.setdefault(option, _variable(variable))
         missing = cls.missing_settings(settings)
         if missing:
             raise AuthenticationError(f"set {missing} in the environment", provider=settings.get("name") or cls.TYPE)
@@ -4574,110 +4926,126 @@ class Provider:
     @classmethod
     def missing_settings(cls, settings: Mapping[str, Any]) -> str:
         """Which variable has to be set, if one has to."""
-        return " or ".join(cls.KEY_VARIABLES) if cls.KEY_VARIABLES and not settings.get("api_key") else ""
+        given = settings.get("api_key") or settings.get(cls.TOKEN_OPTION) or not cls.NEEDS_KEY
+        return "" if given else " or ".join(cls.KEY_VARIABLES)
 
-    def address(self, base_url: str) -> str:
-        return base_url.rstrip("/")
+    def default_url(self, key: str) -> str:
+        return self.BASE_URL
 
-    def key_headers(self, key: str) -> dict[str, str]:
-        return {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key}
+    def address(self, base_url: str) -> tuple[str, str]:
+        """(the base URL, the path below it where the calls lie) of a base URL, which may hold that path already."""
+        if self.PREFIX:
+            base_url = re.sub(rf"({re.escape(self.PREFIX)}|/v\d\w*)$", "", base_url)
+        return base_url, self.PREFIX
 
     def extra_headers(self) -> dict[str, str]:
         return {}
 
-    def path(self, path: str) -> str:
-        """A path below the base URL, which may end with the path's first segment (/v1) already."""
-        first = path[: path.index("/", 1)]
-        return path[len(first) :] if self.base_url.endswith(first) else path
+    def place(self, path: str, model: str) -> str:
+        """Where a call of a model goes, below the prefix."""
+        return path
 
     def complete(self, request: CompletionRequest) -> CompletionResponse:
-        """The answer to a request; errors of the ProviderError family."""
-        path, body = self.completion_call(request)
-        for key, value in request.params.items():
-            both = isinstance(value, Mapping) and isinstance(body.get(key), Mapping)
-            body[key] = {**body[key], **value} if both else value
-        started = time.perf_counter()
-        if not request.stream:
-            response = self._rest.send("POST", path, body)
-            document, first = self._rest.parse(response), None
+        """The answer to a request. Raises ValidationError for a request that cannot be written, and errors of the
+        ProviderError family."""
+        path, body = self._written(self.completion_call, request)
+        started, first = time.perf_counter(), None
+        if request.stream:
+            response, document, first = self._stream(path, body, request)
         else:
-            response, document, first = self.stream(path, body, request)
-        try:
-            answer = self.read_completion(document, request)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            shown = self._rest.hide(_shorten(_to_json(document), 200))
-            raise BadResponseError(f"answered something else than a completion: {shown}", provider=self.name) from None
-        if not answer.text and not answer.tool_calls and str(answer.finish_reason).lower() in _BLOCKED:
+            response = self._rest.send("POST", path, body)
+            document = self._rest.parse(response)
+        with self._rest.reading("a completion", document):
+            answer = self.answer(document, request)
+        if not answer.text and not answer.tool_calls and str(answer.finish_reason).lower() not in _NORMAL_ENDS:
             raise BadResponseError(f"gave no answer: it was stopped by {answer.finish_reason}", provider=self.name)
-        answer.model = answer.model or request.model
-        answer.request_id = (
-            response.headers.get("x-request-id") or response.headers.get("request-id") or answer.request_id
-        )
-        ignored = [name for name in _TUNING if getattr(request, name) is not None and name not in self.FIELDS]
+        fields, headers = self.fields(request), response.headers
+        answer.request_id = headers.get("x-request-id") or headers.get("request-id") or answer.request_id
+        ignored = [name for name in _TUNING if getattr(request, name) is not None and name not in fields]
         extra: dict[str, Any] = {"request_id": answer.request_id, "ignored": ignored or None}
+        extra["truncated"] = str(answer.finish_reason).lower() in _TRUNCATED or None
         extra["time_to_first_token_ms"] = None if first is None else round((first - started) * 1000, 3)
         answer.metadata.update({name: value for name, value in extra.items() if value is not None})
         return answer
 
-    def stream(
-        self, path: str, body: dict[str, Any], request: CompletionRequest
-    ) -> tuple[_Response, Any, float | None]:
+    def _written(self, write: Callable[[Any], tuple[str, dict[str, Any]]], request: Any) -> tuple[str, dict[str, Any]]:
+        """(path, body) of a request, with its `params` added; those that are maps are merged into the body's."""
+        try:
+            path, body = write(request)
+            for key, value in request.params.items():
+                both = isinstance(value, Mapping) and isinstance(body.get(key), Mapping)
+                body[key] = {**body[key], **value} if both else value
+        except _SHAPE_ERRORS as error:
+            reason = f"{self.name}: the request cannot be written: {type(error).__name__}: {error}"
+            raise ValidationError(reason) from None
+        return path, body
+
+    def _stream(self, path: str, body: dict[str, Any], request: CompletionRequest) -> tuple[_Response, Any, float | None]:
         """(response, the document that the events built up, when the first text came). A stream that ends before its
         end mark is a lost connection."""
-        events, document, raw = _Events(self.PLAIN_LINES), {}, []  # type: tuple[_Events, dict[str, Any], list[bytes]]
+        events, document = _Events(self.PLAIN_LINES), {}  # type: tuple[_Events, dict[str, Any]]
         first: float | None = None
 
         def on_event(text: str) -> None:
             nonlocal first
-            if text == "[DONE]":
+            if text.strip() == "[DONE]":
                 document["done"] = True
                 return
-            event = _load_json(text)
-            if isinstance(event, Mapping) and (event.get("error") or event.get("type") == "error"):
-                raise self._rest.error(None, {}, event if event.get("error") else {"error": event}, text)
-            piece = self.merge(document, event)
+            event = self._rest.parse(_Response(200, {}, text.encode()))
+            with self._rest.reading("the events of a completion", text):
+                piece = self.merge(document, event)
             if piece:
                 first = first or time.perf_counter()
                 if request.on_text:
                     request.on_text(piece)
 
         def on_bytes(piece: bytes) -> bool:
-            if not events.seen:
-                raw.append(piece)
-            for text in events.feed(piece):
-                on_event(text)
+            with self._rest.reading("a stream in UTF-8", repr(piece)):
+                texts = list(events.feed(piece))
+            for text in texts:
+                if not document.get("done"):
+                    on_event(text)
             return bool(document.get("done"))
 
-        try:
-            response = self._rest.send("POST", path, body, on_bytes)
-            for text in events.end() if not document.get("done") else ():
-                on_event(text)
-        except (ParseError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise BadResponseError(
-                f"sent a stream that cannot be read: {_shorten(str(error), 200)}", provider=self.name
-            ) from None
-        if not events.seen:  # the server does not stream: the whole answer at once
-            response.body = b"".join(raw)
+        response = self._rest.send("POST", path, body, on_bytes)
+        if not document.get("done"):
+            with contextlib.suppress(BadResponseError, UnicodeDecodeError):  # an event that was cut off
+                for text in events.end():
+                    on_event(text)
+        response.body = "\n".join(events.other).strip().encode()
+        streams = re.search("event-stream|ndjson", response.headers.get("content-type", ""))
+        if not document and response.body and not streams:  # the whole answer at once
             return response, self._rest.parse(response), None
         if not (document.get("done") or document.get("finished")):
+            with contextlib.suppress(BadResponseError):  # an error may follow the events as it would stand alone
+                self._rest.parse(response)
             raise ProviderConnectionError("the stream ended before its end mark", provider=self.name)
+        self._rest.check(response.headers, document)
         return response, document, first
 
+    def answer(self, document: Any, request: CompletionRequest) -> CompletionResponse:
+        """The response that a document is. May raise KeyError and the like for nonsense."""
+        facts: dict[str, Any] = {name: _dig(document, place) for name, place in self.PLACES.items()}
+        facts = {name: str(value) for name, value in facts.items() if isinstance(value, (str, int))}
+        facts.update({name: _total(document, places) for name, places in self.COUNTS.items()})
+        response = CompletionResponse(**{"model": request.model, **facts, **self.read(document, request)})
+        if request.schema is not None and self.OBJECT_SCHEMAS:
+            response.text = _unwrapped(response.text, request.schema)
+        return response
+
     def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
-        """The vectors of at most `max_batch` texts; errors of the ProviderError family."""
-        path, body = self.embedding_call(request)
-        document = self._rest.call("POST", path, {**body, **request.params})
-        try:
-            vectors, tokens = self.read_embeddings(document)
-            if len(vectors) != len(request.input) or not all(
-                type(number) in (int, float) for vector in vectors for number in vector
-            ):
+        """The vectors of at most `max_batch` texts; errors as those of `complete`."""
+        path, body = self._written(self.embedding_call, request)
+        document = self._rest.call("POST", path, body)
+        with self._rest.reading(f"{len(request.input)} embeddings", document):
+            rows = _dig(document, self.VECTORS)
+            if isinstance(rows[0], dict):
+                rows = sorted(rows, key=lambda row: row.get("index", 0))
+                rows = [row["embedding"] if "embedding" in row else row["values"] for row in rows]
+            sizes, kinds = {len(row) for row in rows}, {type(number) for row in rows for number in row}
+            if len(rows) != len(request.input) or len(sizes) != 1 or not kinds or not kinds <= {int, float}:
                 raise ValueError
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            shown = self._rest.hide(_shorten(_to_json(document), 200))
-            reason = f"answered something else than {len(request.input)} embeddings: {shown}"
-            raise BadResponseError(reason, provider=self.name) from None
-        return EmbeddingResponse(vectors, str(document.get("model") or request.model), tokens)
+            return EmbeddingResponse(rows, str(_dig(document, "model") or request.model), _total(document, self.EMBED_TOKENS))
 
     # what a vendor says
 
@@ -4685,8 +5053,8 @@ class Provider:
         """(path, body) of a completion."""
         raise ValidationError(f"the provider {self.name!r} makes embeddings only")
 
-    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
-        """The answer in a document. May raise KeyError and the like for nonsense."""
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        """The text of the answer in a document, its tool calls, and what else of a response has no fixed place."""
         raise NotImplementedError
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
@@ -4696,46 +5064,38 @@ class Provider:
         """
         raise NotImplementedError
 
-    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        """(path, body) of an embedding call."""
-        raise ValidationError(f"the provider {self.name!r} makes no embeddings")
-
-    def read_embeddings(self, document: Any) -> tuple[list[list[float]], int | None]:
-        """(vectors, tokens) of the OpenAI shape, which most vendors use."""
-        ordered = sorted(document["data"], key=lambda entry: entry.get("index", 0))
-        usage = document.get("usage") or {}
-        return [entry["embedding"] for entry in ordered], _count(usage.get("prompt_tokens", usage.get("total_tokens")))
+    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
+        """FIELDS of this request."""
+        return self.FIELDS
 
     def tuned(self, request: CompletionRequest) -> dict[str, Any]:
         """A body with the request's settings at the vendor's places."""
         body: dict[str, Any] = {}
-        for name, place in self.FIELDS.items():
+        for name, place in self.fields(request).items():
             value = getattr(request, name)
             if value is not None:
-                *outer, last = place.split(".")
-                inner = body
-                for key in outer:
-                    inner = inner.setdefault(key, {})
+                outer, _, last = place.rpartition(".")
+                inner = body.setdefault(outer, {}) if outer else body
                 inner[last] = [value] if name == "stop" and isinstance(value, str) else value
         return body
+
+    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
+        """(path, body) of an embedding call."""
+        if not self.EMBED_PATH:
+            raise ValidationError(f"the provider {self.name!r} makes no embeddings")
+        body = {place: getattr(request, name) for name, place in self.EMBED_FIELDS.items()}
+        body = {place: value for place, value in body.items() if value is not None}
+        if self.INPUT_TYPES and "input_type" in body:
+            body["input_type"] = self.INPUT_TYPES.get(body["input_type"], body["input_type"])
+        return self.place(self.EMBED_PATH, request.model), body
 
     def close(self) -> None:
         """Closes the connections that are not in use."""
         self._rest.close()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(name={self.name!r}, base_url={self.base_url!r})"
-
-
-_TUNING = ("temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "frequency_penalty", "presence_penalty")
-_BLOCKED = frozenset((
-    "content_filter", "refusal", "safety", "recitation", "blocklist", "prohibited_content", "spii", "error", "other",
-    "error_toxic", "image_safety", "language",
-))  # fmt: skip
-_OPENAI_FIELDS = {
-    name: name
-    for name in ("temperature", "max_tokens", "top_p", "stop", "seed", "frequency_penalty", "presence_penalty")
-}
+        shown = re.sub(r"(?<=//)[^/]*@|\?.*", "", self.base_url)  # no password, no query
+        return f"{type(self).__name__}(name={self.name!r}, base_url={shown!r})"
 
 
 def _variable(*names: str) -> str | None:
@@ -4746,195 +5106,262 @@ def _variable(*names: str) -> str | None:
 def _system_apart(request: CompletionRequest) -> tuple[str, list[dict[str, Any]]]:
     """The request's system texts, and its other messages, for vendors that keep the two apart."""
     system = [request.system or ""]
-    system += [_joined_text(message.get("content")) for message in request.messages if message.get("role") == "system"]
-    return "\n\n".join(filter(None, system)), [
-        message for message in request.messages if message.get("role") != "system"
-    ]
+    system += [_joined_text(message.get("content")) for message in request.messages if message["role"] == "system"]
+    return "\n\n".join(filter(None, system)), [message for message in request.messages if message["role"] != "system"]
 
 
-class OpenAIProvider(Provider):
+def _merged_turns(messages: Iterable[dict[str, Any]], parts: str) -> list[dict[str, Any]]:
+    """Messages in which neighbours of one role are one, as vendors want the results of several tool calls."""
+    merged: list[dict[str, Any]] = []
+    for message in messages:
+        lists = merged and isinstance(message[parts], list) and isinstance(merged[-1][parts], list)
+        if lists and merged[-1]["role"] == message["role"]:
+            merged[-1] = {**message, parts: [*merged[-1][parts], *message[parts]]}
+        else:
+            merged.append(message)
+    return merged
+
+
+def _parameters(tool: Mapping[str, Any]) -> Any:
+    return tool.get("parameters") or {"type": "object", "properties": {}}
+
+
+def _load_arguments(arguments: Any) -> Any:
+    """The arguments of a tool call: a JSON text (or its pieces), or a map already; what is no JSON stays text."""
+    if isinstance(arguments, list):
+        arguments = "".join(arguments) if all(isinstance(piece, str) for piece in arguments) else arguments[-1]
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        return {}
+    with contextlib.suppress(ParseError):
+        return _load_json(arguments) if isinstance(arguments, str) else arguments
+    return arguments
+
+
+def _tool_call(index: int, id: Any, name: Any, arguments: Any) -> dict[str, Any]:
+    """A call of a CompletionResponse. Raises ValueError for one without a name."""
+    if not (isinstance(name, str) and name):
+        raise ValueError("a tool call without a name")
+    return {"id": str(id or f"call_{index}"), "name": name, "arguments": _load_arguments(arguments)}
+
+
+def _object_schema(schema: Any) -> Any:
+    """A schema for vendors whose answers are maps: those of other values are wrapped under `value`."""
+    if not isinstance(schema, Mapping) or schema.get("type") == "object":
+        return schema
+    inner = {key: value for key, value in schema.items() if key not in ("$defs", "definitions")}
+    outer = {key: value for key, value in schema.items() if key in ("$defs", "definitions")}
+    wrapped = {"type": "object", "properties": {"value": inner}, "required": ["value"], "additionalProperties": False}
+    return {**wrapped, **outer}
+
+
+def _unwrapped(text: str, schema: Any) -> str:
+    """The text of an answer to `_object_schema(schema)` as it would be without the wrapping."""
+    if _object_schema(schema) is not schema:
+        with contextlib.suppress(ParseError):
+            answer = _load_json(text)
+            if isinstance(answer, dict) and list(answer) == ["value"]:
+                return _to_json(answer["value"])
+    return text
+
+
+_STRICT_KEYS = frozenset((
+    "type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "$ref", "$defs", "description", "title",
+))  # fmt: skip
+
+
+def _is_strict(schema: Any) -> bool:
+    """Whether the strict modes of OpenAI and Anthropic take a schema: maps are closed, and nothing in them is optional.
+
+    Sources: platform.openai.com/docs/guides/structured-outputs; docs.anthropic.com/en/docs/build-with-claude/structured-outputs.
+    """
+    if not isinstance(schema, Mapping) or not _STRICT_KEYS.issuperset(schema):
+        return False
+    properties = schema.get("properties", {})
+    if (properties or schema.get("type") == "object") and (
+        schema.get("additionalProperties") is not False or set(schema.get("required", ())) != set(properties)
+    ):
+        return False
+    inner = [*properties.values(), *schema.get("$defs", {}).values(), *schema.get("anyOf", ())]
+    return all(map(_is_strict, inner + [schema["items"]] if "items" in schema else inner))
+
+
+class _ChatCompletions(Provider):
+    """What speaks Chat Completions, or nearly so: messages of role and content, tool calls with arguments as JSON text."""
+
+    CHAT_PATH, EMBED_PATH = "/chat/completions", "/embeddings"
+    FIELDS: Mapping[str, str] = {name: name for name in _TUNING if name != "top_k"}
+    PLACES: Mapping[str, str] = {**Provider.PLACES, "finish_reason": "choices.0.finish_reason"}
+    COUNTS: Mapping[str, tuple[str, ...]] = {
+        "input_tokens": ("usage.prompt_tokens",), "output_tokens": ("usage.completion_tokens",),
+        "total_tokens": ("usage.total_tokens",),
+    }  # fmt: skip
+    STREAM_FIELDS: Mapping[str, Any] = {"stream": True}
+
+    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        system = [{"role": "system", "content": request.system}] if request.system else []
+        messages = system + [self.message(message) for message in request.messages]
+        body: dict[str, Any] = {"model": request.model, "messages": messages, **self.tuned(request)}
+        if request.schema is not None and self.native_schema:
+            body.update(self.schema_fields(request))
+        if request.tools:
+            body["tools"] = [
+                {"type": "function", "function": {**tool, "parameters": _parameters(tool)}} for tool in request.tools
+            ]
+        if request.stream:
+            body.update(self.STREAM_FIELDS)
+        return self.place(self.CHAT_PATH, request.model), body
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        schema = _object_schema(request.schema)
+        shape = {"name": "answer", "schema": schema, **({"strict": True} if _is_strict(schema) else {})}
+        return {"response_format": {"type": "json_schema", "json_schema": shape}}
+
+    def message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        if message["role"] == "tool":
+            return {"role": "tool", "tool_call_id": message["id"], "content": _as_text(message["content"])}
+        if not message.get("tool_calls"):
+            return message
+        calls = [
+            {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": _as_text(call["arguments"])}}
+            for call in message["tool_calls"]
+        ]
+        text = {"content": message["content"]} if message.get("content") else {}
+        return {"role": "assistant", **text, "tool_calls": calls}
+
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        choice = document["choices"][0]
+        self._rest.check({}, choice)  # OpenRouter's errors once the generation began
+        return self.read_message(choice["message"], choice.get("finish_reason"))
+
+    def read_message(self, message: Any, finish: Any) -> dict[str, Any]:
+        """The answer in a message, plain or built by `add_delta`. An answer without a content needs a reason for it."""
+        content, refusal = message.get("content"), message.get("refusal")
+        found = [(call.get("id"), call["function"]) for call in message.get("tool_calls") or ()]
+        calls = [_tool_call(index, id, call["name"], call.get("arguments")) for index, (id, call) in enumerate(found)]
+        if content is None and not (calls or refusal) and str(finish or "stop").lower() in _NORMAL_ENDS - _TRUNCATED:
+            raise ValueError("no content")
+        answer = {"text": _joined_text(content or refusal), "tool_calls": calls}
+        return {**answer, "metadata": {"refusal": True}} if refusal and not content else answer
+
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        document.update({key: event[key] for key in ("id", "model", "usage") if event.get(key)})
+        text = ""
+        for choice in event.get("choices") or ():
+            if choice.get("index", 0) == 0:
+                self._rest.check({}, choice)
+                whole = document.setdefault("choices", [{"message": {}}])[0]
+                text += self.add_delta(whole["message"], choice.get("delta") or {})
+                if choice.get("finish_reason"):
+                    whole["finish_reason"] = document["finished"] = choice["finish_reason"]
+        return text
+
+    def add_delta(self, message: dict[str, Any], delta: Any) -> str:
+        """Adds a piece of a message to the whole; texts and arguments are lists of their pieces. Returns the text."""
+        calls, opened = message.setdefault("tool_calls", []), message.setdefault("opened", {})
+        for part in delta.get("tool_calls") or ():
+            index, function = part.get("index"), part.get("function") or {}
+            call = opened.get(index)
+            if call is None or (function.get("name") and (index is None or part.get("id") not in (None, "", call["id"]))):
+                call = opened[index] = {"id": part.get("id"), "function": {"name": "", "arguments": []}}
+                calls.append(call)
+            call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
+            call["function"]["arguments"] += [function["arguments"]] if function.get("arguments") else []
+        text = ""
+        for field in ("content", "refusal"):
+            if delta.get(field) is not None:
+                text = _joined_text(delta[field])
+                message.setdefault(field, []).append(text)
+        return text
+
+
+def _as_text(value: Any) -> str:
+    """A text as it is, anything else as JSON: what tools return, and the arguments they are called with."""
+    return value if isinstance(value, str) else _to_json(value)
+
+
+class OpenAIProvider(_ChatCompletions):
     """OpenAI: Chat Completions, Responses for the models that only it serves (or `api: responses`), Embeddings.
 
-    Sources: platform.openai.com/docs/api-reference; openai-python 3.54 (`resources/chat/completions.py`, `_base_client.py`).
+    Sources: platform.openai.com/docs/api-reference; openai-python 3.54 (`resources/chat/completions.py`, `_client.py`).
     """
 
     TYPE = "openai"
     BASE_URL = "https://api.openai.com/v1"
-    KEY_VARIABLES: tuple[str, ...] = ("OPENAI_API_KEY",)
-    URL_VARIABLES: tuple[str, ...] = ("OPENAI_BASE_URL",)
+    KEY_VARIABLES, URL_VARIABLES = ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID", "api": None}
-    FIELDS: Mapping[str, str] = _OPENAI_FIELDS
-    _NEW_LIMIT = re.compile(r"(.*/)?(o[1-9]|gpt-[5-9]|codex|computer-use)")  # these refuse max_tokens
+    STREAM_FIELDS: Mapping[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    COUNTS: Mapping[str, tuple[str, ...]] = {  # a document has the names of one of the two interfaces
+        "input_tokens": ("usage.prompt_tokens", "usage.input_tokens"), "total_tokens": ("usage.total_tokens",),
+        "output_tokens": ("usage.completion_tokens", "usage.output_tokens"),
+    }  # fmt: skip
+    _RESPONSES_FIELDS: Mapping[str, str] = {
+        "temperature": "temperature", "top_p": "top_p", "max_tokens": "max_output_tokens", "system": "instructions",
+    }  # fmt: skip
+    _NEW_LIMIT = re.compile(r"(.*/)?(ft:)?(o[1-9]|gpt-[5-9]|codex|computer-use)")  # these refuse max_tokens
     _RESPONSES_ONLY = re.compile(r"(.*/)?(o[1-9]-pro|gpt-[5-9][\w.]*-pro|.*codex|.*deep-research|computer-use)")
 
     def extra_headers(self) -> dict[str, str]:
         named = {"OpenAI-Organization": self.options.get("organization"), "OpenAI-Project": self.options.get("project")}
         return {header: str(value) for header, value in named.items() if value}
 
-    def place(self, path: str, model: str) -> str:
-        """Where a call goes."""
-        return path
-
     def uses_responses(self, request: CompletionRequest) -> bool:
         chosen = self.options.get("api")
         return chosen == "responses" or (chosen is None and bool(self._RESPONSES_ONLY.match(request.model)))
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
         if self.uses_responses(request):
-            return self.place("/responses", request.model), self.responses_body(request)
-        body: dict[str, Any] = {"model": request.model, "messages": self.messages(request), **self.tuned(request)}
-        if "max_tokens" in body and self.TYPE in ("openai", "azure") and self._NEW_LIMIT.match(request.model):
-            body["max_completion_tokens"] = body.pop("max_tokens")
-        if request.schema is not None:
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "schema": request.schema},
-            }
+            return self._RESPONSES_FIELDS
+        limit = "max_completion_tokens" if self._NEW_LIMIT.match(request.model) else "max_tokens"
+        return {**self.FIELDS, "max_tokens": limit}
+
+    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        if not self.uses_responses(request):
+            return super().completion_call(request)
+        items = [item for message in request.messages for item in self.response_items(message)]
+        body: dict[str, Any] = {"model": request.model, "input": items, **self.tuned(request)}
+        if request.schema is not None and self.native_schema:
+            shape = self.schema_fields(request)["response_format"]["json_schema"]
+            body["text"] = {"format": {"type": "json_schema", **shape}}
         if request.tools:
-            body["tools"] = [{"type": "function", "function": tool} for tool in request.tools]
+            body["tools"] = [
+                {"type": "function", "strict": False, **tool, "parameters": _parameters(tool)} for tool in request.tools
+            ]
         if request.stream:
-            body.update(self.stream_fields())
-        return self.place("/chat/completions", request.model), body
+            body["stream"] = True
+        return self.place("/responses", request.model), body
 
-    def stream_fields(self) -> dict[str, Any]:
-        return {"stream": True, "stream_options": {"include_usage": True}}
+    def response_items(self, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """A message as the items of the Responses interface."""
+        if message["role"] == "tool":
+            yield {"type": "function_call_output", "call_id": message["id"], "output": _as_text(message["content"])}
+        elif message.get("content"):
+            yield {"role": message["role"], "content": message["content"]}
+        for call in message.get("tool_calls") or ():
+            named = {"call_id": call["id"], "name": call["name"], "arguments": _as_text(call["arguments"])}
+            yield {"type": "function_call", **named}
 
-    def messages(self, request: CompletionRequest) -> list[dict[str, Any]]:
-        system = [{"role": "system", "content": request.system}] if request.system else []
-        return system + [self.message(message) for message in request.messages]
-
-    def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        if message.get("role") == "tool":
-            return {"role": "tool", "tool_call_id": message["id"], "content": message["content"]}
-        if not message.get("tool_calls"):
-            return message
-        calls = [
-            {
-                "id": call["id"],
-                "type": "function",
-                "function": {"name": call["name"], "arguments": _to_json(call["arguments"])},
-            }
-            for call in message["tool_calls"]
-        ]
-        return {"role": "assistant", "content": message.get("content") or None, "tool_calls": calls}
-
-    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
-        if "output" in document and "choices" not in document:
-            return self.read_responses(document)
-        choice, usage = document["choices"][0], document.get("usage") or {}
-        message, finish = choice["message"], choice.get("finish_reason")
-        calls = message.get("tool_calls") or ()
-        calls = [_openai_tool_call(call) for call in (calls.values() if isinstance(calls, dict) else calls)]
-        content, refusal = message.get("content"), message.get("refusal")
-        if content is None and not (calls or refusal or finish in ("content_filter", "length")):
-            raise ValueError("no content")
-        return CompletionResponse(
-            _joined_text(content or refusal), str(document.get("model") or ""), _count(usage.get("prompt_tokens")),
-            _count(usage.get("completion_tokens")), finish, document.get("id"), calls,
-            {"refusal": True} if refusal and not content else None, _count(usage.get("total_tokens")),
-        )  # fmt: skip
-
-    def merge(self, document: dict[str, Any], event: Any) -> str:
-        if str(event.get("type", "")).startswith("response."):
-            return self.merge_responses(document, event)
-        document.setdefault("choices", [{"message": {"content": None, "tool_calls": {}}, "finish_reason": None}])
-        for key in ("id", "model", "usage"):
-            if event.get(key):
-                document[key] = event[key]
-        if not event.get("choices"):
-            return ""
-        whole, choice = document["choices"][0], event["choices"][0]
-        delta, message = choice.get("delta") or {}, whole["message"]
-        if choice.get("finish_reason"):
-            whole["finish_reason"] = document["finished"] = choice["finish_reason"]
-        for call in delta.get("tool_calls") or ():
-            known = message["tool_calls"].setdefault(
-                call.get("index", len(message["tool_calls"])), {"function": {"arguments": ""}}
-            )
-            known["id"] = call.get("id") or known.get("id")
-            function = call.get("function") or {}
-            known["function"]["name"] = function.get("name") or known["function"].get("name")
-            arguments = function.get("arguments") or ""
-            known["function"]["arguments"] += arguments if isinstance(arguments, str) else _to_json(arguments)
-        for field in ("content", "refusal"):
-            if delta.get(field) is not None:
-                piece = _joined_text(delta[field])
-                message[field] = message.get(field) or []
-                message[field].append(piece)
-                return piece
-        return ""
-
-    # Responses
-
-    def responses_body(self, request: CompletionRequest) -> dict[str, Any]:
-        items: list[dict[str, Any]] = []
-        for message in request.messages:
-            if message.get("role") == "tool":
-                items.append({"type": "function_call_output", "call_id": message["id"], "output": message["content"]})
-                continue
-            if message.get("content"):
-                items.append({"role": message["role"], "content": message["content"]})
-            for call in message.get("tool_calls") or ():
-                named = {"call_id": call["id"], "name": call["name"], "arguments": _to_json(call["arguments"])}
-                items.append({"type": "function_call", **named})
-        body: dict[str, Any] = {"model": request.model, "input": items}
-        settings: dict[str, Any] = {"instructions": request.system, "max_output_tokens": request.max_tokens}
-        settings.update(temperature=request.temperature, top_p=request.top_p, stream=request.stream or None)
-        body.update({name: value for name, value in settings.items() if value is not None})
-        if request.schema is not None:
-            body["text"] = {"format": {"type": "json_schema", "name": "answer", "schema": request.schema}}
-        if request.tools:
-            body["tools"] = [{"type": "function", **tool} for tool in request.tools]
-        return body
-
-    def read_responses(self, document: Any) -> CompletionResponse:
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        if "choices" in document or "output" not in document:
+            return super().read(document, request)
         if document.get("status") == "failed":
-            raise self._rest.error(None, {}, {"error": document.get("error") or "the response failed"}, "")
+            raise self._rest.error(None, {}, {"error": "the response failed"}, "")
         parts = [part for item in document["output"] if item["type"] == "message" for part in item["content"]]
-        calls = [
-            {"id": item["call_id"], "name": item["name"], "arguments": _load_arguments(item["arguments"])}
-            for item in document["output"] if item["type"] == "function_call"
-        ]  # fmt: skip
-        texts = [part["text"] if part["type"] == "output_text" else part.get("refusal", "") for part in parts]
+        found = [item for item in document["output"] if item["type"] == "function_call"]
+        calls = [_tool_call(index, item["call_id"], item["name"], item["arguments"]) for index, item in enumerate(found)]
+        text = _joined_text([part["text"] if part["type"] == "output_text" else part.get("refusal", "") for part in parts])
         reason = (document.get("incomplete_details") or {}).get("reason")
         finish = {"max_output_tokens": "length", None: "tool_calls" if calls else "stop"}.get(reason, reason)
-        usage = document.get("usage") or {}
-        return CompletionResponse(
-            _joined_text(texts), str(document.get("model") or ""), _count(usage.get("input_tokens")),
-            _count(usage.get("output_tokens")), finish, document.get("id"), calls,
-        )  # fmt: skip
+        refusal = {"refusal": True} if any(part["type"] == "refusal" for part in parts) else None
+        return {"text": text, "tool_calls": calls, "finish_reason": str(finish), "metadata": refusal}
 
-    def merge_responses(self, document: dict[str, Any], event: Any) -> str:
-        if event["type"] == "response.output_text.delta":
-            return str(event["delta"])
-        if event["type"] in ("response.completed", "response.incomplete", "response.failed"):
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        kind = str(event.get("type", ""))
+        if not kind.startswith("response."):
+            return super().merge(document, event)
+        document["begun"] = True
+        if kind in ("response.completed", "response.incomplete", "response.failed"):
             document.update(event["response"], done=True)
-        return ""
-
-    # Embeddings
-
-    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        dimensions = {} if request.dimensions is None else {"dimensions": request.dimensions}
-        return self.place("/embeddings", request.model), {"model": request.model, "input": request.input, **dimensions}
-
-
-def _load_arguments(text: Any) -> Any:
-    """The arguments of a tool call: a JSON text, or a map already; what is no JSON stays text, for the error it gets."""
-    if not isinstance(text, str):
-        return text
-    try:
-        return _load_json(text) if text.strip() else {}
-    except ParseError:
-        return text
-
-
-def _openai_tool_call(call: Any) -> dict[str, Any]:
-    function = call["function"]
-    return {
-        "id": call.get("id") or function["name"],
-        "name": function["name"],
-        "arguments": _load_arguments(function["arguments"]),
-    }
+        return str(event["delta"]) if kind in ("response.output_text.delta", "response.refusal.delta") else ""
 
 
 class OpenAICompatibleProvider(OpenAIProvider):
@@ -4946,19 +5373,26 @@ class OpenAICompatibleProvider(OpenAIProvider):
     TYPE = "openai_compatible"
     BASE_URL = "http://localhost:8000/v1"
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_COMPATIBLE_API_KEY",), ("OPENAI_COMPATIBLE_BASE_URL",)
+    NEEDS_KEY = False
     OPTIONS: Mapping[str, str | None] = {"api": None, "structured": None}
-    FIELDS: Mapping[str, str] = {**_OPENAI_FIELDS, "top_k": "top_k"}
-
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        return super().missing_settings(settings) if cls.TYPE != "openai_compatible" else ""
+    FIELDS: Mapping[str, str] = {name: name for name in _TUNING}
 
     def uses_responses(self, request: CompletionRequest) -> bool:
         return self.options.get("api") == "responses"
 
+    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
+        return self._RESPONSES_FIELDS if self.uses_responses(request) else self.FIELDS
+
     @property
     def native_schema(self) -> bool:  # type: ignore[override]
         return self.options.get("structured") != "instructions"
+
+
+def _service(kind: str, base_url: str, prefix: str) -> type[Provider]:
+    """A service that speaks Chat Completions, with the variables that its SDK reads."""
+    settings = {"KEY_VARIABLES": (f"{kind.upper()}_API_KEY",), "URL_VARIABLES": (f"{kind.upper()}_BASE_URL",)}
+    facts = {"TYPE": kind, "BASE_URL": base_url, "PREFIX": prefix, "NEEDS_KEY": True, "__doc__": f"{base_url}{prefix}"}
+    return type(f"{kind.title()}Provider", (OpenAICompatibleProvider,), {**facts, **settings})
 
 
 class AzureOpenAIProvider(OpenAIProvider):
@@ -4970,490 +5404,390 @@ class AzureOpenAIProvider(OpenAIProvider):
     TYPE = "azure"
     KEY_VARIABLES, URL_VARIABLES = ("AZURE_OPENAI_API_KEY",), ("AZURE_OPENAI_ENDPOINT",)
     OPTIONS: Mapping[str, str | None] = {
-        "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None
+        "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None,
     }  # fmt: skip
-    KEY_HEADER = ("api-key", "")
+    TOKEN_OPTION, KEY_HEADER = "ad_token", ("api-key", "")
 
     @classmethod
     def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        if not settings.get("base_url"):
-            return "AZURE_OPENAI_ENDPOINT"
-        return "" if settings.get("ad_token") else super().missing_settings(settings)
+        return super().missing_settings(settings) if settings.get("base_url") else "AZURE_OPENAI_ENDPOINT"
 
-    def extra_headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.options['ad_token']}"} if self.options["ad_token"] else {}
+    def address(self, base_url: str) -> tuple[str, str]:
+        return re.sub(r"/openai(/v1)?$", "", base_url), "/openai"
 
     def place(self, path: str, model: str) -> str:
-        version, below = self.options["api_version"], "" if self.base_url.endswith("/openai") else "/openai"
-        if self.base_url.endswith("/openai/v1"):
-            return path
-        if not version or version in ("v1", "latest", "preview") or path == "/responses":
-            return f"{below}/v1{path}"
+        version = str(self.options["api_version"] or "v1")
+        if version in ("v1", "latest", "preview"):
+            return f"/v1{path}" + ("?api-version=preview" if version == "preview" else "")
         from urllib.parse import quote
 
-        deployment = quote(str(self.options["deployment"] or model), safe="")
-        return f"{below}/deployments/{deployment}{path}?api-version={quote(str(version), safe='')}"
+        deployment = f"/deployments/{quote(str(self.options['deployment'] or model), safe='')}"
+        return f"{'' if path == '/responses' else deployment}{path}?api-version={quote(version, safe='')}"
 
 
-class MistralProvider(OpenAIProvider):
+class MistralProvider(_ChatCompletions):
     """Mistral. Sources: docs.mistral.ai/api; mistralai 3.7 (`models/chatcompletionrequest.py`)."""
 
     TYPE = "mistral"
-    BASE_URL = "https://api.mistral.ai"
+    BASE_URL, PREFIX = "https://api.mistral.ai", "/v1"
     KEY_VARIABLES, URL_VARIABLES = ("MISTRAL_API_KEY",), ("MISTRAL_BASE_URL",)
-    OPTIONS: Mapping[str, str | None] = {}
-    FIELDS: Mapping[str, str] = {**_OPENAI_FIELDS, "seed": "random_seed"}
+    FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "seed": "random_seed"}
+    EMBED_FIELDS: Mapping[str, str] = {"model": "model", "input": "input", "dimensions": "output_dimension"}
 
-    def place(self, path: str, model: str) -> str:
-        return self.path(f"/v1{path}")
 
-    def uses_responses(self, request: CompletionRequest) -> bool:
-        return False
+class CohereProvider(_ChatCompletions):
+    """Cohere v2 chat and embed. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
 
-    def stream_fields(self) -> dict[str, Any]:
-        return {"stream": True}
+    TYPE = "cohere"
+    BASE_URL, PREFIX = "https://api.cohere.com", "/v2"
+    CHAT_PATH, EMBED_PATH = "/chat", "/embed"
+    KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
+    FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
+    PLACES: Mapping[str, str] = {"request_id": "id", "finish_reason": "finish_reason"}
+    COUNTS: Mapping[str, tuple[str, ...]] = {
+        "input_tokens": ("usage.tokens.input_tokens",), "output_tokens": ("usage.tokens.output_tokens",),
+    }  # fmt: skip
+    EMBED_FIELDS: Mapping[str, str] = {
+        "model": "model", "input": "texts", "dimensions": "output_dimension", "input_type": "input_type",
+    }  # fmt: skip
+    INPUT_TYPES: Mapping[str, str] = {"query": "search_query", "document": "search_document"}
+    VECTORS, EMBED_TOKENS = "embeddings.float", ("meta.billed_units.input_tokens",)
+    max_batch = 96
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        if request.tools:  # which Cohere does not combine with a schema
+            return {}
+        return {"response_format": {"type": "json_object", "json_schema": _object_schema(request.schema)}}
+
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        return self.read_message(document["message"], document.get("finish_reason"))
+
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        message = document.setdefault("message", {})
+        kind, delta = event["type"], event.get("delta") or {}
+        part = delta.get("message") or {}
+        if kind == "message-start":
+            document["id"] = event.get("id")
+        elif kind == "message-end":
+            document.update(delta, done=True)
+        elif kind == "content-delta" and part["content"].get("text") is not None:  # not the text of its thinking
+            return self.add_delta(message, {"content": part["content"]["text"]})
+        elif kind in ("tool-call-start", "tool-call-delta"):
+            self.add_delta(message, {"tool_calls": [{"index": event.get("index", 0), **part["tool_calls"]}]})
+        return ""
 
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
         path, body = super().embedding_call(request)
-        if "dimensions" in body:
-            body["output_dimension"] = body.pop("dimensions")
-        return path, body
+        return path, {"input_type": "search_document", "embedding_types": ["float"], **body}
+
+
+class OllamaProvider(_ChatCompletions):
+    """Ollama's own API, which needs no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
+
+    TYPE = "ollama"
+    BASE_URL, PREFIX = "http://127.0.0.1:11434", "/api"
+    CHAT_PATH, EMBED_PATH = "/chat", "/embed"
+    KEY_VARIABLES, URL_VARIABLES = ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
+    NEEDS_KEY = False
+    FIELDS: Mapping[str, str] = {name: f"options.{'num_predict' if name == 'max_tokens' else name}" for name in _TUNING}
+    PLACES: Mapping[str, str] = {"model": "model", "finish_reason": "done_reason"}
+    COUNTS: Mapping[str, tuple[str, ...]] = {"input_tokens": ("prompt_eval_count",), "output_tokens": ("eval_count",)}
+    VECTORS, EMBED_TOKENS = "embeddings", ("prompt_eval_count",)
+    PLAIN_LINES, OBJECT_SCHEMAS = True, False
+
+    def address(self, base_url: str) -> tuple[str, str]:
+        """OLLAMA_HOST is a host, host:port or URL; 0.0.0.0 is where a server listens, not where it is."""
+        scheme, _, rest = base_url.rpartition("://")
+        host, slash, path = rest.replace("0.0.0.0", "127.0.0.1", 1).partition("/")
+        host = f"127.0.0.1{host}" if host[:1] in ("", ":") else host
+        port = "" if scheme or re.search(r":\d+$", host) else ":11434"
+        return super().address(f"{scheme or 'http'}://{host}{port}{slash}{path}".rstrip("/"))
+
+    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        path, body = super().completion_call(request)
+        return path, {**body, "stream": request.stream}  # which is true where it is not said
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        return {"format": request.schema}
+
+    def message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        if message["role"] == "tool":
+            return {"role": "tool", "tool_name": message["name"], "content": _as_text(message["content"])}
+        if isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            return message
+        calls = [
+            {"function": {"name": call["name"], "arguments": call["arguments"]}} for call in message.get("tool_calls") or ()
+        ]
+        whole = {"role": message["role"], "content": _joined_text(message.get("content"))}
+        return {**whole, "tool_calls": calls} if calls else whole
+
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        return self.read_message(document["message"], document.get("done_reason"))
+
+    def merge(self, document: dict[str, Any], event: Any) -> str:
+        message = document.setdefault("message", {})
+        document.update({key: value for key, value in event.items() if key != "message"})
+        return self.add_delta(message, event.get("message") or {})
 
 
 class VoyageProvider(Provider):
-    """Voyage embeddings. Sources: docs.voyageai.com/reference/embeddings-api; voyageai 0.5 (`client.py`)."""
+    """Voyage embeddings; keys that begin with al- are those of MongoDB Atlas.
+
+    Sources: docs.voyageai.com/reference/embeddings-api; voyageai 0.5 (`client.py`, `util.py`).
+    """
 
     TYPE = "voyage"
-    BASE_URL = "https://api.voyageai.com"
+    BASE_URL, PREFIX = "https://api.voyageai.com", "/v1"
+    EMBED_PATH = "/embeddings"
     KEY_VARIABLES = ("VOYAGE_API_KEY",)
+    EMBED_FIELDS: Mapping[str, str] = {
+        "model": "model", "input": "input", "dimensions": "output_dimension", "input_type": "input_type",
+    }  # fmt: skip
+    EMBED_TOKENS = ("usage.total_tokens",)
     max_batch = 128
 
-    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        named = {"input_type": request.input_type, "output_dimension": request.dimensions}
-        body = {"model": request.model, "input": request.input}
-        return self.path("/v1/embeddings"), {
-            **body,
-            **{name: value for name, value in named.items() if value is not None},
-        }
+    def default_url(self, key: str) -> str:
+        return "https://ai.mongodb.com" if key.startswith("al-") else self.BASE_URL
 
 
 class AnthropicProvider(Provider):
     """Anthropic Messages. `anthropic_version` 2023-06-01 by default: later ones refuse temperature, top_p and top_k,
-    which are then left out. A schema is a tool that the model is made to call.
+    which are then left out. A schema that the strict mode does not take is a tool that the model is made to call.
 
     Sources: docs.anthropic.com/en/api/messages, /api/errors, /api/versioning; anthropic-sdk-python 2.12.
     """
 
     TYPE = "anthropic"
-    BASE_URL = "https://api.anthropic.com"
+    BASE_URL, PREFIX = "https://api.anthropic.com", "/v1"
     KEY_VARIABLES, URL_VARIABLES = ("ANTHROPIC_API_KEY",), ("ANTHROPIC_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {
-        "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS"
+        "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS",
     }  # fmt: skip
+    TOKEN_OPTION, KEY_HEADER = "auth_token", ("x-api-key", "")
     FIELDS: Mapping[str, str] = {
-        "temperature": "temperature", "max_tokens": "max_tokens", "top_p": "top_p", "top_k": "top_k", "stop": "stop_sequences"
+        "temperature": "temperature", "max_tokens": "max_tokens", "top_p": "top_p", "top_k": "top_k", "stop": "stop_sequences",
     }  # fmt: skip
-    KEY_HEADER = ("x-api-key", "")
+    PLACES: Mapping[str, str] = {**Provider.PLACES, "finish_reason": "stop_reason"}
+    COUNTS: Mapping[str, tuple[str, ...]] = {
+        "input_tokens": tuple(f"usage.{kind}input_tokens" for kind in ("", "cache_creation_", "cache_read_")),
+        "output_tokens": ("usage.output_tokens",),
+    }
     _DEFAULT_MAX_TOKENS = 4096
-
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        return "" if settings.get("auth_token") else super().missing_settings(settings)
+    _ANSWER_TOOL = "give_answer"
 
     def version(self) -> str:
         return str(self.options["anthropic_version"] or "2023-06-01")
 
     def extra_headers(self) -> dict[str, str]:
-        headers = {"anthropic-version": self.version()}
-        if self.options["auth_token"]:
-            headers["Authorization"] = f"Bearer {self.options['auth_token']}"
-        for line in str(self.options["custom_headers"] or "").splitlines():
-            name, colon, value = line.partition(":")
-            if colon:
-                headers[name.strip()] = value.strip()
-        return headers
+        lines = [line.partition(":") for line in str(self.options["custom_headers"] or "").splitlines()]
+        custom = {header.strip(): value.strip() for header, colon, value in lines if colon}
+        return {"anthropic-version": self.version(), **custom}
+
+    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
+        removed = ("temperature", "top_p", "top_k") if self.version() >= "2026-10-21" else ()
+        return {name: place for name, place in self.FIELDS.items() if name not in removed}
 
     def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
         system, messages = _system_apart(request)
         body = {"model": request.model, "max_tokens": self._DEFAULT_MAX_TOKENS, **self.tuned(request)}
-        if self.version() >= "2026-10-21":
-            for name in ("temperature", "top_p", "top_k"):
-                body.pop(name, None)
-        body["messages"] = _merged_roles([self.message(message) for message in messages])
-        if system:
-            body["system"] = system
+        body["messages"] = _merged_turns(map(self.message, messages), "content")
+        body.update({"system": system} if system else {})
         tools = [
-            {"name": tool["name"], "description": tool.get("description", ""), "input_schema": tool["parameters"]}
+            {"name": tool["name"], "description": tool.get("description", ""), "input_schema": _parameters(tool)}
             for tool in request.tools or ()
         ]
-        if request.schema is not None and not tools:
-            tools = [
-                {"name": "answer", "description": "Gives the answer.", "input_schema": _object_schema(request.schema)}
-            ]
-            body["tool_choice"] = {"type": "tool", "name": "answer"}
-        if tools:
-            body["tools"] = tools
-        if request.stream:
-            body["stream"] = True
-        return self.path("/v1/messages"), body
+        if request.schema is not None:
+            schema = _object_schema(request.schema)
+            if _is_strict(schema):
+                body["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
+            else:
+                forced = {"type": "any"} if tools else {"type": "tool", "name": self._ANSWER_TOOL}
+                tools.append({"name": self._ANSWER_TOOL, "description": "Gives the answer.", "input_schema": schema})
+                body["tool_choice"] = forced
+        body.update({"tools": tools} if tools else {})
+        body.update({"stream": True} if request.stream else {})
+        return self.place("/messages", request.model), body
 
-    def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        if message.get("role") == "tool":
-            result = {"type": "tool_result", "tool_use_id": message["id"], "content": message["content"]}
-            return {"role": "user", "content": [{**result, "is_error": True} if message.get("failed") else result]}
+    def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        if message["role"] == "tool":
+            result = {"type": "tool_result", "tool_use_id": message["id"], "content": _as_text(message["content"])}
+            return {"role": "user", "content": [{**result, "is_error": True} if message.get("is_error") else result]}
         if not message.get("tool_calls"):
-            return message
+            return dict(message)
+        thinking = [block for call in message["tool_calls"] for block in call.get("thinking") or ()]
         text = [{"type": "text", "text": message["content"]}] if message.get("content") else []
         calls = [
-            {
-                "type": "tool_use",
-                "id": call["id"],
-                "name": call["name"],
-                "input": call["arguments"] if isinstance(call["arguments"], dict) else {},
-            }
+            {"type": "tool_use", "id": call["id"], "name": call["name"],
+             "input": call["arguments"] if isinstance(call["arguments"], dict) else {}}
             for call in message["tool_calls"]
-        ]
-        return {"role": "assistant", "content": [*text, *calls]}
-
-    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
-        blocks, usage, finish = document["content"], document.get("usage") or {}, document.get("stop_reason")
-        text = "".join(_joined_text(block["text"]) for block in blocks if block["type"] == "text")
-        calls = [
-            {"id": block["id"], "name": block["name"], "arguments": _load_arguments(block.get("partial") or block["input"])}
-            for block in blocks if block["type"] == "tool_use"
         ]  # fmt: skip
-        if request.schema is not None and not request.tools and calls and calls[0]["name"] == "answer":
-            answer = calls[0]["arguments"]
-            answer = (
-                answer["value"]
-                if _object_schema(request.schema) is not request.schema and isinstance(answer, dict)
-                else answer
-            )
-            text, calls, finish = (
-                _to_json(answer) if not isinstance(answer, str) else answer,
-                [],
-                "end_turn" if finish == "tool_use" else finish,
-            )
-        parts = [
-            _count(usage.get(name))
-            for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-        ]
-        spent = sum(count for count in parts if count) if parts[0] is not None else None
-        model = str(document.get("model") or "")
-        return CompletionResponse(
-            text, model, spent, _count(usage.get("output_tokens")), finish, document.get("id"), calls
-        )
+        return {"role": "assistant", "content": [*thinking, *text, *calls]}
+
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        blocks = document["content"]
+        text = "".join(_joined_text(block["text"]) for block in blocks if block["type"] == "text")
+        found = [block for block in blocks if block["type"] == "tool_use"]
+        calls = [_tool_call(index, block["id"], block["name"], block["input"]) for index, block in enumerate(found)]
+        answers = [call for call in calls if request.schema is not None and call["name"] == self._ANSWER_TOOL]
+        if answers and len(answers) == len(calls):
+            return {"text": _as_text(answers[0]["arguments"]), "finish_reason": "end_turn"}
+        calls = [call for call in calls if call not in answers]
+        thinking = [block for block in blocks if block["type"] in ("thinking", "redacted_thinking")]
+        if calls and thinking:  # which the next request has to repeat
+            calls[0]["thinking"] = thinking
+        return {"text": text, "tool_calls": calls}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
         kind = event["type"]
         if kind == "message_start":
             document.update(event["message"], content=[])
         elif kind == "content_block_start":
-            document["content"].append({**event["content_block"], "text": [event["content_block"].get("text", "")]})
+            document["content"].append({**event["content_block"], "pieces": {}})
         elif kind == "content_block_delta":
-            block, delta = document["content"][event["index"]], event["delta"]
-            if delta["type"] == "text_delta":
-                block["text"].append(delta["text"])
-                return str(delta["text"])
-            if delta["type"] == "input_json_delta":
-                block["partial"] = block.get("partial", "") + delta["partial_json"]
+            pieces = document["content"][event["index"]]["pieces"]
+            for field, piece in event["delta"].items():
+                if field != "type" and isinstance(piece, str):
+                    pieces.setdefault(field, []).append(piece)
+            return str(event["delta"].get("text", ""))
         elif kind == "message_delta":
             document["stop_reason"] = event["delta"].get("stop_reason")
             document["usage"] = {**(document.get("usage") or {}), **(event.get("usage") or {})}
         elif kind == "message_stop":
             document["done"] = True
+            for block in document["content"]:
+                for field, texts in block.pop("pieces").items():
+                    block[field] = (block.get(field) or "") + "".join(texts)
+                if "partial_json" in block:
+                    block["input"] = _load_arguments(block.pop("partial_json"))
         return ""
 
 
-def _merged_roles(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages in which neighbours of one role that hold tool results are one message, as Anthropic wants them."""
-    merged: list[dict[str, Any]] = []
-    for message in messages:
-        lists = merged and isinstance(message["content"], list) and isinstance(merged[-1]["content"], list)
-        if lists and merged[-1]["role"] == message["role"]:
-            merged[-1] = {**message, "content": [*merged[-1]["content"], *message["content"]]}
-        else:
-            merged.append(message)
-    return merged
-
-
-def _object_schema(schema: Any) -> Any:
-    """A schema for the input of a tool, which has to be a map: others are wrapped under `value`."""
-    if isinstance(schema, Mapping) and schema.get("type") == "object":
-        return schema
-    return {"type": "object", "properties": {"value": schema}, "required": ["value"]}
-
-
 class GeminiProvider(Provider):
-    """Google Gemini generateContent. `api_version` is v1 unless set (beta: v1beta).
+    """Google Gemini generateContent. `api_version` is v1 unless set (beta: v1beta), or the base URL ends with one.
 
     Sources: ai.google.dev/api/generate-content, /api/embeddings; google-genai 3.4 (`models.py`, `_api_client.py`).
     """
 
     TYPE = "gemini"
     BASE_URL = "https://generativelanguage.googleapis.com"
+    EMBED_PATH = "batchEmbedContents"
     KEY_VARIABLES, URL_VARIABLES = ("GOOGLE_API_KEY", "GEMINI_API_KEY"), ("GOOGLE_GEMINI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"api_version": "GOOGLE_GENAI_API_VERSION"}
-    FIELDS: Mapping[str, str] = {
-        name: f"generationConfig.{place}"
-        for name, place in (
-            ("temperature", "temperature"), ("max_tokens", "maxOutputTokens"), ("top_p", "topP"), ("top_k", "topK"),
-            ("stop", "stopSequences"), ("seed", "seed"), ("frequency_penalty", "frequencyPenalty"),
-            ("presence_penalty", "presencePenalty"),
-        )
-    }  # fmt: skip
     KEY_HEADER = ("x-goog-api-key", "")
+    FIELDS: Mapping[str, str] = {
+        "temperature": "generationConfig.temperature", "max_tokens": "generationConfig.maxOutputTokens",
+        "top_p": "generationConfig.topP", "top_k": "generationConfig.topK", "stop": "generationConfig.stopSequences",
+        "seed": "generationConfig.seed", "frequency_penalty": "generationConfig.frequencyPenalty",
+        "presence_penalty": "generationConfig.presencePenalty",
+    }  # fmt: skip
+    PLACES: Mapping[str, str] = {
+        "model": "modelVersion", "request_id": "responseId", "finish_reason": "candidates.0.finishReason",
+    }  # fmt: skip
+    COUNTS: Mapping[str, tuple[str, ...]] = {
+        "input_tokens": ("usageMetadata.promptTokenCount",), "total_tokens": ("usageMetadata.totalTokenCount",),
+        "output_tokens": ("usageMetadata.candidatesTokenCount", "usageMetadata.thoughtsTokenCount"),
+    }  # fmt: skip
+    INPUT_TYPES: Mapping[str, str] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}
+    VECTORS, OBJECT_SCHEMAS = "embeddings", False
     max_batch = 100
 
-    def place(self, model: str, method: str) -> str:
+    def address(self, base_url: str) -> tuple[str, str]:
+        version = str(self.options["api_version"] or "v1")
+        found = re.search(r"/v\d\w*$", base_url)
+        return base_url[: found.start()] if found else base_url, found[0] if found else f"/{'v1beta' if version == 'beta' else version}"
+
+    def place(self, path: str, model: str) -> str:
         from urllib.parse import quote
 
-        version = {"beta": "v1beta", None: "v1"}.get(self.options["api_version"], self.options["api_version"])
-        version = "" if re.search(r"/v\d\w*$", self.base_url) else f"/{version}"
-        return f"{version}/{quote(model if '/' in model else f'models/{model}', safe='/')}:{method}"
+        return f"/{quote(self.full_name(model), safe='/')}:{path}"
+
+    def full_name(self, model: str) -> str:
+        return model if "/" in model else f"models/{model}"
 
     def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
         system, messages = _system_apart(request)
-        body: dict[str, Any] = {"contents": _merged_parts(map(self.message, messages)), **self.tuned(request)}
+        names = {  # of calls that the vendor gave an id
+            call["id"] for message in messages for call in message.get("tool_calls") or ()
+            if _dig(call, "part.functionCall.id")
+        }  # fmt: skip
+        contents = _merged_turns([self.message(message, names) for message in messages], "parts")
+        body: dict[str, Any] = {"contents": contents, **self.tuned(request)}
         if system:
             body["systemInstruction"] = {"parts": [{"text": system}]}
         if request.schema is not None:
             shape = {"responseMimeType": "application/json", "responseJsonSchema": request.schema}
             body["generationConfig"] = {**body.get("generationConfig", {}), **shape}
         if request.tools:
-            named = ("name", "description")
             functions = [
-                {**{key: tool[key] for key in named if tool.get(key)}, "parametersJsonSchema": tool["parameters"]}
+                {"name": tool["name"], "description": tool.get("description", ""), "parametersJsonSchema": _parameters(tool)}
                 for tool in request.tools
             ]
             body["tools"] = [{"functionDeclarations": functions}]
-        return self.place(request.model, "streamGenerateContent?alt=sse" if request.stream else "generateContent"), body
+        return self.place("streamGenerateContent?alt=sse" if request.stream else "generateContent", request.model), body
 
-    def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        if message.get("role") == "tool":
-            answer = {"error" if message.get("failed") else "result": message["content"]}
-            return {"role": "user", "parts": [{"functionResponse": {"name": message["name"], "response": answer}}]}
-        content = message.get("content")
-        parts = [{"text": content}] if isinstance(content, str) and content else []
-        if isinstance(content, list):
-            parts = [
-                {"text": part} if isinstance(part, str) else {key: part[key] for key in part if key != "type"}
-                for part in content
-            ]
+    def message(self, message: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+        if message["role"] == "tool":
+            answer = {"error" if message.get("is_error") else "output": message["content"]}
+            named = {"id": message["id"]} if message["id"] in names else {}
+            result = {**named, "name": message["name"], "response": answer}
+            return {"role": "user", "parts": [{"functionResponse": result}]}
+        content = message.get("content") or []
+        parts = [
+            {"text": part} if isinstance(part, str) else {key: part[key] for key in part if key != "type"}
+            for part in ([content] if isinstance(content, str) else content)
+        ]
         parts += [
-            call.get("wire") or {"functionCall": {"name": call["name"], "args": call["arguments"]}}
+            call.get("part") or {"functionCall": {"name": call["name"], "args": call["arguments"]}}
             for call in message.get("tool_calls") or ()
         ]
-        return {"role": "model" if message.get("role") == "assistant" else "user", "parts": parts}
+        return {"role": "model" if message["role"] == "assistant" else "user", "parts": parts}
 
-    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
-        usage, feedback = document.get("usageMetadata") or {}, document.get("promptFeedback") or {}
-        blocked = not document.get("candidates") and feedback.get("blockReason")
-        candidate: Any = {"finishReason": "SAFETY"} if blocked else document["candidates"][0]
-        parts = (candidate.get("content") or {}).get("parts") or []
-        finish = candidate.get("finishReason")
-        if not parts and finish in (None, "STOP") and "content" not in candidate:
+    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
+        blocked = not document.get("candidates") and _dig(document, "promptFeedback.blockReason")
+        candidate: Any = {"finishReason": blocked} if blocked else document["candidates"][0]
+        parts, finish = (candidate.get("content") or {}).get("parts") or [], candidate.get("finishReason")
+        if finish in (None, "STOP") and "content" not in candidate:
             raise ValueError("no content")
-        text = "".join(part["text"] for part in parts if "text" in part and not part.get("thought"))
+        found = [(part, part["functionCall"]) for part in parts if "functionCall" in part]
         calls = [
-            {"id": part["functionCall"].get("id") or f"call_{index}", "name": part["functionCall"]["name"],
-             "arguments": part["functionCall"].get("args") or {}, "wire": part}
-            for index, part in enumerate(parts) if "functionCall" in part
-        ]  # fmt: skip
-        written = [_count(usage.get(name)) for name in ("candidatesTokenCount", "thoughtsTokenCount")]
-        return CompletionResponse(
-            text, str(document.get("modelVersion") or ""), _count(usage.get("promptTokenCount")),
-            sum(count or 0 for count in written) if usage else None, finish, document.get("responseId"), calls,
-            None, _count(usage.get("totalTokenCount")),
-        )  # fmt: skip
+            {**_tool_call(index, call.get("id"), call["name"], call.get("args")), "part": part}  # for its signature
+            for index, (part, call) in enumerate(found)
+        ]
+        answer = {"text": self.text_of(parts), "tool_calls": calls}
+        return {**answer, "finish_reason": str(blocked)} if blocked else answer
+
+    def text_of(self, parts: list[Any]) -> str:
+        return "".join(part["text"] for part in parts if "text" in part and not part.get("thought"))
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
         event = event[0] if isinstance(event, list) else event
-        candidates = event.get("candidates") or []
         document.update({key: value for key, value in event.items() if key != "candidates"})
-        if (event.get("promptFeedback") or {}).get("blockReason"):
-            document["finished"] = True
+        document["finished"] = document.get("finished") or _dig(event, "promptFeedback.blockReason")
         text = ""
-        for candidate in candidates[:1]:
-            whole = document.setdefault("candidates", [{"content": {"parts": []}}])[0]
-            parts = (candidate.get("content") or {}).get("parts") or []
-            whole["content"]["parts"] += parts
-            if candidate.get("finishReason"):
-                whole["finishReason"] = document["finished"] = candidate["finishReason"]
-            text += "".join(part["text"] for part in parts if "text" in part and not part.get("thought"))
+        for candidate in event.get("candidates") or ():
+            if candidate.get("index", 0) == 0:
+                whole = document.setdefault("candidates", [{"content": {"parts": []}}])[0]
+                parts = (candidate.get("content") or {}).get("parts") or []
+                whole["content"]["parts"] += parts
+                text += self.text_of(parts)
+                if candidate.get("finishReason"):
+                    whole["finishReason"] = document["finished"] = candidate["finishReason"]
         return text
 
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        named: dict[str, Any] = {"model": request.model if "/" in request.model else f"models/{request.model}"}
-        if request.input_type:
-            named["taskType"] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}.get(
-                request.input_type, request.input_type
-            )
-        if request.dimensions is not None:
-            named["outputDimensionality"] = request.dimensions
+        kind = self.INPUT_TYPES.get(request.input_type or "", request.input_type)
+        named = {"model": self.full_name(request.model), "taskType": kind, "outputDimensionality": request.dimensions}
+        named = {name: value for name, value in named.items() if value is not None}
         requests = [{**named, "content": {"parts": [{"text": text}]}} for text in request.input]
-        return self.place(request.model, "batchEmbedContents"), {"requests": requests}
-
-    def read_embeddings(self, document: Any) -> tuple[list[list[float]], int | None]:
-        return [entry["values"] for entry in document["embeddings"]], None
-
-
-def _merged_parts(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages in which neighbours of one role are one message, as Gemini wants the answers to several tool calls."""
-    merged: list[dict[str, Any]] = []
-    for message in messages:
-        if merged and merged[-1]["role"] == message["role"] and "functionResponse" in (message["parts"] or [{}])[0]:
-            merged[-1] = {**message, "parts": [*merged[-1]["parts"], *message["parts"]]}
-        else:
-            merged.append(message)
-    return merged
-
-
-class CohereProvider(OpenAIProvider):
-    """Cohere v2 chat and embed. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
-
-    TYPE = "cohere"
-    BASE_URL = "https://api.cohere.com"
-    KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
-    OPTIONS: Mapping[str, str | None] = {}
-    FIELDS: Mapping[str, str] = {**_OPENAI_FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
-    max_batch = 96
-
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        _, body = super().completion_call(request)
-        body.pop("stream_options", None)
-        if request.schema is not None:
-            body["response_format"] = {"type": "json_object", "json_schema": request.schema}
-        return self.path("/v2/chat"), body
-
-    def uses_responses(self, request: CompletionRequest) -> bool:
-        return False
-
-    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
-        message, usage = document["message"], document.get("usage") or {}
-        tokens = usage.get("tokens") or usage.get("billed_units") or {}
-        calls = message.get("tool_calls") or ()
-        calls = [_openai_tool_call(call) for call in (calls.values() if isinstance(calls, dict) else calls)]
-        if message.get("content") is None and not calls:
-            raise ValueError("no content")
-        content = [part for part in message.get("content") or () if isinstance(part, str) or part.get("type") == "text"]
-        counts = _count(tokens.get("input_tokens")), _count(tokens.get("output_tokens"))
-        return CompletionResponse(
-            _joined_text(content), "", *counts, document.get("finish_reason"), document.get("id"), calls
-        )
-
-    def merge(self, document: dict[str, Any], event: Any) -> str:
-        message = document.setdefault("message", {"content": [], "tool_calls": {}})
-        kind, delta = event["type"], event.get("delta") or {}
-        part = delta.get("message") or {}
-        if kind == "message-start":
-            document["id"] = event.get("id")
-        elif kind == "content-delta":
-            piece = str(part["content"].get("text") or "")
-            message["content"].append(piece)
-            return piece
-        elif kind in ("tool-call-start", "tool-call-delta"):
-            call = part["tool_calls"]
-            known = message["tool_calls"].setdefault(event.get("index", 0), {"function": {"name": "", "arguments": ""}})
-            known["id"] = call.get("id") or known.get("id")
-            for key in ("name", "arguments"):
-                known["function"][key] += call["function"].get(key) or ""
-        elif kind == "message-end":
-            if delta.get("error"):
-                raise self._rest.error(None, {}, {"error": delta["error"]}, "")
-            document.update(finish_reason=delta.get("finish_reason"), usage=delta.get("usage"), done=True)
-        return ""
-
-    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        kind = {"query": "search_query", None: "search_document", "document": "search_document"}
-        body: dict[str, Any] = {"model": request.model, "texts": request.input, "embedding_types": ["float"]}
-        body["input_type"] = kind.get(request.input_type, str(request.input_type))
-        if request.dimensions is not None:
-            body["output_dimension"] = request.dimensions
-        return self.path("/v2/embed"), body
-
-    def read_embeddings(self, document: Any) -> tuple[list[list[float]], int | None]:
-        billed = (document.get("meta") or {}).get("billed_units") or {}
-        return document["embeddings"]["float"], _count(billed.get("input_tokens"))
-
-
-class OllamaProvider(OpenAIProvider):
-    """Ollama's own API, which needs no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
-
-    TYPE = "ollama"
-    BASE_URL = "http://127.0.0.1:11434"
-    KEY_VARIABLES, URL_VARIABLES = ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
-    OPTIONS: Mapping[str, str | None] = {}
-    FIELDS: Mapping[str, str] = {name: f"options.{'num_predict' if name == 'max_tokens' else name}" for name in _TUNING}
-    PLAIN_LINES = True
-
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        return ""
-
-    def address(self, base_url: str) -> str:
-        """OLLAMA_HOST is a host, host:port or URL; 0.0.0.0 is where a server listens, not where it is."""
-        scheme, _, rest = base_url.rpartition("://")
-        host, _, path = rest.replace("0.0.0.0", "127.0.0.1").partition("/")
-        port = "" if re.search(r":\d+$", host) or scheme else ":11434"
-        return f"{scheme or 'http'}://{host}{port}{'/' if path else ''}{path}".rstrip("/")
-
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        body = {
-            "model": request.model,
-            "messages": self.messages(request),
-            "stream": request.stream,
-            **self.tuned(request),
-        }
-        if request.schema is not None:
-            body["format"] = request.schema
-        if request.tools:
-            body["tools"] = [{"type": "function", "function": tool} for tool in request.tools]
-        return "/api/chat", body
-
-    def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        if message.get("role") == "tool":
-            return {"role": "tool", "tool_name": message["name"], "content": message["content"]}
-        calls = [
-            {"function": {"name": call["name"], "arguments": call["arguments"]}}
-            for call in message.get("tool_calls") or ()
-        ]
-        whole = {"role": message.get("role"), "content": _joined_text(message.get("content"))}
-        return {**whole, "tool_calls": calls} if calls else whole
-
-    def read_completion(self, document: Any, request: CompletionRequest) -> CompletionResponse:
-        message = document["message"]
-        calls = [
-            {"id": f"call_{index}", "name": call["function"]["name"], "arguments": call["function"]["arguments"]}
-            for index, call in enumerate(message.get("tool_calls") or ())
-        ]
-        if message.get("content") is None and not calls:
-            raise ValueError("no content")
-        counts = _count(document.get("prompt_eval_count")), _count(document.get("eval_count"))
-        text, model = _joined_text(message.get("content")), str(document.get("model") or "")
-        return CompletionResponse(text, model, *counts, document.get("done_reason"), None, calls)
-
-    def merge(self, document: dict[str, Any], event: Any) -> str:
-        message = document.setdefault("message", {"content": [], "tool_calls": []})
-        part = event.get("message") or {}
-        message["content"].append(part.get("content") or "")
-        message["tool_calls"] += part.get("tool_calls") or []
-        document.update({key: value for key, value in event.items() if key != "message"})
-        return str(part.get("content") or "")
-
-    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        dimensions = {} if request.dimensions is None else {"dimensions": request.dimensions}
-        return "/api/embed", {"model": request.model, "input": request.input, **dimensions}
-
-    def read_embeddings(self, document: Any) -> tuple[list[list[float]], int | None]:
-        return document["embeddings"], _count(document.get("prompt_eval_count"))
+        return self.place(self.EMBED_PATH, request.model), {"requests": requests}
 
 
 class EchoProvider(Provider):
-    """Answers without a network: completions repeat the prompt, embeddings are hashed word counts of length 1.
+    """Answers without a network, the same everywhere: in every process, on every system and every Python.
 
-    Deterministic everywhere: the same texts give the same vectors in every process and on every Python. With a schema
-    the answer is the smallest value that fits it.
+    A completion is "echo: " and the text of the user's last message; with a schema it is the smallest value that fits
+    it. Tools are never called; tokens are words. Embeddings are hashed counts of words and of the letter groups in
+    them, of length 1: the more words and word stems two texts share, the nearer they are.
     """
 
     TYPE = "echo"
@@ -5462,93 +5796,802 @@ class EchoProvider(Provider):
     DIMENSIONS = 256
 
     def complete(self, request: CompletionRequest) -> CompletionResponse:
-        text = (
-            f"echo: {request.prompt}"
-            if request.schema is None
-            else _to_json(_smallest_value(request.schema, request.prompt))
-        )
-        if request.on_text and request.stream:
-            for piece in re.findall(r"\s*\S+\s*", text):
-                request.on_text(piece)
+        text = f"echo: {request.prompt}"
+        if request.schema is not None:
+            try:
+                text = _to_json(_SmallestValue(request.schema).of(request.schema))
+            except (*_SHAPE_ERRORS, ArithmeticError, RecursionError) as error:
+                raise ValidationError(f"{self.name}: no answer fits the schema: {error}") from None
+        on_text = request.on_text if request.stream else None
+        for piece in re.findall(r"\s*\S+\s*", text):
+            if on_text:
+                on_text(piece)
         asked = [request.system or "", *(_joined_text(message.get("content")) for message in request.messages)]
-        return CompletionResponse(
-            text, request.model, sum(len(part.split()) for part in asked), len(text.split()), "stop"
-        )
+        words = sum(len(part.split()) for part in asked)
+        return CompletionResponse(text, request.model, words, len(text.split()), "stop")
 
     def embed(self, request: EmbeddingRequest) -> EmbeddingResponse:
-        size = request.dimensions or self.DIMENSIONS
-        vectors = [_hashed_words(text, size) for text in request.input]
+        size = self.DIMENSIONS if request.dimensions is None else request.dimensions
+        if size < 1:
+            raise ValidationError(f"{self.name}: dimensions must be at least 1, not {size}")
+        vectors = [_hashed_features(text, size) for text in request.input]
         return EmbeddingResponse(vectors, request.model, sum(len(text.split()) for text in request.input))
 
 
-def _hashed_words(text: str, size: int) -> list[float]:
-    """Word counts by feature hashing (Weinberger et al., 2009), scaled to length 1; zeros for no words."""
+_ECHO_WORD = re.compile("[^\x00-/:-@\\[-`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+")  # no tables that grow with Unicode
+
+
+def _hashed_features(text: str, size: int) -> list[float]:
+    """Counts of words and letter groups by feature hashing (Weinberger et al., 2009), scaled to length 1."""
+    vector = [0.0] * size
+    for word in _ECHO_WORD.findall(text.lower()) or [text]:
+        for place, weight in _word_features(word):
+            vector[place % size] += weight
+    if not any(vector):  # no feature, or all cancel each other out
+        vector[0] = 1.0
+    length = math.sqrt(sum(number * number for number in vector))  # of multiples of 1/4: exact in any order
+    return [number / length for number in vector]
+
+
+@functools.lru_cache(maxsize=4096)
+def _word_features(word: str) -> tuple[tuple[int, float], ...]:
+    """(hash, weight) of a word and of the groups of three letters in it. Words of up to three letters count little."""
     import hashlib
 
-    counts = [0.0] * size
-    for word in re.findall(r"[^\W_]+", text.lower()):
-        digest = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
-        counts[(digest >> 1) % size] += 1.0 if digest & 1 else -1.0
-    length = math.sqrt(sum(count * count for count in counts))
-    return [count / length for count in counts] if length else counts
+    marked = f"^{word[:100]}$"
+    features = [(word, 1.0 if len(word) > 3 or word[0] > "\x7f" else 0.25)] if word else []
+    features += [(marked[start : start + 3], 0.25) for start in range(len(marked) - 2)] if len(word) > 3 else []
+    hashed = []
+    for feature, weight in features:
+        digest = hashlib.blake2b(feature.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        number = int.from_bytes(digest, "big")
+        hashed.append((number >> 1, weight if number & 1 else -weight))
+    return tuple(hashed)
 
 
-def _smallest_value(schema: Any, text: str, depth: int = 0) -> Any:
-    """A value that fits a JSON Schema, as far as its types, enum, required and bounds say."""
-    if not isinstance(schema, Mapping) or depth > 20:
-        return None
-    for key in ("const", "default", "enum"):
-        if key in schema:
-            return schema[key][0] if key == "enum" else schema[key]
-    for key in ("anyOf", "oneOf", "allOf"):
-        if schema.get(key):
-            return _smallest_value(
-                {**schema[key][0], **{name: schema[name] for name in schema if name != key}}, text, depth + 1
-            )
-    kind = (_as_list(schema.get("type")) or ["object" if "properties" in schema else "string"])[0]
-    if kind == "object":
-        wanted = schema.get("required") or schema.get("properties") or ()
-        properties = schema.get("properties") or {}
-        return {name: _smallest_value(properties.get(name, {"type": "string"}), text, depth + 1) for name in wanted}
-    if kind == "array":
-        return [_smallest_value(schema.get("items", {}), text, depth + 1) for _ in range(schema.get("minItems", 0))]
-    if kind in ("number", "integer"):
-        low, step = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("multipleOf") or 1
-        return 0 if low is None or low < 0 else low + (step if "minimum" not in schema else 0)
-    if kind == "string":
-        return text[: schema.get("maxLength", 200)].ljust(schema.get("minLength", 0), ".")
-    return False if kind == "boolean" else None
+class _SmallestValue:
+    """A small value that fits a JSON Schema: no optional items, texts as short as they may be, numbers near 0.
+
+    A map has its required properties, or all where none is said to be required. A `pattern` needs an `examples`.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self.root, self.left = root, 10_000  # how many more values may be made
+
+    def of(self, schema: Any, opened: tuple[str, ...] = ()) -> Any:
+        """The value of a part of the schema, inside these `$ref`s. Raises KeyError and the like if it is malformed."""
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("no small value fits")
+        if not isinstance(schema, Mapping):
+            return None
+        for key, index in (("const", None), ("enum", 0), ("default", None), ("examples", 0)):
+            if key in schema:
+                return schema[key] if index is None else schema[key][index]
+        place = schema.get("$ref")
+        if place:
+            keys = [key.replace("~1", "/").replace("~0", "~") for key in place.lstrip("#").split("/")[1:]]
+            target = functools.reduce(lambda inner, key: inner[key], keys, self.root)
+            return None if place in opened else self.of(target, (*opened, place))
+        for key in ("anyOf", "oneOf", "allOf"):
+            if schema.get(key):
+                chosen = schema[key] if key == "allOf" else [min(schema[key], key=lambda branch: "$ref" in branch)]
+                rest = {name: value for name, value in schema.items() if name != key}
+                return self.of(functools.reduce(_both_schemas, chosen, rest), opened)
+        kind = (_as_list(schema.get("type")) or ["object" if "properties" in schema else "string"])[0]
+        if kind == "object":
+            properties = schema.get("properties") or {}
+            wanted = schema.get("required") or properties
+            return {name: self.of(properties.get(name, {}), opened) for name in wanted}
+        if kind == "array":
+            return [self.of(schema.get("items", {}), opened) for _ in range(schema.get("minItems", 0))]
+        if kind in ("number", "integer"):
+            return _smallest_number(schema, kind == "integer")
+        self.left -= schema.get("minLength", 0) if kind == "string" else 0
+        return "x" * min(schema.get("minLength", 0), 10_000) if kind == "string" else False if kind == "boolean" else None
+
+
+def _both_schemas(one: Mapping[str, Any], other: Any) -> dict[str, Any]:
+    """The schema of what fits both, as far as `_smallest_value` reads them."""
+    properties = {**one.get("properties", {}), **other.get("properties", {})}
+    joined = {"properties": properties, "required": [*one.get("required", ()), *other.get("required", ())]}
+    return {**one, **other, **{key: value for key, value in joined.items() if value}}
+
+
+def _smallest_number(schema: Mapping[str, Any], whole: bool) -> float:
+    """The number nearest to 0, or nearly so, within a schema's bounds."""
+    low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+    above, below = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
+    step = schema.get("multipleOf") or 1
+    floor, roof = max(low, above), min(high, below)
+    tried: list[float] = [0]
+    tried += [math.ceil(floor / step) * step, (math.floor(floor / step) + 1) * step] if floor > -math.inf else []
+    tried += [math.floor(roof / step) * step, (math.ceil(roof / step) - 1) * step] if roof < math.inf else []
+    tried += [(floor + roof) / 2] if not whole and roof - floor < math.inf else []
+    return next((number for number in tried if low <= number <= high and above < number < below), 0)
 
 
 PROVIDERS: dict[str, type[Provider]] = {
     provider.TYPE: provider
     for provider in (
         OpenAIProvider, AnthropicProvider, AzureOpenAIProvider, GeminiProvider, CohereProvider, MistralProvider, OllamaProvider,
-        VoyageProvider, OpenAICompatibleProvider, EchoProvider,
+        VoyageProvider, OpenAICompatibleProvider, EchoProvider, _service("groq", "https://api.groq.com", "/openai/v1"),
+        _service("together", "https://api.together.ai", "/v1"), _service("openrouter", "https://openrouter.ai", "/api/v1"),
     )
 }  # fmt: skip
-for _service, _address, _prefix in (
-    ("groq", "https://api.groq.com/openai/v1", "GROQ"),
-    ("together", "https://api.together.ai/v1", "TOGETHER"),
-    ("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER"),
-):
-    _settings = {"KEY_VARIABLES": (f"{_prefix}_API_KEY",), "URL_VARIABLES": (f"{_prefix}_BASE_URL",)}
-    PROVIDERS[_service] = type(
-        f"{_service.title()}Provider",
-        (OpenAICompatibleProvider,),
-        {"TYPE": _service, "BASE_URL": _address, **_settings},
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 11. Vector stores
-# Records and queries come in, the nearest records go out; one protocol, one filter language for all.
+# Records {id, vector, metadata} come in, the nearest go out, best first; one protocol and one filter language for all.
+# A filter is {field: value}, {field: {operator: value}}, {"$and": [..]}, {"$or": [..]} or {"$not": {..}}; several are an
+# and. A list in the metadata fits where one of its items does. A missing field fits only $ne, $nin and $not.
 # ---------------------------------------------------------------------------------------------------------------------
 
+if TYPE_CHECKING:
+    _Place = tuple[str, str]  # index and namespace
+    _Record = tuple[str, list[float], dict[str, Any]]  # id, vector, metadata
+    _Predicate = Callable[[Mapping[str, Any]], bool]
+    _Maker = Callable[..., Any]
 
-class LocalVectorStore:
-    """L"""
-VECTOR_STORES = {"local": LocalVectorStore, "pinecone": LocalVectorStore}
+_FILTER_TESTS: dict[str, Callable[[Any, Any], bool]] = {
+    "$in": lambda item, value: item == value, "$gt": lambda item, value: item > value,
+    "$gte": lambda item, value: item >= value, "$lt": lambda item, value: item < value,
+    "$lte": lambda item, value: item <= value,
+}  # fmt: skip
+_FILTER_ALIASES = {"$eq": "$in", "$ne": "$in", "$nin": "$in"}
+_PLAIN_TYPES = {str: "text", bool: "boolean", int: "number", float: "number"}
+_METRICS = {  # as Qdrant, Chroma and Weaviate call them
+    "cosine": ("Cosine", "cosine", "cosine"), "dot": ("Dot", "ip", "dot"), "euclidean": ("Euclid", "l2", "l2-squared"),
+}  # fmt: skip
+_SCORES: dict[str, Callable[[float], float]] = {  # from a vendor's distance; the larger, the nearer
+    "cosine": lambda distance: 1 - distance, "ip": lambda distance: 1 - distance, "dot": lambda distance: -distance,
+    "l2": lambda squared: 1 / (1 + math.sqrt(squared)), "l2-squared": lambda squared: 1 / (1 + math.sqrt(squared)),
+}  # fmt: skip
+
+
+def _filtered(source: Any, joined: _Maker, test: _Maker, negated: bool = False, deep: int = 0) -> Any:
+    """A filter in another language, made by two functions: `joined` of "and" or "or" and the parts; `test` of a field, a key
+    of _FILTER_TESTS, values of which one must fit, and whether none may. ValidationError for what is no filter."""
+    if not isinstance(source, Mapping) or deep > 50:
+        raise ValidationError(f"a filter must be a map of field: value, at most 50 deep, not {_shown(source)}")
+    parts = []
+    for key, wanted in source.items():
+        if key in ("$and", "$or") and isinstance(wanted, list) and wanted:
+            inner = [_filtered(part, joined, test, negated, deep + 1) for part in wanted]
+            parts.append(joined("and" if (key == "$and") != negated else "or", inner))  # De Morgan
+        elif key == "$not":
+            parts.append(_filtered(wanted, joined, test, not negated, deep + 1))
+        elif not isinstance(key, str) or key.startswith("$"):
+            near = _suggestion(key, ("$and", "$or", "$not")) + ", with a list of filters"
+            raise ValidationError(f"unknown filter operator {key!r}{near}; other operators belong to a field")
+        else:
+            for operator, value in (wanted if isinstance(wanted, Mapping) else {"$eq": wanted}).items():
+                name = _FILTER_ALIASES.get(operator, operator)
+                if name not in _FILTER_TESTS:
+                    near = _suggestion(operator, (*_FILTER_TESTS, *_FILTER_ALIASES))
+                    raise ValidationError(f"{key}: unknown filter operator {operator!r}{near}")
+                values, kinds = value if operator in ("$in", "$nin") else [value], (str, bool) if name == "$in" else (str,)
+                if not isinstance(values, list) or not all(_is_number(each) or isinstance(each, kinds) for each in values):
+                    expected = f"{'a list of ' * (values is value)}text or a number{' or a boolean' * (bool in kinds)}"
+                    raise ValidationError(f"{key}: {operator} must be {expected}, not {_shown(value)}")
+                parts.append(test(key, name, values, negated != (operator in ("$ne", "$nin"))))
+    return parts[0] if len(parts) == 1 else joined("or" if negated else "and", parts)
+
+
+def _predicate(source: Any) -> _Predicate:
+    """A filter as a function of a record's metadata. Text never equals a number nor true 1, but 1 is 1.0."""
+
+    def joined(joint: str, parts: list[_Predicate]) -> _Predicate:
+        combine = all if joint == "and" else any
+        return lambda metadata: combine(part(metadata) for part in parts)
+
+    def test(field: str, operator: str, values: list[Any], negated: bool) -> _Predicate:
+        fits, wanted = _FILTER_TESTS[operator], [(_PLAIN_TYPES.get(type(value)), value) for value in values]
+
+        def decide(metadata: Mapping[str, Any]) -> bool:
+            found = metadata.get(field)
+            items = [(_PLAIN_TYPES.get(type(item)), item) for item in (found if isinstance(found, list) else [found])]
+            return negated != any(kind == other and fits(item, value) for kind, item in items for other, value in wanted)
+
+        return decide
+
+    predicate: _Predicate = _filtered(source or {}, joined, test)
+    return predicate
+
+
+def _mongo_filter(source: Any) -> Any:
+    """A filter as Pinecone and Chroma take it. Chroma wants the values of a list to be of one type."""
+
+    def test(field: str, operator: str, values: list[Any], negated: bool) -> Any:
+        if operator != "$in":
+            return {field: {operator: values[0]}} if not negated else _not_negatable(field, operator)
+        if len(set(map(type, values))) > 1:
+            return {"$and" if negated else "$or": [test(field, operator, [value], negated) for value in values]}
+        one = len(values) == 1
+        return {field: {("$ne" if one else "$nin") if negated else "$eq" if one else "$in": values[0] if one else values}}
+
+    return _filtered(source, lambda joint, parts: {f"${joint}": parts}, test)
+
+
+def _not_negatable(field: str, operator: str) -> Any:
+    raise ValidationError(f"{field}: this database cannot negate {operator}; write the opposite comparison")
+
+
+def _checked_vector(vector: Any) -> list[float]:
+    kinds = set(map(type, vector)) if isinstance(vector, (list, tuple)) else {None}
+    if bool in kinds or not all(isinstance(kind, type) and issubclass(kind, (int, float)) for kind in kinds):
+        raise ValidationError(f"a vector must be a list of numbers, not {_shown(vector)}")
+    if not 0 < len(vector) <= 65_536 or not all(-1e100 < number < 1e100 for number in vector):
+        raise ValidationError("a vector must hold 1 to 65536 numbers, finite and below 1e100")
+    return list(map(float, vector))
+
+
+def _checked_id(identifier: Any) -> str:
+    text = str(identifier) if _is_integer(identifier) else identifier
+    if not isinstance(text, str) or not text or re.search("[\ud800-\udfff]", text):
+        raise ValidationError(f"an id must be text, not {_shown(identifier)}")
+    return text
+
+
+def _checked_records(records: Any) -> list[_Record]:
+    """The records, of those with the same id the last. ValidationError says which one is wrong."""
+    checked: dict[str, _Record] = {}
+    for position, record in enumerate(records if isinstance(records, (list, tuple)) else [records]):
+        try:
+            if not isinstance(record, Mapping) or not {"id", "vector"} <= set(record) <= {"id", "vector", "metadata"}:
+                raise ValidationError(f"it must be {{id, vector, metadata}}, not {_shown(record)}")
+            entry = _checked_id(record["id"]), _checked_vector(record["vector"]), dict(record.get("metadata") or {})
+            json.dumps(entry[2], allow_nan=False)
+            checked[entry[0]] = entry
+            if len(entry[1]) != len(next(iter(checked.values()))[1]):
+                raise ValidationError(f"it has {len(entry[1])} dimensions, unlike those before")
+        except (ValidationError, TypeError, ValueError, RecursionError) as error:
+            what = error if isinstance(error, ValidationError) else f"its metadata is no map with a JSON form: {error}"
+            raise ValidationError(f"record {position}: {what}") from None
+    return list(checked.values())
+
+
+class VectorStore:
+    """What the steps vector_search and vector_upsert need of a vector database; safe for many threads. A store of your
+    own has `upsert` and `search`, which may be asynchronous. Errors are of the OrchestratorError family."""
+
+    name = "vectors"
+    max_batch, max_numbers = 250, 90_000  # in one call: records, and numbers in their vectors (2 MB of JSON)
+    _write: Any  # (place, records)
+    _nearest: Any  # (place, vector, top_k, filter, whether vectors are wanted) -> (id, score, metadata, vector) of each
+    _remove: Any  # (place, ids or None, filter or None) -> how many
+
+    def upsert(self, index: str, records: Sequence[Mapping[str, Any]], namespace: str | None = None) -> int:
+        """Adds records {id, vector, metadata}, or replaces those with the same id; returns how many ids that were."""
+        checked = _checked_records(records)
+        size = max(1, min(self.max_batch, self.max_numbers // len(checked[0][1]))) if checked else 1
+        for start in range(0, len(checked), size):
+            with self._answers():
+                self._write((index, namespace or ""), checked[start : start + size])
+        return len(checked)
+
+    def search(
+        self, index: str, vector: Sequence[float], top_k: int = 5, *, filter: Mapping[str, Any] | None = None,
+        namespace: str | None = None, include_metadata: bool = True, include_vectors: bool = False,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """The `top_k` nearest records that pass the filter, best first: {id, score, metadata, vector}."""
+        if not _is_integer(top_k) or top_k < 1:
+            raise ValidationError(f"top_k must be a whole number of at least 1, not {_shown(top_k)}")
+        place, query, results = (index, namespace or ""), _checked_vector(vector), []
+        with self._answers():
+            for key, score, metadata, values in self._nearest(place, query, top_k, filter, include_vectors):
+                record = {"id": str(key), "score": score + 0.0, "metadata": metadata or {}, "vector": values}
+                hidden = {"metadata": not include_metadata, "vector": not include_vectors}
+                results.append({name: value for name, value in record.items() if not hidden.get(name)})
+        return results
+
+    def delete(
+        self, index: str, ids: Sequence[str] | None = None, *, filter: Mapping[str, Any] | None = None,
+        namespace: str | None = None,
+    ) -> int | None:  # fmt: skip
+        """Deletes the records with these ids, or those that pass the filter; without both, the whole namespace. Returns
+        how many, or None where the vendor does not say."""
+        if ids is not None and (filter is not None or not isinstance(ids, (list, tuple))):
+            raise ValidationError("delete takes a list of ids, or a filter, not both")
+        with self._answers():
+            place, checked = (index, namespace or ""), None if ids is None else list(map(_checked_id, ids))
+            count: int | None = 0 if checked == [] else self._remove(place, checked, filter or None)
+            return count
+
+    @contextlib.contextmanager
+    def _answers(self) -> Iterator[None]:
+        """Turns what comes of reading an answer that is none into BadResponseError."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            reason = f"answered something else than expected: {type(error).__name__} {error}"
+            raise BadResponseError(reason, provider=self.name) from error
+
+    def close(self) -> None:
+        """Releases what the store holds open."""
+
+
+class LocalVectorStore(VectorStore):
+    """Vectors in SQLite, in memory or in a file that many processes may use; the search is exact. The score is the
+    cosine, the dot product, or 1 / (1 + the euclidean distance); equally near records are in the order of their ids."""
+
+    name = "local"
+    max_batch = max_numbers = sys.maxsize  # all in one transaction
+    _SCHEMA = """BEGIN IMMEDIATE;
+        CREATE TABLE IF NOT EXISTS vectors (name TEXT, namespace TEXT, id TEXT, vector BLOB, codes BLOB, step REAL,
+            length REAL, metadata TEXT, PRIMARY KEY (name, namespace, id));
+        PRAGMA user_version = 1; COMMIT;"""
+
+    def __init__(self, path: str | os.PathLike[str] = ":memory:", metric: str = "cosine") -> None:
+        if metric not in _METRICS:
+            raise ValidationError(f"unknown metric {metric!r}; there are {', '.join(_METRICS)}")
+        self.path, self.metric, self._lock, self._data_version = os.fspath(path), metric, threading.Lock(), 0
+        self._connection: Any = None
+        self._matrices: dict[_Place, _Matrix] = {}  # until somebody writes
+
+    @classmethod
+    def from_env(cls) -> LocalVectorStore:
+        """The store in the file that LLM_ORCHESTRATOR_VECTORS names, otherwise one in memory."""
+        return cls(_variable("LLM_ORCHESTRATOR_VECTORS") or ":memory:")
+
+    @contextlib.contextmanager
+    def _transaction(self, writing: bool = True) -> Iterator[Any]:
+        """The connection, for one thread at a time; what was written is kept if nothing fails."""
+        try:
+            import sqlite3
+        except ImportError:
+            raise ExecutionError("the local vector store needs the module sqlite3, which this Python lacks") from None
+        with self._lock:
+            try:
+                if self._connection is None:
+                    if self.path != ":memory:" and not os.path.exists(self.path):
+                        os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
+                    self._connection = sqlite3.connect(self.path, 30, isolation_level=None, check_same_thread=False)
+                with self._connection as connection:
+                    version = connection.execute("PRAGMA user_version").fetchone()[0]
+                    if version == 0:
+                        connection.executescript(self._SCHEMA)
+                    elif version != 1:
+                        raise ExecutionError(f"the vector store {self.path} has the schema version {version}, not 1")
+                    if writing:
+                        connection.execute("BEGIN IMMEDIATE")
+                    yield connection
+            except (sqlite3.Error, OSError, UnicodeError) as error:
+                raise ExecutionError(f"the vector store {self.path}: {error}") from None
+
+    def _write(self, place: _Place, records: list[_Record]) -> None:
+        import struct
+
+        dimensions, rows = len(records[0][1]), []
+        for key, vector, metadata in records:
+            peak = max(map(abs, vector))
+            scale = 127 / peak if peak > 1e-100 else 0.0
+            codes = bytes([int(number * scale + 128.5) for number in vector])
+            blob, text = struct.pack(f"<{dimensions}d", *vector), json.dumps(metadata)
+            rows.append((*place, key, blob, codes, peak / 127, math.hypot(*vector), text))
+        with self._transaction() as connection:
+            known = connection.execute("SELECT length(codes) FROM vectors WHERE name = ?", place[:1]).fetchone()
+            if known and known[0] != dimensions:
+                raise ExecutionError(f"the index {place[0]!r} holds vectors of {known[0]} dimensions, not {dimensions}")
+            connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            self._matrices.pop(place, None)
+
+    def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
+        with self._transaction(writing=False) as connection:
+            version = connection.execute("PRAGMA data_version").fetchone()[0]
+            if version != self._data_version or len(self._matrices) > 100:  # another process wrote
+                self._data_version = version
+                self._matrices.clear()
+            matrix = self._matrices.get(place)
+            if matrix is None:
+                rows = connection.execute("SELECT * FROM vectors WHERE name = ? AND namespace = ?", place).fetchall()
+                matrix = self._matrices[place] = _Matrix(rows, self.metric)
+        if matrix.ids and matrix.dimensions != len(query):
+            known = f"{matrix.dimensions} dimensions, but the query has {len(query)}"
+            raise ExecutionError(f"the index {place[0]!r} holds vectors of {known}")
+        return matrix.nearest(query, top_k, _predicate(filter) if filter else None)
+
+    def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int:
+        holds = _predicate(filter)
+        with self._transaction() as connection:
+            if ids is None:
+                rows = connection.execute("SELECT id, metadata FROM vectors WHERE name = ? AND namespace = ?", place)
+                ids = [key for key, text in rows.fetchall() if holds(json.loads(text))]
+            self._matrices.pop(place, None)
+            one = "DELETE FROM vectors WHERE name = ? AND namespace = ? AND id = ?"
+            return sum(connection.execute(one, (*place, key)).rowcount for key in ids)
+
+    def close(self) -> None:
+        """Closes the file, which the next use opens again; what was in memory only is gone."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = None
+            self._matrices.clear()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+class _Matrix:
+    """The records of one namespace in memory. A search compares the query with all vectors roughly, and then exactly
+    with those that may be among the nearest. For the rough part each vector is rounded to whole numbers (codes) from -127 to
+    127 times its `step`, and each dimension is one large integer with 32 bits for each vector: these integers times the
+    query's numbers, rounded too, add up to the dot products with all vectors, in C. How far they can be off is known, so
+    that none is missed."""
+
+    def __init__(self, rows: list[tuple[Any, ...]], metric: str) -> None:
+        every: Any = zip(*rows) if rows else ((),) * 8
+        _, _, self.ids, self.vectors, self.codes, self.steps, self.lengths, self.texts = every
+        self.metric, self.dimensions = metric, len(self.codes[0]) if rows else 0
+
+    @functools.cached_property
+    def metadata(self) -> list[Any]:
+        return list(map(json.loads, self.texts))
+
+    @functools.cached_property
+    def columns(self) -> list[int]:
+        """Each dimension as the sum of code * 2 ** (32 * row)."""
+        count, codes = len(self.ids), b"".join(self.codes)
+        zeros, lanes, columns = int.from_bytes(b"\x80\0\0\0" * count, "little"), bytearray(4 * count), []
+        for dimension in range(self.dimensions):
+            lanes[::4] = codes[dimension :: self.dimensions]
+            columns.append(int.from_bytes(lanes, "little") - zeros)
+        return columns
+
+    def nearest(self, query: list[float], top_k: int, holds: _Predicate | None) -> Iterator[Any]:
+        import heapq
+        import operator
+        import struct
+
+        unpack, length = struct.Struct(f"<{self.dimensions}d").unpack, math.hypot(*query)
+        if self.metric == "cosine":
+            query = [number / length if length > 1e-100 else 0.0 for number in query]
+
+        def nearness(row: int) -> float:
+            if self.metric == "euclidean":
+                return -math.dist(unpack(self.vectors[row]), query)
+            product = math.fsum(map(operator.mul, unpack(self.vectors[row]), query))
+            if self.metric == "dot":
+                return product
+            return max(-1.0, min(1.0, product / self.lengths[row])) if self.lengths[row] > 1e-100 else 0.0
+
+        rows: Sequence[int] = range(len(self.ids))
+        if holds:
+            rows = [row for row in rows if holds(self.metadata[row])]
+        if len(rows) > max(200, top_k):
+            rows = self.likely(query, top_k, rows)
+        for order, key, row in heapq.nsmallest(top_k, [(-nearness(row), self.ids[row], row) for row in rows]):
+            score = 1 / (1 + order) if self.metric == "euclidean" else -order
+            yield key, score, json.loads(self.texts[row]), list(unpack(self.vectors[row]))
+
+    def likely(self, query: list[float], top_k: int, rows: Sequence[int]) -> Sequence[int]:
+        """The rows that may be among the `top_k` nearest. Nearness is x.q / |x|, x.q or 2 x.q - |x| ** 2 here."""
+        import heapq
+        import operator
+        import struct
+
+        count, peak = len(self.ids), max(map(abs, query))
+        if peak < 1e-80:
+            return rows
+        scale = (2**31 - 1) // (127 * self.dimensions) / peak  # no sum leaves its 32 bits
+        middle = int.from_bytes(b"\0\0\0\x80" * count, "little")  # keeps the sums positive
+        total = sum(map(operator.mul, self.columns, [round(number * scale) for number in query]), middle)
+        products = struct.unpack(f"<{count}I", total.to_bytes(4 * count, "little"))
+        steps, longest, squares = self.steps, max(self.lengths), [0.0] * count
+        if self.metric == "cosine":
+            steps, longest = [step / max(length, 1e-100) for step, length in zip(steps, self.lengths)], 1.0
+        elif self.metric == "euclidean":
+            steps, longest, squares = [2 * step for step in steps], 2 * longest, [length**2 for length in self.lengths]
+        nearness = [(products[row] - 2**31) * steps[row] / scale - squares[row] for row in rows]
+        half, length = math.sqrt(self.dimensions) / 2, math.hypot(*query)
+        rounding = half * max(steps)  # the length of what rounding takes from x; half / scale from the query
+        error = 1.001 * (rounding * length + (longest + rounding) * half / scale) + 1e-9 * (longest + length) ** 2
+        least = heapq.nlargest(top_k, nearness)[-1] - 2 * error
+        return [row for row, value in zip(rows, nearness) if value >= least]
+
+
+class _RemoteVectorStore(Provider, VectorStore):
+    """Base of the vendors' clients: the settings of a provider, and the `metric` of the collections that it creates. Where
+    the vendor has no namespaces, one is a collection of its own, INDEX__NAMESPACE."""
+
+    max_batch = VectorStore.max_batch
+    OPTIONS: Mapping[str, str | None] = {"metric": None}
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.metric: str = self.options.get("metric") or "cosine"
+        if self.metric not in _METRICS:
+            raise ValidationError(f"unknown metric {self.metric!r}; there are {', '.join(_METRICS)}")
+
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        return ""  # all but Pinecone run without a key, too
+
+    def address(self, base_url: str) -> str:
+        """An address without a scheme is https, but http with a port or for this machine."""
+        if base_url and "://" not in base_url:
+            base_url = f"http{'' if ':' in base_url else 's'}://{base_url}" if base_url != "localhost" else self.BASE_URL
+        return base_url.rstrip("/")
+
+    def call(self, method: str, path: str, names: Iterable[str], payload: Any = None, expected: int | None = None) -> Any:
+        """The answer at a path with quoted names in it; None if the status is an error that was expected."""
+        from urllib.parse import quote
+
+        try:
+            return self._rest.call(method, path.format(*(quote(name, safe="") for name in names)), payload)
+        except ProviderError as error:
+            if expected is None or error.status != expected:
+                raise
+            return None
+
+
+def _collection(place: _Place) -> list[str]:
+    return ["__".join(filter(None, place))]
+
+
+def _as_uuid(identifier: str) -> str:
+    """The id itself if it is a UUID, otherwise one made of it (version 5)."""
+    import uuid
+
+    with contextlib.suppress(ValueError):
+        if str(uuid.UUID(identifier)) == identifier:
+            return identifier
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, identifier))
+
+
+def _without_nulls(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata for databases that have no null; to a filter it is a missing field anyway."""
+    return {key: value for key, value in metadata.items() if value is not None}
+
+
+class QdrantStore(_RemoteVectorStore):
+    """Qdrant (https://api.qdrant.tech). Ids that are neither whole numbers nor UUIDs become UUIDs, and the payload keeps
+    them as `_id`. The score is Qdrant's."""
+
+    TYPE, BASE_URL, KEY_HEADER = "qdrant", "http://localhost:6333", ("api-key", "")
+    KEY_VARIABLES, URL_VARIABLES = ("QDRANT_API_KEY",), ("QDRANT_URL",)
+
+    def point_id(self, identifier: str) -> Any:
+        return int(identifier) if re.fullmatch("0|[1-9][0-9]{0,18}", identifier) else _as_uuid(identifier)
+
+    def filter(self, source: Any) -> dict[str, Any]:
+        def test(field: str, operator: str, values: list[Any], negated: bool) -> dict[str, Any]:
+            key, tests = field if re.fullmatch(r"[\w-]+", field) else f'"{field}"', []
+            for value in values:
+                if operator != "$in" or isinstance(value, float):  # to match, integers must be integers
+                    bounds = ("gte", "lte") if operator == "$in" else (operator[1:],)
+                    tests.append({"key": key, "range": dict.fromkeys(bounds, value)})
+                else:
+                    tests.append({"key": key, "match": {"value": value}})
+            return {"must_not": tests} if negated else tests[0] if len(tests) == 1 else {"should": tests}
+
+        joints = {"and": "must", "or": "should"}
+        return {"must": [_filtered(source, lambda joint, parts: {joints[joint]: parts}, test)] if source else []}
+
+    def _write(self, place: _Place, records: list[_Record]) -> None:
+        points: list[dict[str, Any]] = []
+        for key, vector, metadata in records:
+            points.append({"id": self.point_id(key), "vector": vector, "payload": metadata})
+            if str(points[-1]["id"]) != key:
+                points[-1]["payload"] = {**metadata, "_id": key}
+        path, name, body = "/collections/{}/points?wait=true", _collection(place), {"points": points}
+        if self.call("PUT", path, name, body, expected=404) is None:
+            shape = {"size": len(records[0][1]), "distance": _METRICS[self.metric][0]}
+            self.call("PUT", "/collections/{}", name, {"vectors": shape}, expected=409)  # somebody else was faster
+            self.call("PUT", path, name, body)
+
+    def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
+        body = {"query": query, "limit": top_k, "with_payload": True, "with_vector": vectors}
+        body.update({"filter": self.filter(filter)} if filter else {})
+        answer = self.call("POST", "/collections/{}/points/query", _collection(place), body)
+        for point in answer["result"]["points"]:
+            metadata = dict(point.get("payload") or {})
+            yield metadata.pop("_id", point["id"]), point["score"], metadata, point.get("vector")
+
+    def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> None:
+        chosen = {"filter": self.filter(filter)} if ids is None else {"points": list(map(self.point_id, ids))}
+        self.call("POST", "/collections/{}/points/delete?wait=true", _collection(place), chosen)
+
+
+class PineconeStore(_RemoteVectorStore):
+    """Pinecone (https://docs.pinecone.io/reference/api). `base_url` is the host of the index; without it, Pinecone is
+    asked for the host by the index's name. Indexes are not created here. The score is Pinecone's."""
+
+    TYPE, KEY_HEADER = "pinecone", ("Api-Key", "")
+    KEY_VARIABLES, URL_VARIABLES = ("PINECONE_API_KEY",), ("PINECONE_INDEX_HOST",)
+    OPTIONS: Mapping[str, str | None] = {"controller_host": "PINECONE_CONTROLLER_HOST"}
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.indexes: dict[str, PineconeStore] = {}  # where no host was given
+
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        return "" if settings.get("api_key") else cls.KEY_VARIABLES[0]
+
+    def extra_headers(self) -> dict[str, str]:
+        return {"X-Pinecone-Api-Version": "2026-07"}
+
+    def at(self, host: str) -> PineconeStore:
+        """A client with the same settings for another host."""
+        settings = {"headers": self._rest.headers, "timeout_seconds": self.timeout_seconds}
+        return PineconeStore(base_url=host, name=self.name, **settings)
+
+    def ask(self, place: _Place, path: str, body: dict[str, Any]) -> Any:
+        """The answer of the host that serves the index."""
+        if not self.base_url and place[0] not in self.indexes:
+            controller = self.at(self.options["controller_host"] or "https://api.pinecone.io")
+            self.indexes[place[0]] = self.at(controller.call("GET", "/indexes/{}", place[:1])["host"])
+        client = self if self.base_url else self.indexes[place[0]]
+        return client.call("POST", path, (), {**body, "namespace": place[1]})
+
+    def _write(self, place: _Place, records: list[_Record]) -> None:
+        vectors = [{"id": key, "values": values, "metadata": _without_nulls(found)} for key, values, found in records]
+        self.ask(place, "/vectors/upsert", {"vectors": vectors})
+
+    def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
+        body = {"vector": query, "topK": top_k, "includeMetadata": True, "includeValues": vectors}
+        body.update({"filter": _mongo_filter(filter)} if filter else {})
+        for match in self.ask(place, "/query", body)["matches"]:
+            yield match["id"], match["score"], match.get("metadata"), match.get("values")
+
+    def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> None:
+        wanted: dict[str, Any] = {"filter": _mongo_filter(filter)} if filter else {"deleteAll": True}
+        chosen = wanted if ids is None else {"ids": ids}
+        self.ask(place, "/vectors/delete", chosen)
+
+
+class ChromaStore(_RemoteVectorStore):
+    """Chroma's API v2 (https://docs.trychroma.com). The metadata's `text` becomes the document too. The score is
+    1 - distance for cosine and ip, 1 / (1 + root of the distance) for l2. Filters do not look into lists there."""
+
+    TYPE, BASE_URL, KEY_HEADER = "chroma", "http://localhost:8000", ("x-chroma-token", "")
+    KEY_VARIABLES, URL_VARIABLES = ("CHROMA_API_KEY",), ("CHROMA_URL", "CHROMA_HOST")
+    OPTIONS: Mapping[str, str | None] = {"metric": None, "tenant": "CHROMA_TENANT", "database": "CHROMA_DATABASE"}
+    PATH = "/api/v2/tenants/{}/databases/{}/collections"
+
+    def ask(self, place: _Place, verb: str, body: dict[str, Any], create: bool = False) -> tuple[Any, str]:
+        """(answer, metric) of a collection, which goes by a UUID."""
+        names = [self.options["tenant"] or "default_tenant", self.options["database"] or "default_database"]
+        if create:
+            settings = {"hnsw": {"space": _METRICS[self.metric][1]}}
+            wanted = {"name": _collection(place)[0], "get_or_create": True, "configuration": settings}
+            found = self.call("POST", self.PATH, names, wanted)
+        else:
+            found = self.call("GET", self.PATH + "/{}", names + _collection(place))
+        settings = found.get("configuration_json") or {}
+        answer = self.call("POST", f"{self.PATH}/{{}}/{verb}", [*names, found["id"]], body)
+        return answer, (settings.get("hnsw") or settings.get("spann") or {}).get("space", "l2")
+
+    def _write(self, place: _Place, records: list[_Record]) -> None:
+        texts = [metadata["text"] if isinstance(metadata.get("text"), str) else None for _, _, metadata in records]
+        ids, vectors, metadatas = [list(column) for column in zip(*records)]
+        body = {"ids": ids, "embeddings": vectors, "metadatas": list(map(_without_nulls, metadatas)), "documents": texts}
+        self.ask(place, "upsert", body, create=True)
+
+    def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
+        include = ["distances", "metadatas", "documents", *["embeddings"] * vectors]
+        body: dict[str, Any] = {"query_embeddings": [query], "n_results": top_k, "include": include}
+        body.update({"where": _mongo_filter(filter)} if filter else {})
+        answer, metric = self.ask(place, "query", body)
+        nothing = [[None] * len(answer["ids"][0])]
+        columns = [(answer.get(name) or nothing)[0] for name in ("ids", *include[:3], "embeddings")]
+        for key, distance, metadata, document, values in zip(*columns):
+            text = {} if document is None else {"text": document}
+            yield key, _SCORES[metric](distance), {**text, **(metadata or {})}, values
+
+    def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int | None:
+        where = _mongo_filter(filter) if filter else {"_": {"$ne": ""}}  # the last is true of everything
+        answer, _ = self.ask(place, "delete", {"where": where} if ids is None else {"ids": ids})
+        return answer.get("deleted") if isinstance(answer, Mapping) else None
+
+
+class WeaviateStore(_RemoteVectorStore):
+    """Weaviate's REST and GraphQL API (https://docs.weaviate.io). Its ids are UUIDs; the property `record` keeps the real
+    id and metadata as JSON. The score is 1 - distance for cosine, -distance for dot, 1 / (1 + its root) for l2-squared."""
+
+    TYPE, BASE_URL = "weaviate", "http://localhost:8080"
+    KEY_VARIABLES, URL_VARIABLES = ("WEAVIATE_API_KEY",), ("WEAVIATE_URL",)
+    OPERATORS: Mapping[str, str] = {
+        "$in": "Equal", "$gt": "GreaterThan", "$gte": "GreaterThanEqual", "$lt": "LessThan", "$lte": "LessThanEqual",
+    }  # fmt: skip
+
+    def opened(self, place: _Place, create: bool = False) -> tuple[str, str, dict[str, str]]:
+        """(name, metric, types of the properties) of a collection."""
+        name = _collection(place)[0]
+        if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name):
+            raise ValidationError(f"the names of Weaviate's collections are letters, digits and _, not {name!r}")
+        name = name[0].upper() + name[1:]
+        found = self.call("GET", "/v1/schema/{}", [name], expected=404)
+        if found is None:
+            found = {"class": name, "vectorizer": "none", "vectorIndexConfig": {"distance": _METRICS[self.metric][2]}}
+            if create:
+                self.call("POST", "/v1/schema", (), found)
+        types = {entry["name"]: entry["dataType"][0] for entry in found.get("properties") or ()}
+        return name, (found.get("vectorIndexConfig") or {}).get("distance", "cosine"), types
+
+    def _write(self, place: _Place, records: list[_Record]) -> None:
+        name, _, types = self.opened(place, create=True)
+        objects = []
+        for key, vector, metadata in records:
+            properties = {"record": json.dumps({"id": key, "metadata": metadata})}
+            for field, value in metadata.items():
+                kinds = {_PLAIN_TYPES.get(type(item), "") for item in (value if isinstance(value, list) else [value])}
+                if len(kinds) == 1 and kinds != {""} and re.fullmatch("(?!(id|record)$)[A-Za-z_][A-Za-z0-9_]{,200}", field):
+                    properties[field] = value  # what filters can test
+            objects.append({"class": name, "id": _as_uuid(key), "vector": vector, "properties": properties})
+            for field, value in properties.items():
+                if field not in types:
+                    many = isinstance(value, list)
+                    types[field] = _PLAIN_TYPES[type(value[0] if many else value)] + "[]" * many
+                    words = {"tokenization": "field"} if "text" in types[field] else {}  # so that equal is equal
+                    settings = {"name": field, "dataType": [types[field]], **words}
+                    self.call("POST", "/v1/schema/{}/properties", [name], settings)
+        for entry in self.call("POST", "/v1/batch/objects", (), {"objects": objects}):
+            self.refuse(((entry.get("result") or {}).get("errors") or {}).get("error"))
+
+    def refuse(self, errors: Any) -> None:
+        """Raises the first of the errors in an answer whose status is 200."""
+        if errors:
+            raise self._rest.error(None, {}, {"error": errors[0]}, "")
+
+    def filter(self, source: Any, types: Mapping[str, str]) -> Any:
+        def joined(joint: str, parts: list[Any]) -> dict[str, Any]:
+            return {"operator": joint.capitalize(), "operands": parts}
+
+        def test(field: str, operator: str, values: list[Any], negated: bool) -> dict[str, Any]:
+            if negated and operator != "$in":
+                _not_negatable(field, operator)
+            word, tests = "NotEqual" if negated else self.OPERATORS[operator], []
+            for value in values:
+                kind = types.get(field, _PLAIN_TYPES.get(type(value), "text")).replace("[]", "").capitalize()
+                tests.append({"path": [field], "operator": word, f"value{kind}": value})
+            return tests[0] if len(tests) == 1 else joined("and" if negated else "or", tests)
+
+        return _filtered(source, joined, test)
+
+    def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
+        name, metric, types = self.opened(place)
+        plain = ("text", "int", "number", "boolean", "date", "uuid")
+        fields = [field for field, kind in types.items() if kind.replace("[]", "") in plain]
+        where = f" where:{_graphql(self.filter(filter, types))}" if filter else ""
+        asked = f"{' '.join(fields)} _additional{{id distance{' vector' * vectors}}}"
+        near = f"nearVector:{{vector:{json.dumps(query)}}} limit:{top_k}{where}"
+        answer = self.call("POST", "/v1/graphql", (), {"query": f"{{Get{{{name}({near}){{{asked}}}}}}}"})
+        self.refuse(answer.get("errors"))
+        for found in answer["data"]["Get"][name]:
+            extra, record = found.pop("_additional"), found.get("record")
+            ours = json.loads(record) if record else {"id": extra["id"], "metadata": _without_nulls(found)}
+            yield ours["id"], _SCORES[metric](extra["distance"]), ours["metadata"], extra.get("vector")
+
+    def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int:
+        name, _, types = self.opened(place)
+        where = self.filter(filter, types) if filter else {"path": ["id"], "operator": "Like", "valueText": "*"}
+        if ids is not None:
+            where = {"path": ["id"], "operator": "ContainsAny", "valueTextArray": list(map(_as_uuid, ids))}
+        count, answer = 0, {"successful": 1, "matches": 2}
+        while 0 < answer["successful"] < answer["matches"]:  # one call deletes 10,000 at most
+            answer = self.call("DELETE", "/v1/batch/objects", (), {"match": {"class": name, "where": where}})["results"]
+            count += answer["successful"]
+        return count
+
+
+def _graphql(value: Any, key: str = "") -> str:
+    """A value as a literal of GraphQL, whose map keys and operators have no quotes."""
+    if isinstance(value, Mapping):
+        return f"{{{' '.join(f'{name}:{_graphql(item, name)}' for name, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{' '.join(map(_graphql, value))}]"
+    return str(value) if key == "operator" else json.dumps(value, ensure_ascii=False)
+
+
+VECTOR_STORES: dict[str, Any] = {
+    "local": LocalVectorStore, "qdrant": QdrantStore, "pinecone": PineconeStore, "weaviate": WeaviateStore,
+    "chroma": ChromaStore,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6163,25 +7206,32 @@ async def _vector_search_step(call: _StepRun, values: dict[str, Any]) -> tuple[A
     if isinstance(query, str):
         if not values.get("embed"):
             raise ExecutionError("query is text; give embed: {provider, model} to make a vector of it")
-        query = (await call.embed(values["embed"], [query]))[0][0]
+        query = (await call.embed({"input_type": "query", **values["embed"]}, [query]))[0][0]
     options = {name: values.get(name) for name in ("filter", "namespace")}
     options["include_metadata"] = values.get("include_metadata") is not False
     options["include_vectors"] = values.get("include_vectors") is True
     store = call.run.vector_store(values["database"])
-    results = await call.blocking(functools.partial(store.search, values["index"], query, top_k, **options))
+    results = await call.custom(store.search, functools.partial(store.search, values["index"], query, top_k, **options))
+    if not isinstance(results, list):
+        raise ExecutionError(f"the vector store {values['database']!r} answered {_type_name(results)}, not a list of results")
     metadata = {"count": len(results), "top_k": top_k, "database": values["database"], "index": values["index"]}
     return results, metadata
 
 
 async def _vector_upsert_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
-    records = values.get("vectors")
-    if records is None:
-        documents = [_document_record(document) for document in values["documents"]]
-        texts = [str(document["metadata"]["text"]) for document in documents]
-        vectors = (await call.embed(values["embed"], texts))[0]
-        records = [{**document, "vector": vector} for document, vector in zip(documents, vectors)]
+    records, documents = values.get("vectors"), values.get("documents")
+    if (records is None) == (documents is None):
+        raise ExecutionError("documents and vectors are null; give one of the two")
+    if documents is not None:
+        if not values.get("embed"):
+            raise ExecutionError("documents need embed: {provider, model} to make vectors of them")
+        entries = [_document_record(document) for document in ([documents] if isinstance(documents, str) else documents)]
+        texts = [entry["metadata"]["text"] for entry in entries]
+        vectors = (await call.embed({"input_type": "document", **values["embed"]}, texts))[0]
+        records = [{**entry, "vector": vector} for entry, vector in zip(entries, vectors)]
     store = call.run.vector_store(values["database"])
-    return (await call.blocking(store.upsert, values["index"], records, values.get("namespace")),)
+    upsert = functools.partial(store.upsert, values["index"], records, values.get("namespace"))
+    return (await call.custom(store.upsert, upsert),)
 
 
 def _document_record(document: Any) -> dict[str, Any]:
@@ -6189,10 +7239,18 @@ def _document_record(document: Any) -> dict[str, Any]:
     entry = {"text": document} if isinstance(document, str) else document
     if not isinstance(entry, Mapping) or not isinstance(entry.get("text"), str):
         raise ExecutionError(f"documents must be texts, or maps with a text, not {_shown(document)}")
-    import hashlib
+    for key in entry:
+        if key not in ("id", "text", "metadata"):
+            raise ExecutionError(f"a document has id, text and metadata; {key!r} belongs under metadata")
+    metadata, identifier = entry.get("metadata") or {}, entry.get("id")
+    if not isinstance(metadata, Mapping):
+        raise ExecutionError(f"the metadata of a document must be a map, not {_shown(metadata)}")
+    if identifier is None:  # what is the same is stored once
+        import hashlib
 
-    digest = hashlib.blake2b(entry["text"].encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    return {"id": str(entry.get("id", digest)), "metadata": {**(entry.get("metadata") or {}), "text": entry["text"]}}
+        content = entry["text"] + (_to_json(metadata, sort_keys=True) if metadata else "")
+        identifier = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return {"id": identifier, "metadata": {**metadata, "text": entry["text"]}}
 
 
 async def _parallel_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
@@ -6232,6 +7290,23 @@ async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     return outputs
 
 
+class _Paused(BaseException):
+    """A step waits for an approval: the run goes on as far as it can without it, and stops."""
+
+
+async def _approval_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    """Pauses the run until it is resumed with a decision on this step."""
+    decision = call.run.decisions.get(call.id)
+    if decision is None:
+        call.result.reason = "approval"
+        call.run.emit("approval_needed", call.id, message=values.get("message") or "")
+        raise _Paused
+    approved, given = decision
+    if not approved:
+        raise ExecutionError("it was rejected", call.id)
+    return ({"approved": True, **given},)
+
+
 async def _workflow_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     return await call.run_workflow(values)
 
@@ -6247,6 +7322,7 @@ _HANDLERS: dict[str, Callable[[_StepRun, dict[str, Any]], Awaitable[tuple[Any, .
     "branch": _branch_step,
     "loop": _loop_step,
     "workflow": _workflow_step,
+    "approval": _approval_step,
 }
 
 
@@ -6590,10 +7666,6 @@ _TRIGGER_RULES: dict[str, Callable[[int, int, int], str | None]] = {
 }
 
 
-class _Paused(Exception):
-    """A step waits for an approval: the run goes on as far as it can without it, and stops."""
-
-
 class _GraphRun:
     """One pass over sibling steps: the top level of a run, the children of a container, an iteration of a loop.
 
@@ -6702,6 +7774,9 @@ class _GraphRun:
 
     def start(self, position: int) -> None:
         node, result = self.node(position), self.begin(position)
+        if result.step_id in self.run.prior:
+            self.restore(position, result)
+            return
         reason = None
         if self.graph.counts[position]:
             ran, failed = self.ran[position], self.failed[position]
@@ -6724,6 +7799,13 @@ class _GraphRun:
             self.tasks.add(task)
             task.add_done_callback(step.ended)
 
+    def restore(self, position: int, result: StepResult) -> None:
+        """Takes over what an earlier execution of this run completed."""
+        restored = StepResult.from_dict({**self.run.prior[result.step_id], "order": result.order})
+        self.results[position] = self.run.results[result.step_id] = restored
+        self.run.count(restored.usage or {})
+        self.finish(position, restored, self.run.restored_children(result.step_id), stored=True)
+
     def run_inline(self, position: int, node: _Node, result: StepResult) -> None:
         """A step that never waits: no task, no slot, no thread."""
         started, run = time.perf_counter(), self.run
@@ -6742,7 +7824,9 @@ class _GraphRun:
         result.duration_ms = round((time.perf_counter() - started) * 1000, 3)
         self.finish(position, result)
 
-    def finish(self, position: int, result: StepResult, children: Mapping[str, Any] | None = None) -> None:
+    def finish(
+        self, position: int, result: StepResult, children: Mapping[str, Any] | None = None, stored: bool = False
+    ) -> None:
         """Records the final state of a step and releases what waited for it."""
         node, status, run = self.node(position), result.status, self.run
         if status != "completed":
@@ -6756,6 +7840,8 @@ class _GraphRun:
         failed = status in ("failed", "cancelled") and not ran
         if run.listening:
             run.emit_end(result)
+        if run.journal is not None and not stored:
+            run.journal.step(result)
         self.unfinished -= 1
         for dependent in node.dependents if not self.has_items else ():
             self.ran[dependent] += ran
@@ -6852,6 +7938,8 @@ class _StepRun:
         self.task = asyncio.current_task()
         result.status = "running"
         try:
+            if self.run.journal is not None:
+                await self.run.journal.barrier()  # what it builds on is durable before it begins
             if node.for_each is not None and not self.siblings.has_items:
                 outputs: tuple[Any, ...] = await self.each()
             else:
@@ -6989,7 +8077,7 @@ class _StepRun:
 
     async def threaded(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A blocking call in a worker thread; when cancelled, the socket under it is closed at once."""
-        scope = _CancelScope(None)
+        scope = _CancelScope()
         try:
             return await self.run.pool.submit(scope, function, arguments)
         except BaseException:
@@ -7059,11 +8147,41 @@ class _StepRun:
         return vectors, model, tokens
 
     async def invoke(self, name: str, provider: Any, call: Any, request: Any, cached: bool) -> Any:
-        """One call of a provider: from the cache or the cassette, or past budget and gate, in a slot, counted."""
-        with self.run.budget.reserved(request.model, _estimated_tokens(request)):
-            answer = await self.working(functools.partial(self.call, name, provider, call, request))
+        """One call of a provider: from the cassette or the cache, or past budget and gate, in a slot, counted."""
+        run = self.run
+        keepers = run.executor.keepers(cached)
+        for keeper in keepers:
+            if (answer := await self.threaded(keeper.recall, name, provider, request)) is not None:
+                return answer
+        with run.budget.reserved(request.model, _estimated_tokens(request)):
+            try:
+                answer = await self.gated(name, provider, functools.partial(self.call, name, provider, call, request), request)
+            except ProviderError as error:
+                answer = error
+            if run.journal is not None:
+                run.journal.call(self.id, name, request, answer)
+            for keeper in keepers:
+                await self.threaded(keeper.keep, name, provider, request, answer)
+            if isinstance(answer, ProviderError):
+                raise answer
             self.count(request, answer)
         return answer
+
+    async def gated(self, name: str, provider: Any, call: Callable[[], Any], request: Any) -> Any:
+        """A call in a slot, past the provider's gate: the wait there holds no slot."""
+        gate, tokens = self.run.executor.gate(name, provider, self.siblings.workflow), sum(_estimated_tokens(request))
+        state = gate.breaker and gate.breaker.state
+        await gate.enter(name, tokens, self.node.retry.max_delay_seconds)
+        try:
+            answer = await self.working(call)
+            gate.leave(tokens, answer)
+            return answer
+        except BaseException as error:
+            gate.leave(tokens, error, self.expired)
+            raise
+        finally:
+            if gate.breaker is not None and gate.breaker.state != state:
+                self.run.emit("circuit", self.id, provider=name, state=gate.breaker.state)
 
     async def call(self, name: str, provider: Any, call: Any, request: Any) -> Any:
         """The call itself: in place if it never waits, awaited, or in a worker thread."""
@@ -7076,12 +8194,11 @@ class _StepRun:
 
     def count(self, request: Any, answer: Any) -> None:
         """Adds what an answer says that it used, and what that cost."""
-        names = ("input_tokens", "tokens", "output_tokens", "total_tokens")
-        counts: list[Any] = [getattr(answer, name, None) for name in names]
-        inputs, texts, outputs, total = (max(count, 0) if _is_integer(count) else 0 for count in counts)
-        used = {"input_tokens": inputs or texts, "output_tokens": outputs}
-        used["total_tokens"] = total or sum(used.values())
-        cost = self.run.budget.cost(request.model, used["input_tokens"], used["output_tokens"])
+        inputs, outputs = _used_tokens(answer)
+        total = getattr(answer, "total_tokens", None)
+        used = {"input_tokens": inputs, "output_tokens": outputs}
+        used["total_tokens"] = total if _is_integer(total) and total > 0 else inputs + outputs
+        cost = self.run.budget.cost(request.model, inputs, outputs)
         self.add_usage(used if cost is None else {**used, "cost": cost})
 
     def add_usage(self, amounts: Mapping[str, Any]) -> None:
@@ -7136,6 +8253,8 @@ class _StepRun:
             self.run.results[result.step_id] = result
             if self.run.listening:
                 self.run.emit_end(result)
+            if self.run.journal is not None:
+                self.run.journal.step(result)
 
     async def run_workflow(self, values: dict[str, Any]) -> tuple[Any, ...]:
         """Another workflow's steps as children of this one, with inputs, partials and providers of its own."""
@@ -7192,6 +8311,56 @@ class _Clock:
         if self.step.task is not None:
             self.step.task.cancel()
             self.timer = self.step.run.loop.call_later(_PATIENCE_SECONDS, self.expire)
+
+
+class CircuitOpenError(ProviderError):
+    """A provider failed so often that its circuit breaker lets nobody call it for a while; no call was made."""
+
+
+class _Gate:
+    """What stands before a provider's calls, for all executors that share it: rate limits, pauses, a circuit breaker."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.limit = _RateLimit.from_dict(settings.get("rate_limit") or {})
+        breaker = settings.get("circuit_breaker")
+        self.breaker = None if breaker is None else _CircuitBreaker.from_dict(breaker)
+        self.is_open = not (settings.get("rate_limit") or breaker is not None)  # nothing but a pause holds calls up
+
+    async def enter(self, name: str, tokens: int, patience_seconds: float) -> None:
+        """Waits for a call's turn. Raises CircuitOpenError, and RateLimitError for a pause beyond patience."""
+        pause = self.limit.blocked_seconds()
+        if pause > patience_seconds:
+            raise RateLimitError("asked all its callers to wait", provider=name, status=429, retry_after=pause)
+        if self.breaker is not None and not self.breaker.allow():
+            wait = self.breaker.retry_after_seconds
+            reason = f"its circuit is open: it failed too often; the next try is in {wait:.1f} s"
+            raise CircuitOpenError(reason, provider=name, retry_after=wait)
+        try:
+            if pause or not self.is_open:
+                await self.limit.start(tokens)
+        except BaseException:
+            if self.breaker is not None:
+                self.breaker.record(None)
+            raise
+
+    def leave(self, tokens: int, outcome: Any, expired: bool = False) -> None:
+        """Tells how the call ended: its answer, or its error."""
+        if not self.is_open:
+            self.limit.leave()
+            self.limit.settle(tokens, tokens if isinstance(outcome, BaseException) else sum(_used_tokens(outcome)))
+        if isinstance(outcome, RateLimitError) and outcome.retry_after:
+            self.limit.pause(outcome.retry_after)
+        if self.breaker is not None:
+            failed = not isinstance(outcome, ProviderError) or (outcome.retryable and not isinstance(outcome, RateLimitError))
+            unknown = isinstance(outcome, BaseException) and not isinstance(outcome, Exception) and not expired
+            self.breaker.record(None if unknown else not (isinstance(outcome, BaseException) and failed))
+
+
+def _used_tokens(answer: Any) -> tuple[int, int]:
+    """(input, output) tokens that an answer says it used."""
+    counts = (getattr(answer, name, None) for name in ("input_tokens", "tokens", "output_tokens"))
+    inputs, texts, outputs = (max(count, 0) if _is_integer(count) else 0 for count in counts)
+    return inputs or texts, outputs
 
 
 class BudgetExceededError(ExecutionError):
@@ -7304,14 +8473,24 @@ class _Run:
 
     def __init__(
         self, executor: WorkflowExecutor, loop: asyncio.AbstractEventLoop,
-        listener: Callable[[dict[str, Any]], None] | None = None,
+        listener: Callable[[dict[str, Any]], None] | None = None, recorded: Mapping[str, Any] | None = None,
+        decisions: Mapping[str, tuple[bool, Mapping[str, Any]]] | None = None,
     ) -> None:  # fmt: skip
         self.executor, self.loop, self.thread = executor, loop, threading.get_ident()
-        self.run_id, self.started = os.urandom(8).hex(), time.perf_counter()
+        self.run_id, self.started = recorded["run_id"] if recorded else os.urandom(8).hex(), time.perf_counter()
+        states = recorded["steps"] if recorded else {}
+        self.prior = {step_id: state for step_id, state in states.items() if state["status"] == "completed"}
+        self.prior_parts: dict[str, dict[str, None]] = {}  # id -> what follows it in the ids of the states
+        for step_id in sorted(states, key=lambda step_id: states[step_id].get("order") or []):
+            while "." in step_id:
+                step_id, part = step_id.rsplit(".", 1)
+                self.prior_parts.setdefault(step_id, {})[part] = None
+        self.states, self.decisions, self.is_new = states, decisions or {}, recorded is None
+        self.journal = executor.store.journal(self.run_id, loop) if executor.store is not None else None
         self.result = RunResult(self.run_id, str(executor.workflow.name))
         self.usage = self.result.usage
         self.results: dict[str, StepResult] = {}
-        self.slots, self.pool = _Slots(loop, executor.max_concurrency), _WorkerPool(loop)
+        self.slots, self.pool = executor._shared or (_Slots(loop, executor.max_concurrency), _WorkerPool(loop))
         self.budget = _Budget(executor.workflow, self.usage)
         self.stopped: str | None = None  # cancelled or timed_out, once it is
         self.checked: list[Workflow] = []  # sub-workflows that were found while running
@@ -7326,6 +8505,8 @@ class _Run:
         import asyncio
 
         workflow, plan = self.executor.workflow, self.executor.workflow._plan()
+        if self.journal is not None and self.is_new:
+            self.journal.begin(workflow, self.executor)
         context = _root_context(self, workflow, plan, inputs)
         chain = (str(workflow.name),)
         top = _GraphRun(self, plan.graph, context, workflow, fail_fast=bool(workflow.fail_fast), chain=chain)
@@ -7341,10 +8522,12 @@ class _Run:
                 interrupted = True
                 self.stop("cancelled")
         timer.cancel()
-        self.pool.close()
-        if not self.main.cancelled() and self.main.exception() is not None:
-            raise self.main.exception() or AssertionError
-        self.finish(top, plan, context)
+        if self.executor._shared is None:
+            self.pool.close()
+        error = None if self.main.cancelled() else self.main.exception()
+        if error is not None and not isinstance(error, _Paused):
+            raise error
+        self.finish(top, plan, context, error is not None)
         if interrupted:
             raise asyncio.CancelledError
         return self.result
@@ -7355,7 +8538,7 @@ class _Run:
             self.stopped = status
             self.main.cancel()
 
-    def finish(self, top: _GraphRun, plan: _Plan, context: dict[str, Any]) -> None:
+    def finish(self, top: _GraphRun, plan: _Plan, context: dict[str, Any], paused: bool) -> None:
         """The run's own status, outputs and error."""
         result = self.result
         result.steps = {step.step_id: step for step in sorted(self.results.values(), key=lambda step: step.order)}
@@ -7372,8 +8555,8 @@ class _Run:
             result.exception, result.error = error, {**(first.error or {}), "step_id": first.step_id}
         elif self.budget.error is not None:  # also where continue_on_error hides it: the run is not complete
             result.exception = self.budget.error
-        result.status = self.stopped or ("completed" if result.exception is None else "failed")
-        for name, render in plan.outputs:
+        result.status = self.stopped or ("failed" if result.exception else "paused" if paused else "completed")
+        for name, render in plan.outputs if result.status != "paused" else ():
             try:
                 result.outputs[name] = render(context)
             except TemplateError as error:
@@ -7384,6 +8567,8 @@ class _Run:
         if result.error is None and result.exception is not None:
             result.error = _error_summary(result.exception)
         result.duration_ms = round((time.perf_counter() - self.started) * 1000, 3)
+        if self.journal is not None:
+            self.journal.end(result)
         if self.listening:
             self.emit("run_finished", status=result.status, duration_ms=result.duration_ms, usage=result.usage)
 
@@ -7409,6 +8594,19 @@ class _Run:
 
     def http(self) -> _HttpClient:
         return self.executor._http()
+
+    def restored_children(self, step_id: str) -> dict[str, Any] | None:
+        """Takes over the children of a restored container; what templates see of them, of a loop's last iteration."""
+        views: dict[str, Any] = {}
+        for part in self.prior_parts.get(step_id, ()):
+            child_id = f"{step_id}.{part}"
+            inner = self.restored_children(child_id)
+            if child_id in self.states:
+                self.results[child_id] = result = StepResult.from_dict(self.states[child_id])
+                views[part] = _StepView(result, inner)
+            else:
+                views = inner or {}
+        return views or None
 
     def count(self, amounts: Mapping[str, Any]) -> None:
         for name, amount in amounts.items():
@@ -7442,6 +8640,9 @@ class _Run:
         self.emit(f"step_{result.status}", result.step_id, step_type=result.type, **shown)
 
 
+_LATER: Any = object()  # in place of an executor's inputs, when each run of a batch brings its own
+
+
 class WorkflowExecutor:
     """Runs one workflow with one set of inputs; it may be run again, and many may run at once.
 
@@ -7459,12 +8660,13 @@ class WorkflowExecutor:
         transforms: Mapping[str, Callable[..., Any]] | None = None,
         tools: Mapping[str, Callable[..., Any]] | None = None, vector_stores: Mapping[str, Any] | None = None,
         on_event: Callable[[dict[str, Any]], None] | None = None, offline: bool = False,
-        output_folder: str | os.PathLike[str] = "output", streaming: bool = False,
+        output_folder: str | os.PathLike[str] = "output", streaming: bool = False, store: Any = None,
+        cache: Any = None, cassette: Any = None,
     ) -> None:  # fmt: skip
         if not isinstance(workflow, Workflow):
             raise ValidationError(f"workflow must be a Workflow, not {type(workflow).__name__}")
         self.workflow, self.warnings = workflow, workflow.validate()
-        self.inputs = _checked_inputs(workflow, inputs or {})
+        self.inputs = {} if inputs is _LATER else _checked_inputs(workflow, inputs or {})
         limit = max_concurrency if max_concurrency is not None else workflow.max_concurrency or _DEFAULT_CONCURRENCY
         if not _is_integer(limit) or limit < 1:
             raise ValidationError(f"max_concurrency must be a whole number of at least 1, not {limit!r}")
@@ -7472,9 +8674,12 @@ class WorkflowExecutor:
         self.providers, self.vector_stores = dict(providers or {}), dict(vector_stores or {})
         self.actions, self.transforms, self.tools = dict(actions or {}), dict(transforms or {}), dict(tools or {})
         self.on_event, self.offline, self.output_folder = on_event, offline, os.fspath(output_folder)
-        self.streaming = streaming
+        self.streaming, self.store, self.cache, self.cassette = streaming, store, cache, cassette
+        self.launch: dict[str, Any] = {}  # what a store should know of how the run was started
         self.result: RunResult | None = None  # of the latest run, also when that was cancelled
         self._built: dict[tuple[Any, str], Any] = {}  # providers made here, by the workflow that sets them up and name
+        self._shared: tuple[_Slots, _WorkerPool] | None = None  # with the other runs of a batch
+        self._gates: dict[int, _Gate] = {}  # by id() of providers, which this executor keeps alive
         self._client: _HttpClient | None = None
         self._lock = threading.Lock()
         self._runs: list[_Run] = []
@@ -7488,17 +8693,56 @@ class WorkflowExecutor:
         """
         return await self._execute(None)
 
-    async def _execute(self, listener: Callable[[dict[str, Any]], None] | None) -> RunResult:
+    async def _execute(self, listener: Callable[[dict[str, Any]], None] | None, *resumed: Any) -> RunResult:
         import asyncio
 
         self._check()
-        run = _Run(self, asyncio.get_running_loop(), listener)
+        run = _Run(self, asyncio.get_running_loop(), listener, *resumed)
         self.result = run.result
         self._runs.append(run)
         try:
             return await run.execute(self.inputs)
         finally:
             self._runs.remove(run)
+
+    async def each(
+        self, inputs: Iterable[Any], width: int, may_start: Callable[[], bool] = lambda: True
+    ) -> AsyncIterator[tuple[Any, RunResult | ValidationError]]:
+        """Runs the workflow once for each (key, inputs), `width` at a time, and yields (key, result) as they end.
+
+        The runs share slots, threads, connections and limits. Inputs that are wrong give a ValidationError in place of
+        a result. Leaving the iteration cancels what is running.
+        """
+        import asyncio
+        import copy
+
+        loop = asyncio.get_running_loop()
+        shared = _Slots(loop, self.max_concurrency), _WorkerPool(loop)
+        running: dict[asyncio.Task[RunResult], Any] = {}
+        entries = iter(inputs)
+        self._check()
+        try:
+            while True:
+                for key, values in itertools.islice(entries, width - len(running) if may_start() else 0):
+                    one = copy.copy(self)
+                    one._shared = shared
+                    try:
+                        one.inputs = _checked_inputs(self.workflow, values)
+                    except ValidationError as error:
+                        yield key, error
+                        continue
+                    running[asyncio.ensure_future(one.execute())] = key
+                if not running:
+                    return
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield running.pop(task), task.result()
+        finally:
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait(running)
+            shared[1].close()
 
     async def stream(self) -> AsyncIterator[dict[str, Any]]:
         """Runs the workflow and yields its events as they happen, `text` events with the pieces of streamed answers
@@ -7519,18 +8763,74 @@ class WorkflowExecutor:
 
     def run(self) -> RunResult:
         """Runs the workflow and returns its result; works with and without a running event loop (a notebook)."""
+        return self._blocking(self.execute)
+
+    def resume(
+        self, run_id: str, *, from_step: str | None = None, force: bool = False,
+        decisions: Mapping[str, tuple[bool, Mapping[str, Any]]] | None = None,
+    ) -> Any:  # fmt: skip
+        """Goes on with a run of this workflow that `store` holds, with the inputs it was started with.
+
+        Completed steps are not run again; `from_step` and what follows it are. `decisions` maps the ids of approval
+        steps to (approved, values). Returns the RunResult; inside a running event loop, an awaitable of it. Raises
+        OrchestratorError if the run is held by another process, or if the workflow has changed (unless `force`).
+        """
+        import asyncio
+
+        async def resumed() -> RunResult:
+            recorded = self._claimed(run_id, from_step, force)
+            return await self._execute(None, recorded, decisions)
+
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._blocking(resumed)
+        return resumed()
+
+    def _claimed(self, run_id: str, from_step: str | None, force: bool) -> dict[str, Any]:
+        """A stored run that is ours now; given back if it cannot be resumed."""
+        if self.store is None:
+            raise OrchestratorError("to resume takes the store that holds the run")
+        recorded: dict[str, Any] = self.store.claim(run_id)
+        try:
+            difference = self.store.difference(recorded, self)
+            if difference and not force:
+                raise OrchestratorError(f"the workflow has changed since run {run_id}; force to go on:\n{difference}")
+            self.inputs = _checked_inputs(self.workflow, recorded.get("inputs") or {})
+            again = self._following(from_step) if from_step is not None else set()
+            forgotten = [step_id for step_id in recorded["steps"] if step_id.split(".")[0] in again]
+            if forgotten:
+                self.store.forget(run_id, forgotten)
+            states = {step_id: state for step_id, state in recorded["steps"].items() if step_id not in forgotten}
+            return {**recorded, "steps": states}
+        except BaseException:
+            self.store.update(run_id, release=True)
+            raise
+
+    def _following(self, step_id: str) -> set[str]:
+        """A top-level step and all that depend on it."""
+        graph = self.workflow._plan().graph
+        if step_id not in graph.by_id:
+            raise ValidationError(f"there is no step {step_id!r}{_suggestion(step_id, graph.by_id)}")
+        found = [graph.by_id[step_id]]
+        for node in found:
+            found += [graph.nodes[position] for position in node.dependents if graph.nodes[position] not in found]
+        return {node.id for node in found}
+
+    def _blocking(self, execute: Callable[[], Any]) -> RunResult:
+        """The result of a run, in a loop of its own; in a thread of its own if this one has a running loop."""
         import asyncio
 
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return asyncio.run(self.execute())
+            return asyncio.run(execute())  # type: ignore[no-any-return]
         outcome: list[Any] = []
         ended, caller = threading.Event(), asyncio.current_task()
 
         def in_thread() -> None:
             try:
-                outcome.append(asyncio.run(self.execute()))
+                outcome.append(asyncio.run(execute()))
             except BaseException as error:
                 outcome.append(error)
             ended.set()
@@ -7569,6 +8869,9 @@ class WorkflowExecutor:
             if table in ("actions", "transforms", "tools") and name not in getattr(self, table):
                 problems.append(problem)
         for node in workflow._plan().graph.walk():
+            if node.type == "approval" and self.store is None:
+                message = "an approval needs a store that keeps the run meanwhile: --store FILE, or store="
+                problems.append(Problem(_label(workflow.to_dict(), node.path) + message, node.path))
             for key, name in self._needs(node):
                 try:
                     self._provider(name, workflow) if key == "provider" else self._vector_store(name)
@@ -7628,7 +8931,8 @@ class WorkflowExecutor:
         key = (workflow if name in configured else None, name)
         with self._lock:
             if key not in self._built:
-                self._built[key] = _build_provider(name, configured.get(name), self.providers)
+                replayed = self.cassette is not None and self.cassette.replays
+                self._built[key] = _build_provider(name, configured.get(name), self.providers, replayed)
             return self._built[key]
 
     def _vector_store(self, name: str) -> Any:
@@ -7641,8 +8945,22 @@ class WorkflowExecutor:
         name = "local" if self.offline else name
         with self._lock:
             if ("vectors", name) not in self._built:
-                self._built["vectors", name] = VECTOR_STORES[name].from_env()
+                self._built["vectors", name] = LocalVectorStore() if self.offline else VECTOR_STORES[name].from_env()
             return self._built["vectors", name]
+
+    def gate(self, name: str, provider: Any, workflow: Workflow) -> _Gate:
+        """The gate of a provider: one for all that use the object, as far as it can carry it."""
+        known: _Gate | None = getattr(provider, "_gate", None) or self._gates.get(id(provider))
+        if known is None:
+            settings = getattr(provider, "limits", None) or (workflow.providers or {}).get(name) or {}
+            known = self._gates[id(provider)] = _Gate(settings)
+            with contextlib.suppress(AttributeError, TypeError):
+                known = vars(provider).setdefault("_gate", known)
+        return known
+
+    def keepers(self, cached: bool) -> list[Any]:
+        """What may know the answer to a call already, and keeps it."""
+        return [keeper for keeper in (self.cassette, self.cache if cached else None) if keeper is not None]
 
     def _http(self) -> _HttpClient:
         with self._lock:
@@ -7661,24 +8979,992 @@ def _as_error(problem: Problem) -> Problem:
     return Problem(problem.message, problem.path, problem.line, problem.column, problem.source)
 
 
-def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapping[str, Any]) -> Any:
-    """A provider from its entry in a workflow's `providers`, or from its name alone."""
+def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapping[str, Any], replayed: bool) -> Any:
+    """A provider from its entry in a workflow's `providers`, or from its name alone; one that is `replayed` has no key."""
     settings = dict(configured or {})
     kind = settings.pop("type", None) or name
     if kind not in PROVIDERS:
         near = _suggestion(kind, [*PROVIDERS, *known]) or f"; there are {', '.join([*known, *PROVIDERS])}"
         raise ValidationError(f"unknown provider {kind!r}{near}")
-    for special in ("rate_limit", "circuit_breaker"):
-        settings.pop(special, None)
+    limits = {name: settings.pop(name, None) for name in ("rate_limit", "circuit_breaker")}
     settings.update(settings.pop("options", None) or {})
     variable = settings.pop("api_key_env", None)
-    if variable is not None:
+    if replayed:
+        settings.update(api_key="replayed", base_url="http://replayed.invalid")
+    elif variable is not None:
         settings["api_key"] = os.environ.get(variable)
         if not settings["api_key"]:
             raise AuthenticationError(f"the environment variable {variable} is not set", provider=name)
     if "timeout_seconds" in settings:
         settings["timeout_seconds"] = _seconds(settings["timeout_seconds"], "s")
-    return PROVIDERS[kind].from_env(**({"name": name} if configured else {}), **settings)
+    provider = PROVIDERS[kind].from_env(**({"name": name} if configured else {}), **settings)
+    provider.limits = limits
+    return provider
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 14. Store: runs, checkpoints, cache
+# Records of runs come in and are committed by one writer thread, many at a time; runs, failures and an audit trail that
+# shows every edit go out. What was reported as durable survives a kill at any moment; a failed write leaves no gap.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_LEASE_SECONDS, _HEARTBEAT_SECONDS = 30.0, 10.0
+_PUT_TEXT = "INSERT INTO texts VALUES (?, ?) ON CONFLICT (hash) DO NOTHING"
+_PUT_EVENT = "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?)"
+_PUT_STEP = (
+    "INSERT INTO steps VALUES (?, ?, ?, ?)"
+    " ON CONFLICT (run_id, step_id) DO UPDATE SET status = excluded.status, state = excluded.state"
+)
+_FORGET_STEP = "DELETE FROM steps WHERE run_id = ? AND step_id = ?"
+_SET_RUN = "UPDATE runs SET status = COALESCE(?, status), text_hash = ?, document = ? WHERE run_id = ?"
+_RELEASE = "UPDATE runs SET holder = NULL, lease_until = NULL WHERE run_id = ?"
+_RENEW = (
+    "UPDATE runs SET audit_count = ?, audit_head = ?, updated_at = ?, lease_until = ? WHERE run_id = ? AND holder = ?"
+)
+_TAKE = (
+    "UPDATE runs SET holder = ?, lease_until = ? WHERE run_id = ? AND COALESCE(holder, '') = ?"
+    " AND COALESCE(lease_until, 0) = ?"
+)
+_LISTED = ("run_id", "workflow", "status", "started_at", "updated_at", "holder", "lease_until")
+_LISTED_SQL = f"SELECT {', '.join(_LISTED)} FROM runs"
+_stored_json = json.JSONEncoder(separators=(",", ":"), default=_unpacked).encode  # ASCII: any database holds it unchanged
+_sorted_json = json.JSONEncoder(separators=(",", ":"), default=_unpacked, sort_keys=True).encode
+
+
+def _digest(value: Any) -> str:
+    """The SHA-256 of a text, or of a value as JSON with sorted keys, in hexadecimal."""
+    import hashlib
+
+    text = value if isinstance(value, str) else _sorted_json(value)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _workflow_hash(document: Mapping[str, Any]) -> str:
+    """Equal for documents that mean the same: comments, layout and the order of keys do not count."""
+    return _digest(document)
+
+
+def _workflow_diff(recorded: str, current: str) -> str:
+    """How two workflow texts differ, as a unified diff; "" if they do not."""
+    import difflib
+
+    lines = difflib.unified_diff(recorded.splitlines(), current.splitlines(), "recorded", "current", lineterm="")
+    return "\n".join(lines)
+
+
+def _parse_age(text: str) -> float:
+    """Seconds from "90s", "45m", "12h", "30d" or "2w"; ValidationError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])", str(text).strip())
+    if not match:
+        raise ValidationError(f"an age is a number with s, m, h, d or w, such as 30d or 12h, not {_shown(text)}")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]
+
+
+# ---- Leases: who may write a run -------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def _process_name(pid: int) -> str:
+    """host/scope:pid:random: this process, and no other that ever was; `scope` is the kernel within which pids count."""
+    import platform
+
+    scope = []
+    with contextlib.suppress(OSError):  # Linux: this boot, this container
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            scope = [file.read(), os.readlink("/proc/self/ns/pid")]
+    return f"{platform.node() or 'localhost'}/{_digest(scope)[:8]}:{pid}:{os.urandom(4).hex()}"
+
+
+def _whoami() -> str:
+    """user@host (process id), for the audit."""
+    user = next((os.environ[name] for name in ("USER", "LOGNAME", "USERNAME") if os.environ.get(name)), "unknown")
+    host, pid, _ = _process_name(os.getpid()).rsplit(":", 2)
+    return f"{user}@{host.partition('/')[0]} (process {pid})"
+
+
+def _is_alive(holder: str, lease_until: float) -> bool:
+    """Whether a lease holds: it has not run out, and its process has not certainly ended (of other machines' nobody knows)."""
+    if not holder or lease_until <= time.time():
+        return False
+    host, pid, token = holder.rsplit(":", 2)
+    own_host, own_pid, own_token = _process_name(os.getpid()).rsplit(":", 2)
+    if host != own_host or os.name != "posix":  # on Windows, os.kill ends the process
+        return True
+    if pid == own_pid:
+        return token.startswith(own_token)  # or else an earlier process had this id
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is someone else's
+        pass
+    return True
+
+
+class _HeldRun:
+    """A run that a store may write: the end of its audit chain, its fields, and why it may be written no longer."""
+
+    def __init__(self, run_id: str, count: int = 0, head: str = "", text_hash: str = "") -> None:
+        self.run_id, self.count, self.head, self.text_hash = run_id, count, head or _digest(run_id), text_hash
+        self.fields: dict[str, Any] = {}
+        self.fault: OrchestratorError | None = None
+
+    def event(self, kind: str, details: Mapping[str, Any], now: float) -> tuple[Any, ...]:
+        """The row of the next event."""
+        text = _stored_json(details)
+        self.count, self.head = self.count + 1, _event_hash(self.head, self.count + 1, now, kind, text)
+        return self.run_id, self.count, now, kind, text, self.head
+
+    def change(self, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[tuple[str, str]]]:
+        """(document, what an event says of it, rows of texts) once these fields are set."""
+        self.fields.update(fields)
+        text = self.fields.pop("workflow_text", None)
+        texts = [] if text is None else [(_digest(text), _stored_json(text))]  # once for all runs of a workflow
+        self.text_hash = texts[0][0] if texts else self.text_hash
+        document = _stored_json(self.fields)
+        return document, {"document": _digest(document), "workflow_text": self.text_hash}, texts
+
+
+def _event_hash(head: str, number: int, moment: float, kind: str, details: str) -> str:
+    """An event's link in the chain: it covers the event and the hash of the one before."""
+    return _digest(f"{head}\n{number}\n{moment!r}\n{kind}\n{details}")
+
+
+# ---- Databases -------------------------------------------------------------------------------------------------------
+
+
+class _Database:
+    """One DB-API 2.0 connection, shared by threads, in which everything happens in transactions."""
+
+    SCHEMA: Sequence[str] = ()  # statements separated by semicolons, one script a version
+    name = "the store"
+
+    def __init__(self) -> None:
+        self._pid, self._lock, self._closed = os.getpid(), threading.RLock(), False
+        self._connection: Any = None
+
+    def connect(self) -> Any:
+        """A new connection to a database that has the tables of `SCHEMA`."""
+        raise NotImplementedError
+
+    def statement(self, sql: str) -> str:
+        """The SQL, written with `?` for parameters, as the driver wants it."""
+        return sql
+
+    def begin_transaction(self, cursor: Any, write: bool) -> None:
+        """Called first in each transaction; most drivers begin one by themselves."""
+
+    def explain(self, error: BaseException) -> str:
+        """A driver's error in words for the user."""
+        return str(error) or repr(error)
+
+    @contextlib.contextmanager
+    def _transaction(self, write: bool = True) -> Iterator[Callable[..., Any]]:
+        """Gives execute(sql, parameters, many=False) -> cursor. Commits at the end, or undoes everything."""
+        with self._lock:
+            self._check_open()
+            try:
+                if self._connection is None:
+                    self._connection = self.connect()
+                with contextlib.closing(self._connection.cursor()) as cursor:
+
+                    def execute(sql: str, parameters: Sequence[Any] = (), many: bool = False) -> Any:
+                        (cursor.executemany if many else cursor.execute)(self.statement(sql), parameters)
+                        return cursor
+
+                    self.begin_transaction(cursor, write)
+                    yield execute
+                    self._connection.commit()
+            except BaseException as error:
+                self._undo()
+                if isinstance(error, OrchestratorError) or not isinstance(error, Exception):
+                    raise
+                raise OrchestratorError(f"{self.name}: {self.explain(error)}") from error
+
+    def _check_open(self) -> None:
+        if self._closed or self._pid != os.getpid():
+            reason = "is closed" if self._closed else "does not outlive a fork: open it in the new process"
+            raise OrchestratorError(f"{self.name} {reason}")
+
+    def _undo(self) -> None:
+        """Rolls back; a connection that cannot is dropped, and the next transaction makes a new one."""
+        try:
+            if self._connection is not None:
+                self._connection.rollback()
+        except Exception:
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None and self._pid == os.getpid():
+            with contextlib.suppress(Exception):
+                connection.close()
+
+    def close(self) -> None:
+        """Ends the connection; whatever is called afterwards is refused."""
+        with self._lock:
+            self._closed = True
+            self._disconnect()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_SQLITE_FAULTS = {
+    "locked": "another process keeps it locked",
+    "full": "no room is left on the disk",
+    "malformed": "the file is damaged",
+    "not a database": "the file is damaged, or is no SQLite database",
+    "readonly": "it cannot be written",
+    "unable to open": "it cannot be opened",
+}
+
+
+class _SQLiteFile(_Database):
+    """A database in one SQLite file that many processes may use: WAL, mode 0600, versions with migrations."""
+
+    APPLICATION_ID = 0  # tells our kinds of files from each other and from others'
+    SYNCHRONOUS = "NORMAL"
+
+    def __init__(self, path: str | os.PathLike[str], busy_timeout_seconds: float = 10.0) -> None:
+        super().__init__()
+        self.name, self.busy_timeout_seconds = os.fspath(path), busy_timeout_seconds
+        with self._transaction(write=False):
+            pass  # a file that cannot be used is an error now
+
+    def begin_transaction(self, cursor: Any, write: bool) -> None:
+        cursor.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    def explain(self, error: BaseException) -> str:
+        if isinstance(error, OSError):
+            return f"it cannot be opened: {error.strerror}"
+        return next((f"{reason} ({error})" for words, reason in _SQLITE_FAULTS.items() if words in str(error)), str(error))
+
+    def connect(self) -> Any:
+        try:
+            import sqlite3
+        except ImportError:
+            raise OrchestratorError("this Python has no sqlite3 module, which stores and caches need") from None
+        if self.name != ":memory:":
+            with contextlib.suppress(FileExistsError):  # SQLite gives -wal and -shm the mode of the file
+                os.close(os.open(self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        connection = sqlite3.connect(
+            self.name, timeout=self.busy_timeout_seconds, isolation_level=None, check_same_thread=False
+        )
+        try:
+            self._migrate(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _migrate(self, connection: Any) -> None:
+        """Sets the connection up and brings the tables to this version; a newer or a strange file is refused."""
+
+        def pragma(name: str) -> Any:
+            return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+        ours = (len(self.SCHEMA), self.APPLICATION_ID)
+        connection.execute(f"PRAGMA synchronous = {self.SYNCHRONOUS}")
+        if (pragma("user_version"), pragma("application_id")) == ours and pragma("journal_mode") == "wal":
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        version = pragma("user_version")
+        if pragma("application_id") != ours[1] and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+            raise OrchestratorError(f"{self.name} belongs to another program, or is another kind of file of this one")
+        if version > ours[0]:
+            raise OrchestratorError(f"{self.name} is of a newer version ({version}); this one knows {ours[0]}")
+        for script in self.SCHEMA[version:]:
+            for sql in script.split(";"):
+                connection.execute(sql)
+        connection.execute(f"PRAGMA application_id = {ours[1]}")
+        connection.execute(f"PRAGMA user_version = {ours[0]}")
+        connection.execute("COMMIT")
+        deadline = time.monotonic() + self.busy_timeout_seconds
+        while True:  # here SQLite itself does not wait for the others
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except Exception:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+
+class Store(_Database):
+    """Where runs are kept: the protocol, and its implementation for any SQL database with a DB-API 2.0 driver.
+
+    A subclass says how to `connect` and where its SQL differs (`statement`, `begin_transaction`, `explain`); a store of
+    another kind has the public methods below. To write a run takes its lease, which `begin` and `claim` get and which
+    the store renews by itself until `update(release=True)` or `close`. All methods may be called from any thread and
+    raise OrchestratorError. `record` and `note` return at once; the others have done their work when they return.
+    """
+
+    SCHEMA = (
+        """
+        CREATE TABLE texts (hash TEXT PRIMARY KEY, body TEXT NOT NULL);
+        CREATE TABLE runs (
+            run_id TEXT PRIMARY KEY, workflow TEXT NOT NULL, status TEXT NOT NULL, started_at DOUBLE PRECISION NOT NULL,
+            updated_at DOUBLE PRECISION NOT NULL, text_hash TEXT NOT NULL, document TEXT NOT NULL,
+            holder TEXT, lease_until DOUBLE PRECISION, audit_count INTEGER NOT NULL, audit_head TEXT NOT NULL
+        );
+        CREATE TABLE steps (
+            run_id TEXT, step_id TEXT, status TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY (run_id, step_id)
+        );
+        CREATE TABLE audit (
+            run_id TEXT, number INTEGER, time DOUBLE PRECISION NOT NULL, kind TEXT NOT NULL, details TEXT NOT NULL,
+            hash TEXT NOT NULL, PRIMARY KEY (run_id, number)
+        );
+        CREATE INDEX runs_by_start ON runs (started_at);
+        CREATE INDEX runs_by_status ON runs (status, started_at);
+        CREATE INDEX runs_by_workflow ON runs (workflow, started_at);
+        CREATE INDEX runs_by_text ON runs (text_hash);
+        CREATE INDEX runs_by_holder ON runs (holder) WHERE holder IS NOT NULL;
+        CREATE INDEX failed_steps ON steps (run_id) WHERE status = 'failed'
+        """,
+    )
+
+    def __init__(self) -> None:
+        import queue
+
+        super().__init__()
+        self.holder = f"{_process_name(os.getpid())}.{os.urandom(4).hex()}"
+        self._held: dict[str, _HeldRun] = {}
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._writer: threading.Thread | None = None
+        self._next_heartbeat = 0.0
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """A new run: `run_id`, `workflow` (its name), `workflow_text`, and whatever else is JSON (inputs, hashes ...)."""
+        now, held = time.time(), _HeldRun(run["run_id"])
+        held.fields["started_at"] = now
+        with self._transaction() as execute:
+            if execute("SELECT 1 FROM runs WHERE run_id = ?", (held.run_id,)).fetchall():
+                raise OrchestratorError(f"{self.name} has a run {held.run_id} already")
+            document, about, texts = held.change(run)
+            event = held.event("run_started", {"by": _whoami(), "workflow": run["workflow"], **about}, now)
+            row = (held.run_id, run["workflow"], "running", held.fields["started_at"], now, held.text_hash, document)
+            lease = (self.holder, now + _LEASE_SECONDS, held.count, held.head)
+            execute(f"INSERT INTO runs VALUES ({', '.join('?' * 11)})", row + lease)
+            execute(_PUT_TEXT, texts, many=True)
+            execute(_PUT_EVENT, event)
+        self._held[held.run_id] = held
+        self._wake()
+
+    def claim(self, run_id: str) -> dict[str, Any]:
+        """The run as `load` gives it, now held by this store; an error if another process, or this one, holds it."""
+        own, now = self._held.get(run_id), time.time()
+        with self._transaction() as execute:
+            holder, lease_until = self._lease(execute, run_id)
+            if (own is not None and own.fault is None) if holder == self.holder else _is_alive(holder, lease_until):
+                ending = f"its lease ends in {lease_until - now:.0f} s unless renewed"
+                raise OrchestratorError(f"run {run_id} is held by a running process, {holder}; {ending}")
+            taken = execute(_TAKE, (self.holder, now + _LEASE_SECONDS, run_id, holder, lease_until))
+            if taken.rowcount != 1:
+                raise OrchestratorError(f"run {run_id} was taken by another process at this moment")
+            sql = "SELECT audit_count, audit_head, text_hash, document FROM runs WHERE run_id = ?"
+            *chain, document = execute(sql, (run_id,)).fetchone()
+        held = self._held[run_id] = _HeldRun(run_id, *chain)
+        held.fields = json.loads(document)
+        self._apply([(run_id, "run_claimed", {"by": _whoami(), "from": holder or None}, None, None, None)], raises=True)
+        self._wake()
+        return self.load(run_id)
+
+    def journal(self, run_id: str, loop: asyncio.AbstractEventLoop) -> _Journal:
+        """What a run writes to."""
+        return _Journal(self, run_id, loop)
+
+    def difference(self, run: Mapping[str, Any], executor: WorkflowExecutor) -> str:
+        """How the workflow that a run (of `load`) was started with differs from an executor's; "" if it does not."""
+        return _workflow_diff(run["workflow_text"] or "", _workflow_text(executor))
+
+    def record(
+        self, run_id: str, step_id: str, state: Mapping[str, Any], on_durable: Callable[[Any], Any] | None = None
+    ) -> None:
+        """The final state of a step (full id): JSON with at least `status`, not to be changed until it is durable.
+
+        `on_durable(error)` is called in the writer's thread: with None once this and all that was recorded before is
+        committed, or with the OrchestratorError that kept it out. After an error every later write of the run fails with
+        it too, until it is claimed again: what is stored is always an unbroken beginning of what was recorded.
+        """
+        self._enqueue((run_id, f"step_{state['status']}", None, (step_id, state), None, on_durable))
+
+    def note(self, run_id: str, kind: str, details: Mapping[str, Any]) -> None:
+        """An event for the audit trail, such as a provider call: JSON, with texts as their `_digest`."""
+        self._enqueue((run_id, kind, details, None, None, None))
+
+    def update(
+        self, run_id: str, status: str | None = None, fields: Mapping[str, Any] | None = None, release: bool = False
+    ) -> None:
+        """Sets a run's status and fields (outputs, error, workflow_text ...); `release` gives its lease back."""
+        self.flush()
+        kind = f"run_{status}" if status else "run_changed" if fields else "run_released"
+        self._apply([(run_id, kind, None, None, (status, fields or {}, release), None)], raises=True)
+
+    def forget(self, run_id: str, step_ids: Iterable[str]) -> None:
+        """Deletes the states of steps (full ids), which are to run again."""
+        self.flush()
+        self._apply([(run_id, "steps_forgotten", {"step_ids": list(step_ids)}, None, None, None)], raises=True)
+
+    def flush(self) -> None:
+        """Returns when everything recorded so far is committed or has failed."""
+        done = threading.Event()
+        self._enqueue((None, "", None, None, None, lambda error: done.set()))
+        done.wait()
+
+    def load(self, run_id: str) -> dict[str, Any]:
+        """A run: all that `begin` and `update` were given, status, times, `held_by`, and `steps`: full id -> state."""
+        with self._transaction(write=False) as execute:
+            self._lease(execute, run_id)
+            listed = execute(f"{_LISTED_SQL} WHERE run_id = ?", (run_id,)).fetchone()
+            sql = "SELECT document, audit_count, audit_head, body FROM runs LEFT JOIN texts ON hash = text_hash"
+            document, count, head, body = execute(f"{sql} WHERE run_id = ?", (run_id,)).fetchone()
+            steps = execute("SELECT step_id, state FROM steps WHERE run_id = ?", (run_id,)).fetchall()
+        about = {"audit_count": count, "audit_head": head, "workflow_text": json.loads(body) if body else None}
+        states = {step_id: json.loads(state) for step_id, state in steps}
+        return {**json.loads(document), **_run_entry(listed), **about, "steps": states}
+
+    def runs(self, limit: int = 100, status: str | None = None, workflow: str | None = None) -> list[dict[str, Any]]:
+        """Runs, newest first: run_id, workflow, status, started_at and updated_at (seconds since 1970), held_by.
+
+        A run whose process ended without a word is shown, and found, as `interrupted`.
+        """
+        stored = {"status": "running" if status == "interrupted" else status, "workflow": workflow}
+        where = {f"{name} = ?": value for name, value in stored.items() if value is not None} or {"1 = ?": 1}
+        most = "" if stored["status"] == "running" else f"LIMIT {int(limit)}"  # those are told apart below
+        sql = f"{_LISTED_SQL} WHERE {' AND '.join(where)} ORDER BY started_at DESC, run_id {most}"
+        with self._transaction(write=False) as execute:
+            entries = [_run_entry(row) for row in execute(sql, tuple(where.values())).fetchall()]
+        return [entry for entry in entries if status in (None, entry["status"])][:limit]
+
+    def failures(self, run_id: str | None = None, limit: int = 1000) -> list[dict[str, Any]]:
+        """Steps that failed for good, newest run first: run_id, workflow, inputs, started_at, step_id and the state.
+
+        Of a container and the children that made it fail, only the children.
+        """
+        sql = (
+            "SELECT runs.run_id, workflow, started_at, document, step_id, state FROM steps JOIN runs"
+            f" ON runs.run_id = steps.run_id WHERE steps.status = 'failed' AND {'1' if run_id is None else 'runs.run_id'} = ?"
+            f" ORDER BY started_at DESC, runs.run_id, step_id LIMIT {int(limit)}"
+        )
+        with self._transaction(write=False) as execute:
+            rows = execute(sql, (1 if run_id is None else run_id,)).fetchall()
+        outer = {(row[0], row[4][: dot.start()]) for row in rows for dot in re.finditer(r"\.", row[4])}
+        return [
+            {"run_id": run, "workflow": workflow, "started_at": started_at, "step_id": step_id,
+             "inputs": json.loads(document).get("inputs"), **json.loads(state)}
+            for run, workflow, started_at, document, step_id, state in rows if (run, step_id) not in outer
+        ]  # fmt: skip
+
+    def audit(self, run_id: str) -> list[dict[str, Any]]:
+        """A run's events in order: number (from 1), time, kind, details, hash."""
+        names = ("number", "time", "kind", "details", "hash")
+        with self._transaction(write=False) as execute:
+            sql = f"SELECT {', '.join(names)} FROM audit WHERE run_id = ? ORDER BY number"
+            events = [dict(zip(names, row)) for row in execute(sql, (run_id,)).fetchall()]
+        return [{**event, "details": json.loads(event["details"])} for event in events]
+
+    def verify(self, run_id: str) -> list[str]:
+        """What does not fit in a run's audit trail, step states and outcome: edits, deletions, insertions, reorderings.
+
+        Not to be seen: that a whole run was removed, or that the whole chain was written anew along with the run's row.
+        Who keeps the `audit_head` of `load` elsewhere sees the latter too.
+        """
+        with self._transaction(write=False) as execute:
+            self._lease(execute, run_id)
+            sql = "SELECT number, time, kind, details, hash FROM audit WHERE run_id = ? ORDER BY number"
+            events = execute(sql, (run_id,)).fetchall()
+            steps = execute("SELECT step_id, status, state FROM steps WHERE run_id = ?", (run_id,)).fetchall()
+            columns = "audit_count, audit_head, workflow, status, document, text_hash, body"
+            joined = "FROM runs LEFT JOIN texts ON hash = text_hash WHERE run_id = ?"
+            run = execute(f"SELECT {columns} {joined}", (run_id,)).fetchone()
+        return [*_event_problems(run_id, events, *run[:2]), *_state_problems(events, steps, *run[2:])]
+
+    def export(self, run_id: str) -> dict[str, Any]:
+        """All about a run: what `load` gives, and its `audit`."""
+        return {**self.load(run_id), "audit": self.audit(run_id)}
+
+    def delete(self, run_id: str) -> None:
+        """Deletes a run and all that belongs to it; an error while a process holds it."""
+        with self._transaction() as execute:
+            lease = self._lease(execute, run_id)
+            if _is_alive(*lease):
+                raise OrchestratorError(f"run {run_id} is held by a running process, {lease[0]}")
+            self._delete(execute, [run_id])
+
+    def prune(self, older_than_seconds: float) -> list[str]:
+        """Deletes the ended runs that nothing was written to for so long and returns their ids; paused ones stay."""
+        with self._transaction(write=False) as execute:
+            sql = f"{_LISTED_SQL} WHERE updated_at < ? ORDER BY updated_at"
+            entries = [_run_entry(row) for row in execute(sql, (time.time() - older_than_seconds,)).fetchall()]
+        old = [entry["run_id"] for entry in entries if entry["status"] not in ("running", "paused") and not entry["held_by"]]
+        for start in range(0, len(old), 100):  # short transactions: others write meanwhile
+            with self._transaction() as execute:
+                self._delete(execute, old[start : start + 100])
+        return old
+
+    def close(self) -> None:
+        """Commits what was recorded, gives the leases back and ends the writer; later calls are refused."""
+        writer, self._writer = self._writer, None
+        if writer is not None and self._pid == os.getpid():
+            self._jobs.put(None)
+            writer.join()
+        with self._lock, contextlib.suppress(OrchestratorError):
+            if self._held:
+                with self._transaction() as execute:
+                    execute("UPDATE runs SET holder = NULL, lease_until = NULL WHERE holder = ?", (self.holder,))
+            self._held.clear()
+        super().close()
+        self._apply(self._waiting_jobs())  # of threads that came too late: they are told so
+
+    def _lease(self, execute: Callable[..., Any], run_id: str) -> tuple[str, float]:
+        """(holder or "", end of the lease) of a run; an error if there is no such run."""
+        row = execute("SELECT holder, lease_until FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+        if row is None:
+            raise OrchestratorError(f"{self.name} has no run {run_id!r}")
+        return row[0] or "", row[1] or 0.0
+
+    def _delete(self, execute: Callable[..., Any], run_ids: list[str]) -> None:
+        for table in ("steps", "audit", "runs"):
+            execute(f"DELETE FROM {table} WHERE run_id = ?", [(run_id,) for run_id in run_ids], many=True)
+        execute("DELETE FROM texts WHERE NOT EXISTS (SELECT 1 FROM runs WHERE text_hash = hash)")
+
+    # The writer
+
+    def _enqueue(self, job: tuple[Any, ...]) -> None:
+        self._check_open()
+        self._jobs.put(job)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._writer is None:
+            with self._lock:
+                if self._writer is None and not self._closed:
+                    self._writer = threading.Thread(target=self._write, name="llm_orchestrator-store", daemon=True)
+                    self._writer.start()
+
+    def _waiting_jobs(self) -> list[Any]:
+        return [self._jobs.get_nowait() for _ in range(min(self._jobs.qsize(), 1000))]
+
+    def _write(self) -> None:
+        """The writer's thread: what gathers while one commit is made goes into the next."""
+        import queue
+
+        jobs: list[Any] = []
+        while None not in jobs:
+            jobs = []
+            with contextlib.suppress(queue.Empty):
+                jobs = [self._jobs.get(timeout=_HEARTBEAT_SECONDS), *self._waiting_jobs()]
+            self._apply([job for job in jobs if job is not None])
+
+    def _apply(self, jobs: list[tuple[Any, ...]], raises: bool = False) -> None:
+        """One commit of jobs (run_id, kind, details, step, changes, on_durable), told to those who wait for it."""
+        by_run: dict[str, list[Any]] = {}
+        for job in jobs:
+            if job[0] is not None:
+                by_run.setdefault(job[0], []).append(job)
+        faults: dict[str, OrchestratorError] = {}
+        with self._lock:
+            try:
+                self._commit(by_run, faults)
+            except Exception as error:
+                fault = error if isinstance(error, OrchestratorError) else OrchestratorError(f"{self.name}: {error!r}")
+                faults = dict.fromkeys(by_run, fault)
+            for run_id in set(faults) & set(self._held):
+                self._held[run_id].fault = faults[run_id]
+        for run_id, *_, on_durable in jobs:
+            if on_durable is not None:
+                with contextlib.suppress(Exception):  # one listener's fault is not the others'
+                    on_durable(faults.get(run_id))
+        if raises and faults:
+            raise next(iter(faults.values()))
+
+    def _commit(self, by_run: Mapping[str, list[Any]], faults: dict[str, OrchestratorError]) -> None:
+        now, ready = time.time(), []
+        for run_id, jobs in by_run.items():
+            try:
+                ready.append(self._prepared(run_id, jobs, now))
+            except OrchestratorError as fault:
+                faults[run_id] = fault
+        beat = bool(self._held) and time.monotonic() >= self._next_heartbeat
+        if not (ready or beat):
+            return
+        with self._transaction() as execute:
+            for held, statements in ready:
+                values = (held.count, held.head, now, now + _LEASE_SECONDS, held.run_id, self.holder)
+                if execute(_RENEW, values).rowcount != 1:
+                    faults[held.run_id] = OrchestratorError(f"run {held.run_id} was deleted or taken by another process")
+                    continue
+                for sql, rows in statements.items():
+                    execute(sql, rows, many=True)
+            if beat:
+                execute("UPDATE runs SET lease_until = ? WHERE holder = ?", (now + _LEASE_SECONDS, self.holder))
+                self._next_heartbeat = time.monotonic() + _HEARTBEAT_SECONDS
+        for held, statements in ready:
+            if _RELEASE in statements:
+                self._held.pop(held.run_id, None)
+
+    def _prepared(self, run_id: str, jobs: list[Any], now: float) -> tuple[_HeldRun, dict[str, list[Any]]]:
+        """The run and its statements: SQL -> rows of parameters."""
+        held = self._held.get(run_id)
+        if held is None or held.fault is not None:
+            raise (held and held.fault) or OrchestratorError(f"run {run_id} is not held: begin or claim it first")
+        statements: dict[str, list[Any]] = collections.defaultdict(list)
+        try:
+            for _, kind, details, step, changes, _ in jobs:
+                if step is not None:
+                    text = _stored_json(step[1])
+                    statements[_PUT_STEP].append((run_id, step[0], step[1]["status"], text))
+                    details = {"step_id": step[0], "state": _digest(text)}
+                elif changes is not None:
+                    document, details, texts = held.change(changes[1])
+                    statements[_PUT_TEXT] += texts
+                    statements[_SET_RUN].append((changes[0], held.text_hash, document, run_id))
+                    if changes[2]:
+                        statements[_RELEASE].append((run_id,))
+                elif kind == "steps_forgotten":
+                    statements[_FORGET_STEP] += [(run_id, step_id) for step_id in details["step_ids"]]
+                statements[_PUT_EVENT].append(held.event(kind, details, now))
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise OrchestratorError(f"run {run_id}: {kind} has no JSON form: {error}") from None
+        return held, statements
+
+
+class SQLiteStore(_SQLiteFile, Store):
+    """Runs in one SQLite file, which many processes may use at once.
+
+    Each commit reaches the disk before it is reported (synchronous = FULL): it costs a fraction of a model call and
+    survives a power failure. `busy_timeout_seconds` is how long another process may keep the file locked.
+    """
+
+    APPLICATION_ID, SYNCHRONOUS = 0x4C4C4D53, "FULL"
+
+
+def _run_entry(row: Sequence[Any]) -> dict[str, Any]:
+    """A row of `_LISTED` as users see it."""
+    *_, holder, lease_until = row
+    entry = dict(zip(_LISTED[:-2], row), held_by=holder if _is_alive(holder, lease_until) else None)
+    if entry["status"] == "running" and entry["held_by"] is None:
+        entry["status"] = "interrupted"
+    return entry
+
+
+def _event_problems(run_id: str, events: Iterable[Any], count: int, head: str) -> Iterator[str]:
+    """Breaks in a run's chain of events, which should have so many links and end with this hash."""
+    number, link = 0, _digest(run_id)
+    for stored_number, moment, kind, details, stored_link in events:
+        if stored_number != number + 1 or stored_link != _event_hash(link, number + 1, moment, kind, details):
+            yield f"event {stored_number} ({kind}): it was changed or added, or the one before it changed, removed or moved"
+        number, link = stored_number, stored_link  # so that each fault is told once
+    if (number, link) != (count, head):
+        yield f"the last event is number {number}, not the one written as number {count}"
+
+
+def _state_problems(
+    events: Iterable[Any], steps: list[Any], workflow: str, status: str, document: str, text_hash: str, body: str | None
+) -> Iterator[str]:
+    """Where a run's row and its steps are not what its events tell."""
+    told: dict[str, Any] = {}
+    states: dict[str, Any] = {}  # step id -> (status, hash)
+    for _, _, kind, details, _ in events:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # the chain tells of those that cannot be read
+            about = json.loads(details)
+            if kind.startswith("step_"):
+                states[about["step_id"]] = (kind[5:], about["state"])
+            elif kind == "steps_forgotten":
+                states = {step_id: states[step_id] for step_id in states if step_id not in about["step_ids"]}
+            elif "document" in about:
+                now = {"run_started": "running", "run_changed": told.get("status"), "run_released": told.get("status")}
+                told.update(about, status=now.get(kind, kind[4:]))
+    found = {"workflow": workflow, "status": status, "document": _digest(document), "workflow_text": text_hash}
+    for name, value in found.items():
+        if value != told.get(name):
+            yield f"the run's {name} is not what was recorded"
+    if text_hash and (body is None or _digest(json.loads(body)) != text_hash):
+        yield "the text of the workflow is not what was recorded"
+    stored = {step_id: (step_status, _digest(state)) for step_id, step_status, state in steps}
+    for step_id in {**states, **stored}:
+        if states.get(step_id) != stored.get(step_id):
+            yield f"step {step_id}: its state is not what was recorded"
+
+
+class _Journal:
+    """A run's side of its store, for one event loop: what is written down, and how much of it is durable."""
+
+    def __init__(self, store: Any, run_id: str, loop: asyncio.AbstractEventLoop) -> None:
+        self.store, self.run_id, self.loop = store, run_id, loop
+        self.written = self.durable = 0
+        self.error: OrchestratorError | None = None
+        self.landed: collections.deque[OrchestratorError | None] = collections.deque()
+        self.delivering = False
+        self.waiting: list[tuple[int, asyncio.Future[None]]] = []
+
+    def begin(self, workflow: Workflow, executor: WorkflowExecutor) -> None:
+        """Writes down what is to be run."""
+        text, source = _workflow_text(executor), os.path.abspath(workflow.source) if workflow.folder else None
+        run = {"run_id": self.run_id, "workflow": str(workflow.name), "workflow_text": text, "source": source}
+        self.store.begin({**run, "inputs": executor.inputs, "launch": executor.launch})
+
+    def step(self, result: StepResult) -> None:
+        """Writes down how a step ended."""
+        try:
+            state = {**result.to_dict(), "order": list(result.order)}
+            self.store.record(self.run_id, result.step_id, state, self.land)
+            self.written += 1
+        except OrchestratorError as error:
+            self.error = self.error or error
+
+    def call(self, step_id: str, provider: str, request: Any, answer: Any) -> None:
+        """Notes a call of a provider: hashes of what was asked and answered, not the texts."""
+        asked, answered = _request_document(provider, request), _answer_document(answer)
+        names = ("input_tokens", "output_tokens", "tokens", "error")
+        used = {name: answered[name] for name in names if answered.get(name) is not None}
+        about = {"step_id": step_id, "provider": provider, "model": request.model, **used}
+        self.store.note(self.run_id, "provider_call", {**about, "asked": _digest(asked), "answered": _digest(answered)})
+
+    def land(self, error: OrchestratorError | None) -> None:
+        """Called in the writer's thread, once for each step, in their order."""
+        self.landed.append(error)
+        if not self.delivering:
+            self.delivering = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self.loop.call_soon_threadsafe(self.deliver)
+
+    def deliver(self) -> None:
+        self.delivering = False
+        while self.landed:
+            self.error = self.error or self.landed.popleft()
+            self.durable += 1
+        for waiter in [one for one in self.waiting if one[0] <= self.durable or self.error]:
+            self.waiting.remove(waiter)
+            if not waiter[1].done():
+                waiter[1].set_result(None)
+
+    async def barrier(self) -> None:
+        """Returns when all that was written down until now is durable; raises what kept it out."""
+        if self.durable < self.written and self.error is None:
+            waiter = self.loop.create_future()
+            self.waiting.append((self.written, waiter))
+            await waiter
+        if self.error is not None:
+            raise self.error
+
+    def end(self, result: RunResult) -> None:
+        """Writes down the outcome and gives the run back; what keeps it out becomes the result's error."""
+        waiting = [step_id for step_id, step in result.steps.items() if step.reason == "approval"]
+        names = ("outputs", "error", "usage", "duration_ms")
+        try:
+            fields = {name: getattr(result, name) for name in names}
+            self.store.update(self.run_id, result.status, {**fields, "waiting": waiting}, release=True)
+        except OrchestratorError as error:
+            result.status, result.exception, result.error = "failed", error, _error_summary(error)
+
+
+def _workflow_text(executor: WorkflowExecutor) -> str:
+    """A workflow and those that it calls, as YAML: what a run depends on besides its inputs."""
+    return "\n# ---- called\n".join(workflow.to_yaml() for workflow in executor._workflows(executor.workflow))
+
+
+# ---- Requests by content: the cache, and record and replay -----------------------------------------------------------
+
+_SECRET_NAME = re.compile(r"api[-_]?key|authori[sz]ation|secret|password|credential|cookie|(^|[-_])token$", re.I)
+
+
+def _without_secrets(value: Any) -> Any:
+    """A JSON value without the entries whose names say that they are keys."""
+    if isinstance(value, Mapping):
+        return {name: _without_secrets(item) for name, item in value.items() if not _SECRET_NAME.search(str(name))}
+    return [_without_secrets(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _request_document(name: str, request: Any, provider: Any = None) -> dict[str, Any]:
+    """A request to the provider of this name as JSON, without keys: what an answer depends on.
+
+    With the provider itself, also what of it counts: its type, address and options.
+    """
+    asked = {key: value for key, value in vars(request).items() if value not in (None, {}, []) and key not in _NOT_ASKED}
+    document = {"kind": "completion" if hasattr(request, "messages") else "embedding", "provider": name, **asked}
+    if provider is not None:
+        kind = getattr(provider, "TYPE", None) or getattr(provider, "__qualname__", type(provider).__qualname__)
+        options = {key: value for key, value in (getattr(provider, "options", None) or {}).items() if value is not None}
+        document.update(provider=kind, base_url=getattr(provider, "base_url", None), options=options)
+    return dict(_without_secrets(document))
+
+
+_NOT_ASKED = ("on_text", "stream")  # the answer is the same
+
+
+def _answer_document(answer: Any) -> dict[str, Any]:
+    """A response, or an error of the ProviderError family, as JSON."""
+    if not isinstance(answer, BaseException):
+        return dict(vars(answer))
+    return {"error": {"type": type(answer).__name__, "message": str(answer), **vars(answer)}}
+
+
+def _answer_from(kind: str, document: Mapping[str, Any]) -> Any:
+    """The response that `_answer_document` wrote down; an error is raised."""
+    fault = dict(document.get("error") or {})
+    if not fault:
+        return (CompletionResponse if kind == "completion" else EmbeddingResponse)(**document)
+    known = {error.__name__: error for error in (ProviderError, *ProviderError.__subclasses__())}
+    error = known.get(fault.pop("type"), ProviderError)(fault.pop("message"))
+    vars(error).update(fault)
+    raise error
+
+
+class ResponseCache(_SQLiteFile):
+    """Answers by the content of their requests, in one SQLite file that threads and processes share.
+
+    Requests and answers are JSON maps; a request is kept as its hash only. An answer older than `max_age_seconds` is not
+    given out; when all answers together exceed `max_bytes`, those that were not asked for the longest are deleted.
+    """
+
+    APPLICATION_ID = 0x4C4C4D43
+    SCHEMA = (
+        """
+        CREATE TABLE answers (hash TEXT PRIMARY KEY, answer TEXT, size INTEGER, stored_at REAL, used_at REAL);
+        CREATE INDEX answers_by_use ON answers (used_at);
+        CREATE TABLE total (size INTEGER);
+        INSERT INTO total VALUES (0)
+        """,
+    )
+
+    def __init__(
+        self, path: str | os.PathLike[str], max_age_seconds: float | None = None, max_bytes: int | None = None
+    ) -> None:
+        super().__init__(path)
+        self.max_age_seconds, self.max_bytes = max_age_seconds, max_bytes
+        if max_age_seconds is not None:
+            with self._transaction() as execute:
+                self._drop(execute, "stored_at < ?", time.time() - max_age_seconds)
+
+    def recall(self, name: str, provider: Any, request: Any) -> Any:
+        """The answer that was kept for a provider's request, marked as such; None if there is none."""
+        document = _request_document(name, request, provider)
+        found = self.get(document)
+        answer = None if found is None else _answer_from(document["kind"], found)
+        if answer is not None and hasattr(answer, "metadata"):
+            answer.metadata["cached"] = True
+        return answer
+
+    def keep(self, name: str, provider: Any, request: Any, answer: Any) -> None:
+        """Keeps a provider's answer; errors are not kept."""
+        if isinstance(answer, str):
+            answer = CompletionResponse(answer, request.model)
+        if isinstance(answer, (CompletionResponse, EmbeddingResponse)):
+            self.put(_request_document(name, request, provider), _answer_document(answer))
+
+    def get(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The answer to the same request, or None."""
+        oldest = time.time() - (self.max_age_seconds if self.max_age_seconds is not None else math.inf)
+        with self._transaction() as execute:
+            key = _digest(request)
+            row = execute("SELECT answer FROM answers WHERE hash = ? AND stored_at >= ?", (key, oldest)).fetchone()
+            if row is None:
+                return None
+            execute("UPDATE answers SET used_at = ? WHERE hash = ?", (time.time(), key))
+        answer: dict[str, Any] = json.loads(row[0])
+        return answer
+
+    def put(self, request: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+        """Keeps an answer, in place of an older one to the same request."""
+        with self._transaction() as execute:
+            key, text, now = _digest(request), _stored_json(answer), time.time()
+            self._drop(execute, "hash = ?", key)
+            execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?)", (key, text, len(text), now, now))
+            execute("UPDATE total SET size = size + ?", (len(text),))
+            while self.max_bytes is not None and execute("SELECT size FROM total").fetchone()[0] > self.max_bytes:
+                self._drop(execute, "hash = (SELECT hash FROM answers ORDER BY used_at LIMIT ?)", 1)
+
+    def _drop(self, execute: Callable[..., Any], condition: str, value: Any) -> None:
+        gone = f"(SELECT COALESCE(SUM(size), 0) FROM answers WHERE {condition})"
+        execute(f"UPDATE total SET size = size - {gone}", (value,))
+        execute(f"DELETE FROM answers WHERE {condition}", (value,))
+
+
+class Cassette:
+    """Requests and their answers as JSON lines {"request", "response"}: written anew, or read and answered from."""
+
+    def __init__(self, path: str, replay: bool) -> None:
+        self.path, self.replays, self.lock, self.file = path, replay, threading.Lock(), None
+        self.answers: dict[str, list[Any]] = {}  # canonical request -> its answers, in the order of recording
+        self.given: dict[str, int] = collections.defaultdict(int)
+        if not replay:
+            try:
+                descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+            except OSError as error:
+                raise OrchestratorError(f"{path}: cannot be written: {error.strerror}") from None
+            self.file = open(descriptor, "w", encoding="ascii")
+        for number, line in enumerate(_read_file(path).splitlines() if replay else (), 1):
+            try:
+                entry = json.loads(line) if line.strip() else None
+                if entry is not None:
+                    self.answers.setdefault(_sorted_json(entry["request"]), []).append(dict(entry["response"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise OrchestratorError(f"{path}:{number}: is no recorded request with its response: {error!r}") from None
+
+    def recall(self, name: str, provider: Any, request: Any) -> Any:
+        """The next recorded answer; None while recording. Raises the error that was recorded, or ExecutionError."""
+        if self.file is not None:
+            return None
+        document = _request_document(name, request)
+        return _answer_from(document["kind"], self.replay(document))
+
+    def keep(self, name: str, provider: Any, request: Any, answer: Any) -> None:
+        """Records a provider's answer, or its error."""
+        if self.file is not None:
+            if isinstance(answer, str):
+                answer = CompletionResponse(answer, request.model)
+            self.record(_request_document(name, request), _answer_document(answer))
+
+    def record(self, request: Mapping[str, Any], response: Mapping[str, Any]) -> None:
+        line = _stored_json({"request": request, "response": _without_secrets(response)})
+        with self.lock:
+            if self.file is not None:
+                self.file.write(line + "\n")
+                self.file.flush()
+
+    def replay(self, request: Mapping[str, Any]) -> Any:
+        """The next recorded answer to the same request; an ExecutionError that shows the nearest one if there is none."""
+        key = _sorted_json(request)
+        with self.lock:
+            number = self.given[key]
+            self.given[key] += 1
+        answers = self.answers.get(key, ())
+        if number < len(answers):
+            return answers[number]
+        if answers:
+            reason = f"it was recorded {len(answers)} times and is asked once more"
+        else:
+            reason = self._nearest(key)
+        raise ExecutionError(f"{self.path}: no answer to this request: {reason}")
+
+    def _nearest(self, key: str) -> str:
+        """How the request differs from the recorded one that is most like it."""
+        import difflib
+
+        if not self.answers:
+            return "nothing is recorded"
+        words = set(re.findall(r"\w+", key))
+
+        def likeness(recorded: str) -> float:
+            others = set(re.findall(r"\w+", recorded))
+            return len(words & others) / len(words | others)
+
+        nearest = max(self.answers, key=likeness)
+        shown = [json.dumps(json.loads(text), indent=1, ensure_ascii=False).split("\n") for text in (nearest, key)]
+        lines = difflib.unified_diff(*shown, "the nearest recorded", "asked", lineterm="", n=0)
+        return "\n".join([f"{len(self.answers)} others are recorded", *(_shorten(line, 300) for line in [*lines][:30])])
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7850,6 +10136,8 @@ _COMMON_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--log-format", {"choices": ("text", "json"), "default": "text", "help": "how stderr's log lines look"}),
     ("--debug", {"action": "store_true", "help": "show tracebacks"}),
 )
+_STORE = ("--store", {"metavar": "FILE", "help": "the SQLite file that keeps runs (default: $LLM_ORCHESTRATOR_STORE)"})
+_JSON = ("--json", {"action": "store_true", "help": "print JSON"})
 _RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("-i --input", {"metavar": "JSON|FILE|-", "help": "inputs: a JSON object, or a JSON or YAML file that holds one"}),
     ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE",
@@ -7861,16 +10149,39 @@ _RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
                   "help": "a Python file with dicts named actions, transforms, tools, providers or vector_stores"}),
     ("--print", {"dest": "path", "metavar": "PATH", "help": "print one value, raw: outputs.x, steps.a.text, status"}),
     ("-o --out", {"metavar": "FILE", "help": "write the result there instead of to stdout"}),
+    ("--cache", {"metavar": "FILE", "help": "answer repeated calls from this SQLite file, and keep new answers there"}),
+    ("--record", {"metavar": "FILE", "help": "write the calls of providers and their answers to this file"}),
+    ("--replay", {"metavar": "FILE", "help": "answer the calls of providers from a file that --record wrote"}),
+    ("--batch", {"metavar": "FILE", "help": "run once for each line of inputs (JSON objects); --out takes the results"}),
+    ("--keep-going", {"action": "store_true", "help": "batch: report lines that are no valid inputs, and go on"}),
     ("--output-dir", {"default": "output", "metavar": "DIR", "help": "where write_file writes (default: output)"}),
 )  # fmt: skip
 # command -> (what it does, an example, its arguments)
 _COMMAND_LINE: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
     "validate": ("check workflows and report every problem", "validate examples/*.yaml", (
         ("files", {"nargs": "+", "metavar": "FILE", "help": "workflows in YAML or JSON; - for standard input"}),
-        ("--json", {"action": "store_true", "help": "print the problems as JSON"}),
+        _JSON,
     )),
     "run": ("run a workflow and print its result as JSON",
-            "run wf.yaml --set name=Alice --print outputs.answer", (_FILE, *_RUN_OPTIONS)),
+            "run wf.yaml --set name=Alice --print outputs.answer", (_FILE, _STORE, *_RUN_OPTIONS)),
+    "resume": ("go on with a stored run where it stopped", "resume 5f3c2b6d9a0e4c11 --store runs.db", (
+        ("run_id", {"nargs": "?", "metavar": "RUN_ID", "help": "the run's id, as `runs list` shows it"}), _STORE,
+        ("--failed", {"action": "store_true", "help": "resume every run that failed or was interrupted"}),
+        ("--from", {"dest": "from_step", "metavar": "STEP", "help": "run this step and all that follows it again"}),
+        ("--force", {"action": "store_true", "help": "go on although the workflow has changed"}),
+        ("--approve", {"action": "append", "default": [], "metavar": "STEP", "help": "approve a step that waits for it"}),
+        ("--reject", {"action": "append", "default": [], "metavar": "STEP", "help": "let a step that waits fail"}),
+        *_RUN_OPTIONS[1:],
+    )),
+    "runs": ("look at stored runs", "runs list --store runs.db", (
+        ("action", {"choices": ("list", "show", "failures", "audit", "export", "delete", "prune"),
+                    "help": "list runs; show, audit, export or delete one; failures: steps that failed for good"}),
+        ("run_id", {"nargs": "?", "metavar": "RUN_ID", "help": "the run, for show, audit, export and delete"}), _STORE,
+        ("--status", {"metavar": "STATUS", "help": "list: only runs of this status"}),
+        ("--limit", {"type": int, "default": 100, "metavar": "N", "help": "list: at most so many, the newest (100)"}),
+        ("--older-than", {"metavar": "AGE", "help": "prune: ended runs older than this, such as 30d or 12h"}),
+        ("--verify", {"action": "store_true", "help": "audit: find any edit; exit status 1 if there is one"}), _JSON,
+    )),
     "graph": ("draw a workflow", "graph wf.yaml --format text", (
         _FILE, ("--format", {"choices": tuple(_PICTURES), "default": "mermaid", "help": "default: mermaid"}),
     )),
@@ -7987,24 +10298,166 @@ def _run_command(options: argparse.Namespace) -> int:
         raise OrchestratorError("the workflow and the inputs cannot both come from standard input")
     workflow = _load_workflow(options.file)
     inputs = _read_inputs(options.input, options.set, workflow.inputs or {})
-    extensions = _load_plugins(options.plugin)
+    with contextlib.ExitStack() as opened:
+        store = _open_store(options, opened)
+        return (_execute if options.batch is None else _run_batch)(options, workflow, inputs, store, opened)
+
+
+def _execute(
+    options: argparse.Namespace, workflow: Workflow, inputs: Mapping[str, Any] | None, store: Any,
+    opened: contextlib.ExitStack, **resume: Any,
+) -> int:  # fmt: skip
+    """Runs a workflow, or goes on with a stored run, under the options of the command line; the exit status."""
     reporter = _Reporter(options, len(workflow.steps))
-    executor = WorkflowExecutor(
-        workflow, inputs, max_concurrency=options.max_concurrency, offline=options.offline, streaming=options.stream,
-        output_folder=options.output_dir, on_event=reporter.on_event if reporter.wanted else None, **extensions,
-    )  # fmt: skip
-    for warning in executor.warnings if not options.quiet else ():
-        if warning.custom is None:
-            _complain(str(warning))
+    executor = _make_executor(options, workflow, inputs, store, opened, reporter.on_event if reporter.wanted else None)
     with _signals(executor) as received:
-        result = executor.run()
+        result = executor.resume(**resume) if resume else executor.run()
     reporter.close()
     _write_result(result, options)
     if result.error is not None and not options.quiet:
         _complain(f"{result.status}: {result.error['type']}: {result.error['message']}")
+    for step_id, step in result.items() if result.status == "paused" else ():
+        if step.reason == "approval":
+            _complain(f"paused: {step_id} waits: {_PROGRAM} resume {result.run_id} --approve {step_id} --store {store.name}")
     if received or result.status == "cancelled":
         return 128 + received[0] if received else _EXIT_INTERRUPTED
-    return _EXIT_COMPLETED if result.status == "completed" else _EXIT_FAILED
+    return _EXIT_COMPLETED if result.status in ("completed", "paused") else _EXIT_FAILED
+
+
+def _make_executor(
+    options: argparse.Namespace, workflow: Workflow, inputs: Any, store: Any, opened: contextlib.ExitStack, on_event: Any
+) -> WorkflowExecutor:
+    """An executor under the options of the command line; what it keeps open is closed with `opened`."""
+    if options.record and options.replay:
+        raise OrchestratorError("--record and --replay exclude each other")
+    tape = options.record or options.replay
+    cassette = opened.enter_context(contextlib.closing(Cassette(tape, bool(options.replay)))) if tape else None
+    cache = opened.enter_context(contextlib.closing(ResponseCache(options.cache))) if options.cache else None
+    executor = WorkflowExecutor(
+        workflow, inputs, max_concurrency=options.max_concurrency, offline=options.offline, streaming=options.stream,
+        output_folder=options.output_dir, on_event=on_event, store=store, cache=cache, cassette=cassette,
+        **_load_plugins(options.plugin),
+    )  # fmt: skip
+    executor.launch = {name: getattr(options, name) for name in _LAUNCH_OPTIONS}
+    for warning in executor.warnings if not options.quiet else ():
+        if warning.custom is None:
+            _complain(str(warning))
+    return executor
+
+
+def _run_batch(
+    options: argparse.Namespace, workflow: Workflow, inputs: Any, store: Any, opened: contextlib.ExitStack
+) -> int:
+    """Runs a workflow once for each line of a file; --input and --set are what the lines have in common."""
+    import asyncio
+
+    executor = _make_executor(options, workflow, _LATER, store, opened, None)
+    batch = _Batch(options, workflow)
+    with _signals(executor) as received, contextlib.closing(batch):
+        asyncio.run(batch.run(executor, inputs, received))
+    return 128 + received[0] if received else _EXIT_FAILED if batch.failed else _EXIT_COMPLETED
+
+
+_LAUNCH_OPTIONS = ("plugin", "offline", "max_concurrency", "output_dir")  # that a resumed run takes over
+
+
+def _open_store(options: argparse.Namespace, opened: contextlib.ExitStack, needed: bool = False) -> Any:
+    """The store of --store or of the environment, closed with `opened`; None if there is none."""
+    path = options.store or os.environ.get("LLM_ORCHESTRATOR_STORE")
+    if not path and needed:
+        raise OrchestratorError("say which store holds the runs: --store FILE, or LLM_ORCHESTRATOR_STORE")
+    return opened.enter_context(contextlib.closing(SQLiteStore(path))) if path else None
+
+
+def _resume_command(options: argparse.Namespace) -> int:
+    if bool(options.run_id) == options.failed:
+        raise OrchestratorError("give the id of a run, or --failed for all that failed or were interrupted")
+    with contextlib.ExitStack() as opened:
+        store = _open_store(options, opened, needed=True)
+        run_ids = [options.run_id]
+        if options.failed:
+            run_ids = [run["run_id"] for run in store.runs(10**9) if run["status"] in ("failed", "interrupted")]
+        return max((_resume_run(options, store, run_id, opened) for run_id in run_ids), default=_EXIT_COMPLETED)
+
+
+def _resume_run(options: argparse.Namespace, store: Any, run_id: str, opened: contextlib.ExitStack) -> int:
+    """Goes on with one run: its workflow's file as it is now, or the recorded text if that file is gone."""
+    recorded = store.load(run_id)
+    for name in _LAUNCH_OPTIONS:
+        setattr(options, name, getattr(options, name) or (recorded.get("launch") or {}).get(name))
+    source = recorded.get("source")
+    if source and os.path.exists(source):
+        workflow = Workflow.from_file(source)
+    else:
+        workflow = Workflow.from_yaml(recorded["workflow_text"].split("\n# ---- called\n")[0])
+        workflow.source, workflow.folder = source or workflow.source, os.path.dirname(source) if source else None
+    values = _read_inputs(None, options.set, {})
+    decisions = {step_id: (True, values) for step_id in options.approve}
+    decisions.update({step_id: (False, {}) for step_id in options.reject})
+    waiting = recorded.get("waiting") or []
+    for step_id in decisions:
+        if step_id not in waiting:
+            raise OrchestratorError(f"run {run_id}: no step {step_id!r} waits for approval{_suggestion(step_id, waiting)}")
+    again = {"run_id": run_id, "from_step": options.from_step, "force": options.force, "decisions": decisions}
+    return _execute(options, workflow, recorded.get("inputs"), store, opened, **again)
+
+
+def _runs_command(options: argparse.Namespace) -> int:
+    if (options.run_id is None) == (options.action in ("show", "audit", "export", "delete")):
+        raise OrchestratorError(f"runs {options.action} takes {'the id of a run' if options.run_id is None else 'no run'}")
+    if (options.action == "prune") != bool(options.older_than):
+        raise OrchestratorError("runs prune needs --older-than, such as 30d; other actions take none")
+    with contextlib.ExitStack() as opened:
+        store = _open_store(options, opened, needed=True)
+        status, found = _EXIT_COMPLETED, _RUNS_ACTIONS[options.action](store, options)
+        if options.action == "audit" and options.verify:
+            found = store.verify(options.run_id)
+            status = _EXIT_FAILED if found else _EXIT_COMPLETED
+        if options.json or options.action == "export":
+            print(_to_json(found, indent=2))
+        elif options.action == "show":
+            steps = [{"step": step_id, **state} for step_id, state in found.pop("steps").items()]
+            facts = {name: value for name, value in found.items() if name not in ("workflow_text", "launch")}
+            print(*(f"{name}: {_cell(name, value)}" for name, value in facts.items()), sep="\n")
+            _print_table(steps, ("step", "type", "status", "attempts", "duration_ms", "error", "reason"))
+        elif found and isinstance(found[0], dict):
+            _print_table(found, _RUNS_COLUMNS[options.action])
+        else:
+            print(*(found or [_NOTHING.get(options.action, "none")]), sep="\n")
+    return status
+
+
+_RUNS_ACTIONS: dict[str, Callable[[Any, argparse.Namespace], Any]] = {
+    "list": lambda store, options: store.runs(options.limit, options.status),
+    "show": lambda store, options: store.load(options.run_id),
+    "failures": lambda store, options: store.failures(),
+    "audit": lambda store, options: store.audit(options.run_id),
+    "export": lambda store, options: store.export(options.run_id),
+    "delete": lambda store, options: [options.run_id][: store.delete(options.run_id) or 1],
+    "prune": lambda store, options: store.prune(_parse_age(options.older_than)),
+}
+_RUNS_COLUMNS = {
+    "list": ("run_id", "workflow", "status", "started_at", "updated_at"),
+    "failures": ("run_id", "workflow", "step_id", "attempts", "error"),
+    "audit": ("number", "time", "kind", "details"),
+}
+_NOTHING = {"list": "no runs", "failures": "no failures", "audit": "the audit trail is whole", "prune": "nothing to delete"}
+
+
+def _cell(name: str, value: Any) -> str:
+    """A value in a table or a line."""
+    if value is not None and (name == "time" or name.endswith("_at")):
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    if name == "error" and isinstance(value, Mapping):
+        value = value.get("message")
+    return "" if value is None else _shorten(_to_text(value).replace("\n", " "), 100)
+
+
+def _print_table(rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
+    cells = [columns, *([_cell(name, row.get(name)) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
 @contextlib.contextmanager
@@ -8133,6 +10586,144 @@ def _printed(document: Mapping[str, Any], path: str) -> str:
     return text if text.endswith("\n") else text + "\n"
 
 
+class _Batch:
+    """The lines of a file of inputs, and their results in the same order in --out (or on stdout).
+
+    What ends before its turn waits in OUT.partial, so that after a kill no line that had ended runs again.
+    """
+
+    WINDOW = 1000  # lines that may have ended before the oldest that has not
+
+    def __init__(self, options: argparse.Namespace, workflow: Workflow) -> None:
+        import hashlib
+
+        self.options, self.started, self.shown = options, time.monotonic(), 0.0
+        self.next = self.done = self.failed = self.total = 0  # the next line to write out; counts of lines
+        self.early: dict[int, str] = {}  # results that came before their turn
+        self.fault: OrchestratorError | None = None  # the bad line that ends the batch
+        digest = hashlib.sha256(workflow.to_yaml().encode())
+        try:
+            with open(options.batch, "rb") as lines:
+                for line in lines:
+                    self.total += 1
+                    digest.update(line)
+        except OSError as error:
+            raise OrchestratorError(f"{options.batch}: cannot be read: {error.strerror}") from None
+        self.identity = digest.hexdigest()
+        self.out: Any = sys.stdout
+        self.partial: Any = None
+        if options.out is not None:
+            try:
+                self.open(options.out)
+            except OSError as error:
+                raise OrchestratorError(f"{options.out}: {error.strerror}") from None
+        self.resumed = self.next + len(self.early)
+
+    def open(self, path: str) -> None:
+        """Opens the results, and takes over what an earlier run of the same batch has done."""
+        partial = f"{path}.partial"
+        if os.path.exists(partial):
+            with open(partial, encoding="utf-8") as lines:
+                whole = [line for line in lines if line.endswith("\n")]
+            if not whole or json.loads(whole[0]) != self.identity:
+                raise OrchestratorError(f"{partial} is of another batch: remove it, or choose another --out")
+            with open(path, "a+b") as out:
+                out.seek(0)
+                size = 0
+                for line in out:
+                    if line.endswith(b"\n"):
+                        size += len(line)
+                        self.count(json.loads(line))
+                        self.next += 1
+                out.truncate(size)
+            for line in whole[1:]:
+                if json.loads(line)["line"] > self.next:
+                    self.early[json.loads(line)["line"] - 1] = line
+                    self.count(json.loads(line))
+        elif os.path.exists(path):
+            raise OrchestratorError(f"{path} is there already, and no unfinished batch: remove it, or choose another --out")
+        _replace_file(partial, "".join([_to_json(self.identity) + "\n", *self.early.values()]))
+        self.partial = open(partial, "a", encoding="utf-8", newline="")
+        self.out = open(path, "a", encoding="utf-8", newline="")
+        self.write_out()
+
+    def inputs(self, common: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
+        """(index, inputs) of the lines that are still to do; bad lines end the batch, or are reported."""
+        with open(self.options.batch, "rb") as lines:
+            for index, line in enumerate(lines):
+                if index < self.next or index in self.early or not line.strip():
+                    if index == self.next and not line.strip():
+                        self.put(index, None)
+                    continue
+                try:
+                    values = _load_json(line)
+                    if not isinstance(values, dict):
+                        raise ValidationError(f"inputs must be a JSON object, not {_shown(values)}")
+                    yield index, {**common, **values}
+                except (ParseError, ValidationError) as error:
+                    self.bad_line(index, error)
+
+    def bad_line(self, index: int, error: OrchestratorError) -> None:
+        """Reports a line, or has the batch end when what is running has ended."""
+        fault = OrchestratorError(f"{self.options.batch}:{index + 1}: {getattr(error, 'reason', error)}")
+        if not self.options.keep_going:
+            self.fault = self.fault or OrchestratorError(f"{fault} (--keep-going skips such lines)")
+            return
+        _complain(str(fault))
+        self.put(index, {"status": "invalid", "error": {**_error_summary(error), "message": str(fault)}})
+
+    async def run(self, executor: WorkflowExecutor, common: Mapping[str, Any], received: list[int]) -> None:
+        def may_start() -> bool:
+            return len(self.early) < self.WINDOW and self.fault is None and not received
+
+        async for index, result in executor.each(self.inputs(common), executor.max_concurrency, may_start):
+            if isinstance(result, ValidationError):
+                self.bad_line(index, result)
+            elif result.status != "cancelled":
+                self.put(index, result.to_dict())
+            self.report()
+        if self.fault is not None:
+            raise self.fault
+
+    def put(self, index: int, result: dict[str, Any] | None) -> None:
+        """Takes the result of a line (None: an empty one), and writes out all whose turn has come."""
+        line = "" if result is None else _to_json({"line": index + 1, **result}) + "\n"
+        self.early[index] = line
+        if line:
+            self.count(json.loads(line))
+        if index != self.next and self.partial is not None:
+            self.partial.write(line)
+            self.partial.flush()
+        self.write_out()
+
+    def count(self, entry: Mapping[str, Any]) -> None:
+        self.done += 1
+        self.failed += entry["status"] not in ("completed", "paused")
+
+    def write_out(self) -> None:
+        while self.next in self.early:
+            self.out.write(self.early.pop(self.next))
+            self.next += 1
+        self.out.flush()
+
+    def report(self) -> None:
+        """A line on stderr now and then: how far it is, how fast, how long it will take."""
+        now = time.monotonic()
+        if self.options.quiet or (now - self.shown < 2 and self.done < self.total):
+            return
+        self.shown, speed = now, max(1, self.done - self.resumed) / max(1e-9, now - self.started)
+        left = (self.total - self.done) / speed
+        rest = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min" if left < 7200 else f"{left / 3600:.1f} h"
+        _complain(f"batch: {self.done}/{self.total} lines, {self.failed} failed, {speed:.1f} a second, {rest} left")
+
+    def close(self) -> None:
+        if self.partial is not None:
+            self.partial.close()
+            self.out.close()
+            if self.next >= self.total:
+                os.unlink(self.partial.name)
+
+
 class _Reporter:
     """What a run shows on stderr: one live line on a terminal, log lines elsewhere, streamed text if asked for."""
 
@@ -8225,6 +10816,8 @@ def _terminal_width() -> int:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "validate": _validate_command,
     "run": _run_command,
+    "resume": _resume_command,
+    "runs": _runs_command,
     "graph": _graph_command,
 }
 

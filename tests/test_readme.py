@@ -53,15 +53,11 @@ def test_shell_blocks_do_what_they_say(folder: Path, note: str, code: str) -> No
     if "pytest" in code:
         pytest.skip("this is the command that runs these tests")
     expected = int(note.partition("exit: ")[2] or 0)
-    for command in code.replace("\\\n", " ").splitlines():
-        if not command.strip() or command.startswith("#"):
-            continue
-        command = re.sub(r"^python3? ", f"{sys.executable} ", command)
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=120, check=False,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        assert done.returncode == expected, f"{command}\n{done.stdout}{done.stderr}"
+    done = subprocess.run(
+        ["bash", "-euc", code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == expected, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("note", "code"), blocks("python"), ids=ids(blocks("python")))

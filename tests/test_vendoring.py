@@ -67,7 +67,7 @@ def test_it_runs_from_a_zip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flags", [["-I"], ["-S"], ["-OO"], ["-I", "-S", "-OO"], ["-W", "error"], ["-X", "utf8=0"]], ids=" ".join)
 def test_it_runs_under_every_interpreter_flag(flags: list[str]) -> None:
-    done = python(*flags, str(MODULE), *RUN, cwd=ROOT)
+    done = python(*flags, str(MODULE), *RUN, "-q", cwd=ROOT)
     assert (done.stdout, done.stderr) == ("completed\n", ""), done.stderr
 
 
