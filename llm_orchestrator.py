@@ -3239,7 +3239,7 @@ class _Compiler:
             self.condition(node, document)
         node.output_names = tuple(name for name in _as_list(document.get("output")) if isinstance(name, str))
         self.check_outputs(node, row)
-        if len(document) > 4:  # most steps have none of these
+        if len(document) > 3:  # most steps have none of these
             node.timeout = _seconds(document.get("timeout_seconds"), "s")
             node.continue_on_error = document.get("continue_on_error") is True
             node.rule = document.get("trigger_rule") or node.rule
