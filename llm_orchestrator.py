@@ -3422,6 +3422,9 @@ class _Compiler:
             (self.misshape if isinstance(error, ParseError) else self.problem)(path, f"workflow: {error}")
         if node.workflow is None:
             return
+        if node.workflow.budget:
+            message = "workflow: the budget of a called workflow does not apply, only that of the workflow that is run"
+            self.problem(path, message, "warning")
         self.check_call(node, node.workflow, document.get("inputs") or {})
         outputs, ids = node.workflow.outputs, [step.id for step in node.workflow.steps if isinstance(step, Step)]
         self.name_outputs(node, list(map(str, outputs if isinstance(outputs, dict) and outputs else ids)))
@@ -3443,6 +3446,9 @@ class _Compiler:
 
     def name_outputs(self, node: _Node, names: list[str]) -> None:
         """A container's outputs: the names that are given, in order; otherwise its children's own."""
+        for name in ("branch", "iterations"):
+            if names.count(name) > 1:
+                self.problem(node.path, f"a child of a {node.type} cannot be called {name!r}: an output has that name")
         given = node.output_names
         if len(given) > len(names):
             shown = f"{len(names)} outputs ({_shorten(', '.join(names), 100)})"
@@ -7000,8 +7006,6 @@ def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[s
     messages = values.get("messages")
     if messages is None:
         messages = [{"role": "user", "content": values["prompt"]}]
-    texts = [content if isinstance(content := m["content"], (str, list)) else _to_text(content) for m in messages]
-    messages = [{**message, "content": text} for message, text in zip(messages, texts)]
     names = ("model", "system", *_SAMPLING_KEYS, "params")
     given = {name: values[name] for name in names if values.get(name) is not None}
     request = CompletionRequest(messages=messages, stream=call.streams(values), **given)
@@ -7017,6 +7021,12 @@ def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[s
     if request.stream:
         request.on_text = call.on_text
     return request
+
+
+def _with_text(message: Any) -> Any:
+    """A message whose content is text, or a list of parts, whatever its template gave."""
+    content = message.get("content", "") if isinstance(message, Mapping) else ""
+    return message if isinstance(content, (str, list)) else {**message, "content": _to_text(content)}
 
 
 async def _tool_round(
@@ -7276,11 +7286,14 @@ async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
 
 
 async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    import asyncio
+
     node, previous = call.node, None  # type: _Node, Mapping[str, Any] | None
     assert node.children is not None and node.until is not None
     for iteration in range(values["max_iterations"]):
         local = {"iteration": iteration, "previous": previous}
         children = await call.run_children(node.children, local, segment=str(iteration), order=iteration)
+        await asyncio.sleep(0)  # where no step ever waits, the loop would keep deadlines and cancellation waiting
         outputs = (*children.firsts(), iteration + 1)
         if node.until.evaluate(children.context):
             return outputs
@@ -8058,6 +8071,8 @@ class _StepRun:
             value, check = render(self.context), row.keys.get(key)
             if check is _text or (check is _texts and value is not None and not isinstance(value, list)):
                 value = _to_text(value)  # where text is wanted, one {{expression}} alone gives text too
+            elif check is _messages:
+                value = [_with_text(message) for message in value] if isinstance(value, list) else value
             values[key] = value
             if check is not None and value is not None and (fault := check(value)):
                 raise ExecutionError(f"{key} {fault}", self.id)

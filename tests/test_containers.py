@@ -816,3 +816,42 @@ def test_deeper_nesting_is_refused(kind: str, depth: int) -> None:
         step = {"id": f"c{level}", "type": kind, **keys}
     with pytest.raises(ValidationError, match="deep"):
         Workflow.from_dict({"name": "t", "steps": [step]}).validate()
+
+
+# what looks alike
+
+
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [(branch("c", "1", {"1": [value("branch")]}), "branch"), (loop("c", value("iterations"), until="true"), "iterations")],
+    ids=["branch", "loop"],
+)
+def test_a_child_may_not_take_the_name_of_its_containers_own_output(step: Step, name: str) -> None:
+    with pytest.raises(ValidationError, match=name):
+        Workflow("t", [step]).validate()
+
+
+def test_children_may_be_called_output_status_and_error() -> None:
+    step = parallel("p", value("output", "O"), value("status", "S"), value("error", "E"))
+    assert output(run(step, value("o", "{{steps.p.output}}{{steps.p.status}}{{steps.p.error}}")), "o") == "OSE"
+
+
+def test_the_budget_of_a_called_workflow_is_warned_about() -> None:
+    sub = {"name": "s", "budget": {"max_calls": 1}, "steps": [value("a").to_dict()]}
+    assert "budget" in str(Workflow("t", [called("s", sub)]).validate()[0])
+
+
+@pytest.mark.parametrize(("item", "text"), [(1, "1"), (2.5, "2.5"), (None, ""), (True, "true"), ({"a": 1}, '{"a":1}')])
+def test_an_item_alone_in_a_prompt_or_message_is_text(item: Any, text: str) -> None:
+    step = llm("f", "{{item}}", system="{{item}}", for_each=[item])
+    assert output(run(step), "f") == [text]
+    messages = [{"role": "user", "content": "{{item}}"}]
+    step = Step("f", "llm", provider="p", model="m", messages=messages, for_each=[item])
+    assert output(run(step, provider=lambda request: str(request.messages[0]["content"])), "f") == [text]
+
+
+def test_a_loop_of_steps_that_never_wait_hears_of_its_deadline() -> None:
+    started = time.monotonic()
+    result = run(loop("l", value("a"), until="false", max_iterations=1_000_000), timeout_seconds=0.2)
+    assert result.status == "timed_out"
+    assert time.monotonic() - started < 5
