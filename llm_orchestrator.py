@@ -62,9 +62,7 @@ if TYPE_CHECKING:
     import asyncio
     import logging
     from collections.abc import AsyncIterator, Awaitable, Callable, Container, Generator, Iterable, Iterator, Sequence
-    from typing import Any, Optional
-
-    _NodeTag, _Anchor = Optional[type], Optional[list[Any]]
+    from typing import Any
 else:
     Any = object  # for `dict[str, Any]` as a base class
 
@@ -208,8 +206,8 @@ class RunTimeoutError(OrchestratorError):
 class ProviderError(OrchestratorError):
     """A call of a provider or another server failed.
 
-    `provider` is its name, `status` the HTTP status or None, `retryable` whether another attempt may help, `retry_after`
-    the seconds that the server asks to wait, `request_id` the server's name for the call. Messages never hold keys.
+    `provider` is its name, `status` the HTTP status or None, `retryable` whether another attempt may help,
+    `retry_after` the seconds that the server asks to wait, `request_id` its name for the call. Messages hold no keys.
     """
 
     _retryable = False
@@ -283,16 +281,17 @@ _USUAL = bytes(range(32, 127)) + b"\t\n"
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # refused anywhere
 _ODD = re.compile("[\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")  # allowed in quotes only
 _BYTE_ORDER_MARKS = (
-    (b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")
-)
+    (b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be"),
+    (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"),
+)  # fmt: skip
 
 # The expressions repeat character sets and never groups, except over a bounded stretch: a repeated group costs memory
 # for each round. The text ends with a newline, so that `text[position + 1]` is there for every character of a line.
 _FIRST = r"""[^ \t\n\-?:,\[\]{}#&*!|>'"%@`]"""  # starts a plain scalar wherever it stands
 _WORD, _QUOTED = r"([A-Za-z_][\w.-]{0,1000})", r""""([^"\\\n]*)"|'([^'\n]*)'"""
 _VALUE = rf"(?:(-?{_FIRST}(?:[^:#\n]*[^:#\n \t])?)|{_QUOTED})(?:[ \t]+#[^\n]*|[ \t]*)\n( *)(?=[^ \t\n#])"
-# What nearly all lines are: `key: value` or the `key:` of what follows, and `- value`; in a flow collection `key: value`
-# or `value` before a comma or bracket, or before another collection.
+# What nearly all lines are: `key: value` or the `key:` of what follows, and `- value`; in a flow collection: `value` or
+# `key: value` before a comma or bracket, or before another collection.
 _SIMPLE_ENTRY = re.compile(rf"{_WORD}:(?: +{_VALUE}|(?=[ \t\n]))").match
 _SIMPLE_ITEM = re.compile(rf"- +{_VALUE}").match
 _SIMPLE_FLOW = re.compile(
@@ -314,15 +313,13 @@ _KEY = re.compile(  # any implicit key of a block mapping; matched over _MAX_KEY
     re.VERBOSE,
 ).match
 _DASH, _QUESTION, _COLON = ("- ", "-\n", "-\t"), ("? ", "?\n", "?\t"), (": ", ":\n", ":\t")
-
-
-def _run_of(characters: str) -> Callable[..., re.Match[str]]:
-    """Matches as many of the characters as there are."""
-    return re.compile(f"[{characters}]*").match  # type: ignore[return-value]
-
-
-_SPACES, _WHITE, _BLANK, _EMPTY_LINES = _run_of(" "), _run_of(" \t"), _run_of(" \t\n"), _run_of(" \n")
+_SPACES: Callable[..., re.Match[str]] = re.compile(" *").match  # type: ignore[assignment]  # these four match always
+_WHITE: Callable[..., re.Match[str]] = re.compile(r"[ \t]*").match  # type: ignore[assignment]
+_BLANK: Callable[..., re.Match[str]] = re.compile(r"[ \t\n]*").match  # type: ignore[assignment]
+_EMPTY_LINES: Callable[..., re.Match[str]] = re.compile(r"[ \n]*").match  # type: ignore[assignment]
 _PROPERTY = re.compile(r"(?:&[^ \t\n,\[\]{}]+|!<[^ \t\n>]*>|![^ \t\n,\[\]{}]*)(?=[ \t\n,\]}])").match
+# The end of a text in quotes is such a match of odd length: otherwise the quote at its end is escaped.
+_CLOSING = {'"': re.compile(r'(?<!\\)\\*"').search, "'": re.compile("'+").search}
 _ALIAS = re.compile(r"\*([^ \t\n,\[\]{}]+)").match
 _BLOCK_HEADER = re.compile(r"[|>](?:([1-9])?([-+])?|([-+])([1-9]))(?:[ \t]+(?:#[^\n]*)?)?\n").match
 _PROLOGUE = re.compile(
@@ -487,13 +484,13 @@ class _YamlReader:
     def document(self) -> Any:
         """The value of the only document in the text."""
         text = self.text
-        directives: list[str] = []
+        directives: set[str] = set()
         position = self.next_line(0, -1)
         while self.indent == 0 and (line := _PROLOGUE(text, position)):
             directive = line[1] or line[2]
             if line[1] in directives or (directives and not directive):
                 break
-            directives += [directive] if directive else []
+            directives |= {directive} if directive else set()
             position = self.rest_of_line(line.end())
         start = _DOCUMENT_START(text, position) if self.indent == 0 else None
         if not start and (directives or text.startswith("%", position)):
@@ -561,14 +558,14 @@ class _YamlReader:
 
     # Collections
 
-    def enter(self, kind: type, tag: _NodeTag, position: int) -> None:
+    def enter(self, kind: type, tag: type | None, position: int) -> None:
         """Counts a collection that starts; `parents.pop()` ends it."""
         self.parents.append(self.path)
         if len(self.parents) > _MAX_DEPTH:
             raise self.error(f"nesting deeper than {_MAX_DEPTH}", position)
         self.check_tag(kind, tag, position)
 
-    def check_tag(self, kind: type, tag: _NodeTag, position: int) -> None:
+    def check_tag(self, kind: type, tag: type | None, position: int) -> None:
         if tag not in (None, object, kind):
             name = next(name for name in _CORE if _CORE[name] is tag)
             raise self.error(f"this is no value for the tag !!{name}", position)
@@ -580,7 +577,8 @@ class _YamlReader:
             self.marks[self.path] = position
 
     def block_node(
-        self, position: int, parent: int, column: int, hanging: bool = False, tag: _NodeTag = None, anchor: _Anchor = None
+        self, position: int, parent: int, column: int, hanging: bool = False,
+        tag: type | None = None, anchor: list[Any] | None = None,
     ) -> tuple[Any, int]:
         """The node behind an indicator or behind properties, in a collection that is indented by `parent`.
 
@@ -598,36 +596,36 @@ class _YamlReader:
             column = -1 if "\t" in text[start:position] else column + position - start
         first = text[position]
         indicator = first in "-?:" and text[position + 1] in " \t\n"
-        value: Any
         if indicator and column < 0:
             raise self.error(f"'{first}' cannot start a list or mapping here", position)
-        if indicator and first == "-":
-            value, position = self.block_sequence(position, column, tag)
-        elif indicator or (column >= 0 and (_SIMPLE_KEY(text, position) or self.key(position))):
-            value, position = self.block_mapping(position, column, tag)
-        elif first in "&!":
+        if indicator or (column >= 0 and first not in "[{|>" and (_SIMPLE_KEY(text, position) or self.key(position))):
+            sequence = indicator and first == "-"
+            self.enter(list if sequence else dict, tag, position)
+            value: Any
+            value, position = (self.block_sequence if sequence else self.block_mapping)(position, column)
+            self.parents.pop()
+            if self.indent > column:
+                raise self.error("more indentation than the lines above have", position)
+            return self.anchored(value, anchor), position
+        if first in "&!":
             tag, anchor, position = self.properties(position, tag, anchor)
             return self.block_node(position, parent, -1, hanging, tag, anchor)
-        elif first in "|>":
+        if first in "|>":
             value, end = self.block_scalar(position, parent)
             return self.scalar(value, False, tag, anchor, position), end
-        else:
-            value, end, _ = self.flow_node(position, parent + 1, False, tag, anchor)
-            if isinstance(value, (dict, list)) and text.startswith(":", _WHITE(text, end).end()):
-                raise self.error(_COMPLEX_KEY, position)
-            return value, self.rest_of_line(end)
-        return self.anchored(value, anchor), position
+        value, end, _ = self.flow_node(position, parent + 1, False, tag, anchor)
+        if isinstance(value, (dict, list)) and text.startswith(":", _WHITE(text, end).end()):
+            raise self.error(_COMPLEX_KEY, position)
+        return value, self.rest_of_line(end)
 
     def key(self, position: int) -> re.Match[str] | None:
         """The key of a block mapping with its colon."""
         return _KEY(self.text, position, position + _MAX_KEY + 2)
 
-    def block_sequence(self, position: int, indent: int, tag: _NodeTag) -> tuple[list[Any], int]:
+    def block_sequence(self, position: int, indent: int) -> tuple[list[Any], int]:
         """A block list whose dashes are at column `indent`."""
-        text = self.text
+        text, self.indent = self.text, indent
         result: list[Any] = []
-        self.enter(list, tag, position)
-        self.indent = indent
         while self.indent == indent and text.startswith(_DASH, position):
             item = self.simple_item(text, position)
             if item and len(item[4]) <= indent:
@@ -637,31 +635,24 @@ class _YamlReader:
                 self.mark(len(result), position)
                 value, position = self.block_node(position + 1, indent, indent + 1)
                 result.append(value)
-        self.leave(position, indent)
         return result, position
 
-    def block_mapping(self, position: int, indent: int, tag: _NodeTag) -> tuple[dict[Any, Any], int]:
+    def block_mapping(self, position: int, indent: int) -> tuple[dict[Any, Any], int]:
         """A block mapping whose keys are at column `indent`."""
-        text, simple_entry = self.text, self.simple_entry
+        text, simple_entry, self.indent = self.text, self.simple_entry, indent
         result: dict[Any, Any] = {}
-        self.enter(dict, tag, position)
-        self.indent = indent
         while self.indent == indent:
             entry = simple_entry(text, position)
-            if not entry:
-                position = self.block_entry(position, indent, result)
-                continue
-            key, plain, _, _, spaces = entry.groups()
+            key, plain, _, _, spaces = entry.groups() if entry else (None,) * 5
             if key in _YAML_WORDS:
                 key = _YAML_WORDS[key]
-            if key in result:
-                raise self.duplicate(key, position)
-            if spaces is None or len(spaces) > indent:
+            if not entry or key in result:
+                position = self.block_entry(position, indent, result)
+            elif spaces is None or len(spaces) > indent:
                 result[key], position = self.block_node(entry.end(1) + 1, indent, -1, True)
             else:
                 result[key] = plain if plain and plain[0] not in _NOT_TEXT else self.simple(entry, 2)
                 position, self.indent = entry.end(), len(spaces)
-        self.leave(position, indent)
         return self.merged(result), position
 
     def simple(self, match: re.Match[str], group: int) -> Any:
@@ -679,9 +670,9 @@ class _YamlReader:
             content = _WHITE(text, position + 1).end()
             key, position = self.block_node(position + 1, indent, indent + 1, True)
         else:
-            match = self.key(position)
-            if not match:
+            if not (match := self.key(position)):
                 raise self.error("expected 'key: value' here", position)
+            position = match.end()
             tag, anchor, content = self.properties(start, None, None)
             if content != match.end("properties"):
                 raise self.error("unexpected text behind an anchor or a tag", content)
@@ -692,20 +683,14 @@ class _YamlReader:
         key = self.checked_key(key, result, start, content)
         self.mark("<<" if key is _MERGE else key, start)
         if not explicit:
-            value, position = self.block_node(match.end(), indent, -1, True)
+            value, position = self.block_node(position, indent, -1, True)
         elif self.indent == indent and text.startswith(_COLON, position):
             value, position = self.block_node(position + 1, indent, indent + 1, True)
         result[key] = value if key is not _MERGE else (value, start)
         return position
 
-    def leave(self, position: int, indent: int) -> None:
-        """Ends a block collection at `indent`; refuses a line behind it that belongs to no collection."""
-        self.parents.pop()
-        if self.indent > indent:
-            raise self.error("more indentation than the lines above have", position)
-
     def flow_node(
-        self, position: int, indent: int, flow: bool = True, tag: _NodeTag = None, anchor: _Anchor = None
+        self, position: int, indent: int, flow: bool = True, tag: type | None = None, anchor: list[Any] | None = None
     ) -> tuple[Any, int, int]:
         """A scalar on one or more lines, an alias or a flow collection; further lines are indented by `indent` or more.
 
@@ -733,20 +718,23 @@ class _YamlReader:
             raise self.error(f"'{first}' cannot start a value: put text into quotes", position)
         return self.scalar(value, first not in "\"'", tag, anchor, start), position, start
 
-    def flow_collection(self, position: int, indent: int, tag: _NodeTag) -> tuple[dict[Any, Any] | list[Any], int]:
+    def flow_collection(self, position: int, indent: int, tag: type | None) -> tuple[dict[Any, Any] | list[Any], int]:
         """A list in brackets or a mapping in braces."""
         text, pairs = self.text, self.text[position] == "{"
-        close, items, mapping = "}" if pairs else "]", [], {}
+        close = "}" if pairs else "]"
+        items: list[Any] = []
+        mapping: dict[Any, Any] = {}
         self.enter(dict if pairs else list, tag, position)
         while text[position] != close:
             start = position = self.space(position + 1, indent)
             if text[position] == close:
                 break
             entry = self.simple_flow(text, start)
-            if entry and pairs is (entry[1] is not None or entry[2] is not None):
-                key = _YAML_WORDS[entry[1]] if entry[1] in _YAML_WORDS else entry[2] if entry[1] is None else entry[1]
-                if key in mapping:
-                    raise self.duplicate(key, start)
+            word, quoted = (entry[1], entry[2]) if entry else (None, None)
+            key = quoted if word is None else _YAML_WORDS.get(word, word)
+            if not entry or pairs is (word is None and quoted is None) or key in mapping:
+                position = self.flow_entry(start, indent, mapping, None if pairs else items)
+            else:
                 position = entry.end()
                 if text[position] in "[{":
                     value, position, _ = self.flow_node(position, indent)
@@ -757,8 +745,6 @@ class _YamlReader:
                     mapping[key] = value
                 else:
                     items.append(value)
-            else:
-                position = self.flow_entry(start, indent, mapping, None if pairs else items)
             if text[position] not in ("," + close):
                 reason = f"expected ',' or '{close}'" if text[position] != ":" else _COMPLEX_KEY
                 raise self.error(reason, position)
@@ -766,34 +752,26 @@ class _YamlReader:
         return self.merged(mapping) if pairs else items, position + 1
 
     def flow_entry(self, start: int, indent: int, mapping: dict[Any, Any], items: list[Any] | None) -> int:
-        """Reads one entry of any kind into the mapping, or into the items, where it may be a mapping of one entry."""
-        text = self.text
+        """Reads one entry of any kind into the mapping, or into the items, where a pair is a mapping of its own."""
+        text, value = self.text, None
         if items is not None:
             self.mark(len(items), start)
         explicit = text.startswith(_QUESTION, start)
-        position = self.space(start + 1, indent) if explicit else start
+        position = content = self.space(start + 1, indent) if explicit else start
         if (explicit and text[position] in ",]}") or (text[position] == ":" and not _FLOW_PLAIN(text, position)):
-            node, content = None, position
+            key = None
         else:
-            node, position, content = self.flow_node(position, indent)
+            key, position, content = self.flow_node(position, indent)
             position = self.space(position, indent)
-        if items is None:
-            return self.flow_pair(position, indent, node, start, content, mapping)
-        if not explicit and text[position] != ":":
-            items.append(node)
-            return position
-        if not explicit and (position - start > _MAX_KEY or "\n" in text[start:position]):
-            raise self.error(f"a key in a list stands on one line with its ':', within {_MAX_KEY} characters", position)
-        self.enter(dict, None, start)
-        position = self.flow_pair(position, indent, node, start, content, mapping := {})
-        self.parents.pop()
-        items.append(self.merged(mapping))
-        return position
-
-    def flow_pair(self, position: int, indent: int, node: Any, start: int, content: int, result: dict[Any, Any]) -> int:
-        """Reads the value for a key, whose text has been read, into `result`; None where there is no colon."""
-        text, value = self.text, None
-        key = self.checked_key(node, result, start, content)
+        if items is not None:
+            if not explicit and text[position] != ":":
+                items.append(key)
+                return position
+            if not explicit and (position - start > _MAX_KEY or "\n" in text[start:position]):
+                raise self.error(f"such a key stands on one line with its ':', within {_MAX_KEY} characters", position)
+            self.enter(dict, None, start)
+            mapping = {}
+        key = self.checked_key(key, mapping, start, content)
         self.mark("<<" if key is _MERGE else key, start)
         if text[position] == ":":
             colon, position = position, self.space(position + 1, indent)
@@ -802,7 +780,10 @@ class _YamlReader:
                     raise self.error("expected white space behind ':'", position)
                 value, position, _ = self.flow_node(position, indent)
                 position = self.space(position, indent)
-        result[key] = value if key is not _MERGE else (value, start)
+        mapping[key] = value if key is not _MERGE else (value, start)
+        if items is not None:
+            self.parents.pop()
+            items.append(self.merged(mapping))
         return position
 
     def checked_key(self, key: Any, result: dict[Any, Any], start: int, content: int) -> Any:
@@ -815,11 +796,8 @@ class _YamlReader:
                 raise self.error("a merge key (<<) has no anchor, tag or alias", start)
             key = _MERGE
         if key in result:
-            raise self.duplicate(key, start)
+            raise self.error(f"duplicate key {'<<' if key is _MERGE else key!r}"[:200], start)
         return key
-
-    def duplicate(self, key: Any, position: int) -> ParseError:
-        return self.error(f"duplicate key {'<<' if key is _MERGE else key!r}"[:200], position)
 
     def merged(self, result: dict[Any, Any]) -> dict[Any, Any]:
         """The mapping with its merge key, if any, carried out: its own entries win, then those of earlier sources."""
@@ -836,7 +814,7 @@ class _YamlReader:
 
     # Scalars
 
-    def scalar(self, raw: str, plain: bool, tag: _NodeTag, anchor: _Anchor, position: int) -> Any:
+    def scalar(self, raw: str, plain: bool, tag: type | None, anchor: list[Any] | None, position: int) -> Any:
         """The value of a scalar, by its properties."""
         value: Any = raw
         if tag not in (None, str, object) or (plain and not tag and (not raw or raw[0] in _NOT_TEXT)):
@@ -865,12 +843,12 @@ class _YamlReader:
 
     def quoted(self, position: int, indent: int) -> tuple[str, int]:
         text, quote, start = self.text, self.text[position], position + 1
-        end, searched = text.find(quote, start), start
-        while end >= 0 and (text[end + 1] == "'" if quote == "'" else _ends_in_escape(text[searched:end])):
-            searched = end + 1 + (quote == "'")
-            end = text.find(quote, searched)
-        if end < 0:
+        closing = _CLOSING[quote](text, start)
+        while closing and len(closing[0]) % 2 == 0:
+            closing = _CLOSING[quote](text, closing.end())
+        if not closing:
             raise self.error(f"the quote {quote} is not closed", position)
+        end = closing.end() - 1
         raw = text[start:end]
         if self.odd:
             self.odd.difference_update(match.start() for match in _ODD.finditer(text, start, end))
@@ -898,7 +876,8 @@ class _YamlReader:
         if digit or (indent > parent and first < len(text)):
             if not digit and " " * (indent + 1) in text[start:line]:
                 raise self.error("a blank line above this text has more spaces than the text", first)
-            below = _block_end(indent)(text, start - 1) if indent else None
+            # The line break before the first line with content and less indentation.
+            below = re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search(text, start - 1) if indent else None
             end = below.start() + 1 if below else len(text)
         else:
             end, indent = (line, first) if first < len(text) else (first, first)
@@ -915,7 +894,7 @@ class _YamlReader:
 
     # Properties and aliases
 
-    def properties(self, position: int, tag: _NodeTag, anchor: _Anchor) -> tuple[_NodeTag, _Anchor, int]:
+    def properties(self, position: int, tag: type | None, anchor: list[Any] | None) -> tuple[Any, Any, int]:
         """The tag and the anchor on this line, added to those given; the position is that of the next content."""
         text = self.text
         while text[position] in "&!":
@@ -950,7 +929,7 @@ class _YamlReader:
             for child in [*value, *value.values()] if isinstance(value, dict) else value:
                 self.expand(child, depth + 1, position)
 
-    def anchored(self, value: Any, anchor: _Anchor) -> Any:
+    def anchored(self, value: Any, anchor: list[Any] | None) -> Any:
         if anchor is not None:
             anchor.append(value)
         return value
@@ -959,10 +938,6 @@ class _YamlReader:
 def _short_line(text: str, indent: int) -> bool:
     """Whether a line below the first, blank or not, has something other than spaces before column `indent`."""
     return indent > 0 and any(len(line) > _SPACES(line).end() < indent for line in text.split("\n")[1:])
-
-
-def _ends_in_escape(raw: str) -> bool:
-    return (len(raw) - len(raw.rstrip("\\"))) % 2 == 1
 
 
 def _folded(breaks: re.Match[str]) -> str:
@@ -995,12 +970,6 @@ def _folded_block(body: str) -> str:
         if all(line and line[0] not in " \t" for line in (parts[number - 1], parts[number + 1])):
             parts[number] = parts[number][1:] or " "
     return "".join(parts)
-
-
-@functools.lru_cache(maxsize=64)
-def _block_end(indent: int) -> Callable[[str, int], Any]:
-    """Finds the line break before the first line with content that is indented by less than `indent`."""
-    return re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search
 
 
 _PLAIN_TEXT = re.compile(  # what every YAML 1.1 and 1.2 loader reads as the same text
@@ -1304,6 +1273,7 @@ def _strip_lines(items: list[str | _Tag]) -> list[Any]:
 
 _MISSING: Any = object()
 _PLAIN = frozenset((str, int, float, bool, list, dict, tuple))  # what a path may end at as it is; null goes the slow way
+_ATOMS, _NUMBERS = frozenset((str, int, float, bool)), frozenset((int, float))
 _KINDS: tuple[tuple[Any, str], ...] = (
     (type(None), "null"), (bool, "a boolean"), ((int, float), "a number"), (str, "text"), ((list, tuple), "a list"),
     (Mapping, "a map"), (object, "a Python object"),
@@ -1350,7 +1320,7 @@ def _there(value: Any, *steps: str) -> str:
 
 def _truthy(value: Any) -> bool:
     """Handlebars truth: false, null, "", 0 and [] are false; every map is true."""
-    return bool(value) or (value is not None and (type(value) not in _PLAIN or type(value) is dict) and isinstance(value, Mapping))
+    return bool(value) or (value is not None and type(value) not in _ATOMS and isinstance(value, (dict, Mapping)))
 
 
 def _unpacked(value: Any) -> Any:
@@ -1390,6 +1360,8 @@ def _as_number(text: str) -> int | float | None:
 
 def _equal(left: Any, right: Any) -> bool:
     """Equality of `==`, `in` and `eq`, as Condition describes it."""
+    if type(left) is type(right) and type(left) in _ATOMS:
+        return bool(left == right)
     if isinstance(right, str):
         left, right = right, left
     if isinstance(left, str):
@@ -1409,7 +1381,9 @@ def _order(left: Any, right: Any) -> int | None:
     """-1, 0 or 1; None if either is null (or nan); TypeError for what has no order."""
     if left is None or right is None:
         return None
-    if not (isinstance(left, str) and isinstance(right, str)):
+    if type(left) not in _NUMBERS or type(right) not in _NUMBERS:
+        if isinstance(left, str) and isinstance(right, str):
+            return (left > right) - (left < right)
         numbers = [_as_number(value) if isinstance(value, str) else value for value in (left, right)]
         if any(isinstance(number, bool) or not isinstance(number, (int, float)) for number in numbers):
             raise TypeError(f"cannot order {_kind(left)} and {_kind(right)}")
@@ -2140,7 +2114,9 @@ class _ConditionParser:
             first, second = left(this, frame), right(this, frame)
             try:
                 return compare(first, second)
-            except (TypeError, TemplateError) as error:
+            except RecursionError:
+                raise
+            except Exception as error:  # values of other types than JSON's may raise anything
                 raise self.error(error.reason if isinstance(error, TemplateError) else error, start) from None
 
         if operator == "matches" and isinstance(pattern := getattr(right, "constant", None), str):
@@ -2274,126 +2250,174 @@ class Condition:
 
 # ---- Guarded regular expressions -------------------------------------------------------------------------------------
 
-_MAX_SEARCHED = 1_000_000  # characters
-_MAX_STEPS = 100_000_000  # of backtracking in the worst case: about a second
+_MAX_STEPS = 100_000_000  # of backtracking in the worst case: a second or two
+_SETS = frozenset(("LITERAL", "NOT_LITERAL", "IN", "ANY"))  # nodes that take one character
 _SAMPLES = "".join(map(chr, range(128))) + "\u00e9\u0416\u4e2d\u0663\u00a0\u2028\u00b2\u20ac\U0001f600"
 _regex_parser: Any = getattr(re, "_parser", None) or getattr(re, "sre_parse", None)
 _regex_compiler: Any = getattr(re, "_compiler", None) or getattr(re, "sre_compile", None)
 
 
 def _compile_regex(pattern: str) -> re.Pattern[str]:
-    """A compiled pattern whose worst case is bounded (see _regex_plan); ConditionError for a bad or unsafe one."""
+    """A compiled pattern for _guarded; ConditionError for a bad one, or one that short texts can make take forever."""
     try:
-        _regex_plan(pattern)
+        _regex_cost(pattern)
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError, ValueError) as error:
-        raise ConditionError(f"bad regular expression: {str(error) or 'nested too deeply'}", pattern) from None
+        raise ConditionError(f"bad regular expression: {str(error) or 'nested too deeply'}", pattern[:200]) from None
+
+
+def _guarded(pattern: re.Pattern[str], text: str) -> re.Pattern[str]:
+    """The pattern; ConditionError if to search this text with it could take more than a second or two."""
+    if _regex_cost(pattern.pattern).steps(text) > _MAX_STEPS:
+        raise ConditionError("this regular expression can take forever on this text; simplify or anchor it", pattern.pattern)
+    return pattern
 
 
 def _guarded_search(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    """pattern.search(text); ConditionError if the text is so long that this could take more than about a second."""
-    longest, search = _regex_plan(pattern.pattern)
-    if len(text) > longest:
-        reason = f"a text of {len(text)} characters is too long for this regular expression (at most {longest})"
-        raise ConditionError(reason + "; anchoring it with ^ helps", pattern.pattern)
-    return search(text)
-
-
-@functools.lru_cache(maxsize=256)
-def _regex_plan(pattern: str) -> tuple[int, Callable[[str], re.Match[str] | None]]:
-    """How long a text may be for a search to end in about a second, and that search; ConditionError for no length.
-
-    Backtracking costs ways * length ** power: a choice that the next character does not decide multiplies the ways
-    (alternatives, bounded repeats) or raises the power (open repeats). A search starts at every character, but for a
-    pattern that begins with an open repeat of a set: within a run of the set it need start only once.
-    """
-    tree = _regex_parser.parse(pattern)
-    nodes, cost = list(tree), _RegexCost(tree, pattern)
-    if len(pattern) > 2000:
-        raise ConditionError("a regular expression has at most 2000 characters", pattern[:100])
-    _, ways, power, _, _ = cost.sequence(nodes, (frozenset(), 1, 0, False, True), 0)
-    starts_anywhere = not (nodes and str(nodes[0][1]) in ("AT_BEGINNING", "AT_BEGINNING_STRING")) or tree.state.flags & re.M
-    search = re.compile(pattern).search
-    lead = nodes
-    while lead and lead[0][0].name == "SUBPATTERN" and not (lead[0][1][1] or lead[0][1][2]):
-        lead = list(lead[0][1][-1])
-    if lead and lead[0][0].name in ("MAX_REPEAT", "MIN_REPEAT") and lead[0][1][1] == _regex_parser.MAXREPEAT:
-        body = list(lead[0][1][2])
-        if len(body) == 1 and body[0][0].name in _SETS and cost.rest_power == 0:
-            guard = _regex_parser.SubPattern(tree.state, body)
-            tree.insert(0, (_regex_parser.ASSERT_NOT, (-1, guard)))
-            search, starts_anywhere = _regex_compiler.compile(tree).search, False
-    longest = min(_MAX_SEARCHED, int((_MAX_STEPS / ways) ** (1 / max(1, power + bool(starts_anywhere)))))
-    if longest < 500:
-        raise ConditionError("this regular expression can take forever on some texts", pattern)
-    return longest, search
-
-
-_SETS = frozenset(("LITERAL", "NOT_LITERAL", "IN", "ANY"))  # nodes that take one character
+    """pattern.search(text), or ConditionError as in _guarded; a pattern that begins with a run takes less here."""
+    cost = _regex_cost(pattern.pattern)
+    if cost.by_runs and cost.steps(text, by_runs=True) <= _MAX_STEPS:
+        return cost.by_runs.search(text)  # type: ignore[no-any-return]
+    return _guarded(pattern, text).search(text)
 
 
 class _RegexCost:
-    """Walks a parsed pattern from its end. A state, of what follows a place: the characters it may start with, ways,
-    power, whether a choice in it is ambiguous, and whether it cannot fail."""
+    """How many steps a search may take. Backtracking multiplies choices that the next character does not decide: the
+    `ways` of alternatives and bounded repeats, and for an open repeat the length of the longest run in the text of
+    what it takes. `products` are the sets of repeats that multiply; a search may start at every `mark`.
 
-    def __init__(self, tree: Any, pattern: str) -> None:
-        self.tree, self.pattern, self.rest_power, self.known = tree, pattern, 0, {}  # type: ignore[var-annotated]
+    A pattern that begins with an open repeat of a set need start only once in a run of the set: `by_runs` does. What
+    follows the run costs `rest`, for each `entry` that is in the text.
+
+    The parsed pattern is walked from its end. A state tells of what follows a place: the characters it may start with,
+    ways, products, whether a choice in it is ambiguous, and whether it cannot fail.
+    """
+
+    END: Any = (frozenset(), 1, frozenset([()]), False, True)
+
+    def __init__(self, pattern: str) -> None:
+        if len(pattern) > 2000:
+            raise ConditionError("a regular expression has at most 2000 characters", pattern[:200])
+        tree = _regex_parser.parse(pattern)
         numbers = (int(number) for number in re.findall(r"\d+", repr(tree)))
         self.samples = set(_SAMPLES) | {chr(number) for number in numbers if number < 0x110000}
+        self.state, self.pattern, self.known = tree.state, pattern, {}  # type: ignore[var-annotated]
+        self.flags = re.I | re.S if re.search(r"\(\?[a-zA-Z-]+:", pattern) else 0  # flags of a group: as if for all
+        self.taken: list[Any] = []  # the nodes of one character, as they are met
+        self.runs: dict[str, Any] = {}  # for each open repeat, a pattern of the runs that it can take
+        nodes = list(tree)
+        self.rest = self.sequence(nodes[1:], self.END, 0)[2]
+        _, self.ways, self.products, _, _ = self.sequence(nodes, self.END, 0)
+        begins = str(nodes[0][1]) if nodes and nodes[0][0].name == "AT" else ""
+        self.anchored = begins == "AT_BEGINNING_STRING" or (begins == "AT_BEGINNING" and not tree.state.flags & re.M)
+        self.mark = "\n" if begins == "AT_BEGINNING" else self.literal(nodes)
+        self.entry, self.by_runs = self.literal(nodes[1:]), self.started_by_runs(nodes)
+        if self.total(self.products, 1 if self.anchored else 50, dict.fromkeys(self.runs, 50)) > _MAX_STEPS:
+            raise ConditionError("this regular expression can take forever on some texts", pattern)
+
+    def literal(self, nodes: Any) -> str:
+        """The text that nodes begin with."""
+        exact = next((nodes[:end] for end, node in enumerate(nodes) if node[0].name != "LITERAL"), nodes)
+        return "" if self.flags or self.state.flags & re.I else "".join(chr(argument) for _, argument in exact)
+
+    def started_by_runs(self, nodes: Any) -> re.Pattern[str] | None:
+        """The pattern with `not after what it repeats` in front, if it begins with an open repeat of a set."""
+        lead = list(nodes[:1])
+        while len(lead) == 1 and lead[0][0].name == "SUBPATTERN" and not (lead[0][1][1] or lead[0][1][2]):
+            lead = list(lead[0][1][-1])
+        if len(lead) != 1 or not lead[0][0].name.endswith("_REPEAT") or lead[0][1][1] != _regex_parser.MAXREPEAT:
+            return None
+        repeated = list(lead[0][1][2])
+        if len(repeated) != 1 or repeated[0][0].name not in _SETS:
+            return None
+        guard = (_regex_parser.ASSERT_NOT, (-1, self.tree(*repeated)))
+        return _regex_compiler.compile(self.tree(guard, *nodes))  # type: ignore[no-any-return]
+
+    def total(self, products: Any, starts: int, lengths: Mapping[str, int]) -> int:
+        return self.ways * starts * sum(math.prod(lengths[run] + 1 for run in runs) for runs in products)
+
+    def steps(self, text: str, by_runs: bool = False) -> int:
+        """At most how many steps a search of the text takes; runs are measured only if that matters."""
+        starts = text.count(self.entry if by_runs else self.mark) + 1
+        products, lengths = self.rest if by_runs else self.products, dict.fromkeys(self.runs, len(text))
+        most = self.total(products, 1 if self.anchored else starts, lengths)
+        if most > _MAX_STEPS:
+            for key, run in self.runs.items():
+                lengths[key] = max((len(found[0]) for found in run.finditer(text)), default=0)
+            most = self.total(products, 1 if self.anchored else starts, lengths)
+        return most + len(text)
 
     def sequence(self, nodes: Any, state: Any, depth: int) -> Any:
         for operation, argument in reversed(list(nodes)):
-            self.rest_power = state[2]
             state = self.node(operation, argument, state, depth)
         return state
+
+    def tree(self, *nodes: Any) -> Any:
+        return _regex_parser.SubPattern(self.state, list(nodes))
+
+    def run(self, nodes: list[Any]) -> Any:
+        """A pattern of the runs of what any of the nodes take."""
+        arms = nodes[0] if len(nodes) == 1 else (_regex_parser.BRANCH, (None, [self.tree(node) for node in nodes]))
+        repeat = (_regex_parser.MAX_REPEAT, (1, _regex_parser.MAXREPEAT, self.tree(arms)))
+        return _regex_compiler.compile(self.tree(repeat), self.flags)
 
     def characters(self, node: Any) -> frozenset[str]:
         """The sample characters that a node takes."""
         if repr(node) not in self.known:
-            single = _regex_compiler.compile(_regex_parser.SubPattern(self.tree.state, [node]))
-            self.known[repr(node)] = frozenset(filter(single.match, self.samples))
+            self.known[repr(node)] = frozenset(filter(_regex_compiler.compile(self.tree(node), self.flags).match, self.samples))
         return self.known[repr(node)]  # type: ignore[no-any-return]
 
     def node(self, operation: Any, argument: Any, state: Any, depth: int) -> Any:
-        first, ways, power, ambiguous, _ = state
+        first, ways, products, ambiguous, _ = state
         name = operation.name
         if name in _SETS:
-            return self.characters((operation, argument)), ways, power, ambiguous, False
+            self.taken.append((operation, argument))
+            return self.characters((operation, argument)), ways, products, ambiguous, False
         if name == "AT":
-            return first, ways, power, ambiguous, False
+            return first, ways, products, ambiguous, False
         if name in ("SUBPATTERN", "ATOMIC_GROUP"):
             return self.sequence(argument[-1] if name == "SUBPATTERN" else argument, state, depth)
         if name == "BRANCH":
             arms = [self.sequence(arm, state, depth) for arm in argument[1]]
-            firsts = frozenset().union(*(arm[0] for arm in arms))
+            firsts, all_products = (frozenset().union(*(arm[index] for arm in arms)) for index in (0, 2))
             overlap = sum(len(arm[0]) for arm in arms) > len(firsts)
             total = (sum if overlap else max)(arm[1] for arm in arms)
-            return firsts, total, max(arm[2] for arm in arms), overlap or any(arm[3] for arm in arms), False
+            return firsts, total, all_products, overlap or any(arm[3] for arm in arms), False
         if name in ("ASSERT", "ASSERT_NOT"):
-            inner = self.sequence(argument[1], (frozenset(), 1, 0, False, True), depth)
-            return first, ways * inner[1], power + inner[2], ambiguous or inner[3], False
+            inner = self.sequence(argument[1], self.END, depth)
+            if not depth or inner[2] == self.END[2]:
+                return first | inner[0], ways * inner[1], products | inner[2], ambiguous or inner[3], False
         if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            return self.repeat(*argument, state, depth + 1)
-        raise ConditionError("back references and conditions in a regular expression can take forever", self.pattern)
+            return self.repeat(argument, state, depth + 1)
+        raise ConditionError("a back reference, or what a repeat repeats, can make this take forever", self.pattern)
 
-    def repeat(self, low: int, high: int, body: Any, state: Any, depth: int) -> Any:
-        first, ways, power, ambiguous, sure = state
+    def repeat(self, argument: Any, state: Any, depth: int) -> Any:
+        (low, high, body), (first, ways, products, ambiguous, sure), seen = argument, state, len(self.taken)
         if depth > 6:
             raise ConditionError("repeats in a regular expression are nested deeper than 6", self.pattern)
-        starts = self.sequence(body, (frozenset([""]), 1, 0, False, False), depth)[0]
-        optional, starts = low == 0 or "" in starts, starts - {""}
-        inner = self.sequence(body, (starts | first if high > 1 else first, 1, 0, False, False), depth)
-        undecided = low != high and bool(starts & first)
+        starts = self.sequence(body, (frozenset([""]), *self.END[1:4], False), depth)[0]
+        taken = {repr(node): node for node in self.taken[seen:]}
+        empty, starts = "" in starts, starts - {""}
+        inner = self.sequence(body, (starts | first if high > 1 else first, *self.END[1:4], False), depth)
+        undecided = low != high and (empty or bool(starts & first))
         if inner[3] and high > 20:
             raise ConditionError("nested repeats in this regular expression can take forever", self.pattern)
+        products = {some + more * (high if inner[3] else 1) for some in products for more in inner[2]} | products
         ways *= inner[1] ** high if inner[3] else 1
-        power = power + inner[2] * high if inner[3] else max(power, inner[2])
-        if high > 50:
-            power = power + 1 if undecided else power if sure else max(power, 1)
+        if high > 50 and taken:
+            key = repr(sorted(taken))
+            self.runs.setdefault(key, self.run(list(taken.values())))
+            products = {some + (key,) for some in products} if undecided else products if sure else products | {(key,)}
             ways *= 1 if len(body) == 1 and body[0][0].name in _SETS else 10  # groups repeat more slowly than sets
         elif undecided:
             ways *= high - low + 1
-        return starts | (first if optional else frozenset()), ways, power, ambiguous or inner[3] or undecided, sure and low == 0
+        if len(products) > 100:
+            raise ConditionError("this regular expression has too many open repeats", self.pattern)
+        following = starts | (first if empty or low == 0 else frozenset())
+        return following, ways, frozenset(products), ambiguous or inner[3] or undecided, sure and low == 0
+
+
+_regex_cost = functools.lru_cache(maxsize=256)(_RegexCost)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2407,6 +2431,11 @@ _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(ms|s|m|h)?\Z").match
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_SECONDS = 1e9  # that a clock, a lock and a socket all take
 _MAX_WORKFLOW_DEPTH = 16
+if TYPE_CHECKING:
+    _Path = tuple[Any, ...]  # of keys and indexes, from the top of the document
+    _Check = Callable[[Any], str | None]
+    _Render = Callable[[Any], Any]
+    Reference = tuple[tuple[str, ...], bool, int]  # segments, whether it is required, position in the source
 
 
 def _seconds(value: Any, bare_unit: str) -> float | None:
@@ -2425,12 +2454,14 @@ def _type_name(value: Any) -> str:
     if isinstance(value, bool):
         return "a boolean"
     named = ((str, "text"), (int, "a number"), (float, "a number"), (Mapping, "a map"), ((list, tuple), "a list"))
-    return "null" if value is None else next((name for kind, name in named if isinstance(value, kind)), "something else")
+    return "null" if value is None else next((name for kind, name in named if isinstance(value, kind)), "an object")
 
 
 def _shown(value: Any) -> str:
     """A short picture of a wrong value for an error message."""
-    is_short = isinstance(value, (str, bool, float)) or (_is_number(value) and abs(value) < 1e60)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    is_short = isinstance(value, (str, float)) or (_is_number(value) and abs(value) < 1e60)
     return _shorten(repr(value), 60) if is_short else _type_name(value)
 
 
@@ -2452,17 +2483,14 @@ def _holds_tag(value: Any) -> bool:
 # Checks: value -> what is wrong with it ("must be ..."), or None. The tables of keys below are made of them.
 
 
-def _must(description: str, accepts: Callable[[Any], bool]) -> Callable[[Any], str | None]:
-    return lambda value: None if accepts(value) else f"must be {description}, not {_shown(value)}"
+def _must(description: str, accepts: Callable[[Any], Any], hint: str = "") -> Callable[[Any], str | None]:
+    return lambda value: None if accepts(value) else f"must be {description}, not {_shown(value)}{hint}"
 
 
 def _must_be_text(description: str, accepts: Callable[[str], Any]) -> Callable[[Any], str | None]:
-    def check(value: Any) -> str | None:
-        if isinstance(value, str) and accepts(value):
-            return None
-        return f"must be {description}, not {_shown(value)}{'; quote it' if isinstance(value, (int, float)) else ''}"
-
-    return check
+    accepts_text = lambda value: isinstance(value, str) and accepts(value)
+    plain, unquoted = _must(description, accepts_text), _must(description, accepts_text, "; quote it")
+    return lambda value: unquoted(value) if isinstance(value, (int, float)) else plain(value)
 
 
 def _is_integer(value: Any) -> bool:
@@ -2486,44 +2514,89 @@ def _one_of(*names: str) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
         if isinstance(value, str) and value in names:
             return None
-        return f"must be one of {', '.join(names)}, not {_shown(value)}" + _suggestion(value, names)
+        near = _suggestion(value, names) if isinstance(value, str) else ""
+        return f"must be one of {', '.join(names)}, not {_shown(value)}{near}"
 
     return check
 
 
 def _texts(value: Any) -> str | None:
-    wrong = [name for name in _as_list(value) if not isinstance(name, str)]
+    wrong = [text for text in _as_list(value) if not isinstance(text, str)]
     return f"must be text or a list of texts; an item {_text(wrong[0])}" if wrong else None
-
-
-def _steps(value: Any) -> str | None:
-    return None if isinstance(value, list) and value else f"must be a list of steps, not {_shown(value) if value else 'empty'}"
 
 
 def _is_vector(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_number, value))
 
 
-def _messages(value: Any) -> str | None:
-    roles = ("system", "developer", "user", "assistant", "tool")
-    if not isinstance(value, list) or not value:
-        return f"must be a list of {{role, content}}, not {_shown(value) if value else 'empty'}"
-    for index, message in enumerate(value):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
-        if role not in roles and not _has_tag(role):
-            return f"must be a list of {{role, content}}; the role of item {index} {_one_of(*roles)(role)}"
-        if not isinstance(content, (str, list)) and not message.get("tool_calls"):
-            return f"must be a list of {{role, content}}; the content of item {index} {_text(content)}"
-    return None
+class _Map:
+    """The check of a map: the keys that it may have, what each must be, and which it needs."""
+
+    __slots__ = ("either", "every", "free", "keys", "required", "templates")
+
+    def __init__(
+        self, keys: Mapping[str, _Check], required: tuple[str, ...] = (), *, every: _Check | None = None,
+        either: tuple[str, ...] = (), free: bool = False, templates: Container[str] = (),
+    ) -> None:  # fmt: skip
+        self.keys, self.required, self.every = keys, required, every  # `every`: the check of all other keys
+        self.either = either  # exactly one of these is needed
+        self.free, self.templates = free, templates  # other keys are free; these may be templates, checked in the run
+
+    def __call__(self, value: Any) -> str | None:
+        return next((fault for _, fault in self.faults(value)), None)
+
+    def faults(self, value: Any, defaults: Mapping[str, Any] | None = None) -> Iterator[tuple[_Path, str]]:
+        """(path, message) of everything that is wrong; a key that an unknown one is meant to be is not missing."""
+        if not isinstance(value, Mapping):
+            yield (), f"must be a map, not {_shown(value)}"
+            return
+        meant: list[str] = []
+        for key, item in value.items():
+            check = self.keys.get(key, self.every)
+            if not isinstance(key, str):
+                yield (key,), f"the key {_shown(key)} must be text; quote it"
+            elif check is None:
+                if not self.free:
+                    meant += _nearest(key, self.keys)
+                    yield (key,), f"unknown key {_shown(key)}{_suggestion(key, self.keys)}"
+            elif item is not None and not (key in self.templates and _has_tag(item)):
+                yield from _faults(check, item, key, key)
+        given = {**defaults, **value} if defaults else value
+        for key in self.required:
+            if given.get(key) is None and key not in meant:
+                near = _nearest(key, [name for name in value if name not in self.keys]) if self.free else []
+                yield tuple(near), f"unknown key {near[0]!r}, did you mean {key!r}?" if near else f"{key} is missing"
+        chosen = [key for key in self.either if given.get(key) is not None]
+        if len(chosen) > 1:
+            yield (chosen[1],), f"give {' or '.join(chosen)}, not both"
+        elif self.either and not chosen and not set(meant).intersection(self.either):
+            yield (), f"{self.either[0]} is missing (or {self.either[1]})"
 
 
-def _fallbacks(value: Any) -> str | None:
-    for entry in value if isinstance(value, list) else [value]:
-        if not isinstance(entry, Mapping) or not {"provider"} <= set(entry) <= {"provider", "model"}:
-            return "must be a list of {provider, model}"
-        if not all(isinstance(name, str) for name in entry.values()):
-            return "must be a list of {provider, model}, both text"
-    return None
+class _List:
+    """The check of a list that is not empty, and of its items."""
+
+    def __init__(self, items: _Check, description: str) -> None:
+        self.items, self.description = items, description
+
+    def __call__(self, value: Any) -> str | None:
+        return next((fault for _, fault in self.faults(value)), None)
+
+    def faults(self, value: Any) -> Iterator[tuple[_Path, str]]:
+        if not isinstance(value, list) or not value:
+            yield (), f"must be {self.description}, not {'empty' if value == [] else _shown(value)}"
+            return
+        for index, item in enumerate(value):
+            yield from _faults(self.items, item, index, f"item {index}")
+
+
+def _faults(check: _Check, value: Any, key: Any, name: str) -> Iterator[tuple[_Path, str]]:
+    """What a check finds wrong with the value of a key, under the path and the name of that key."""
+    if isinstance(check, (_Map, _List)):
+        for path, inner in check.faults(value):
+            yield (key, *path), f"{name}{' ' if inner.startswith('must ') else ': '}{inner}"
+    elif fault := check(value):
+        yield (key,), f"{name} {fault}"
 
 
 _text = _must_be_text("text", lambda value: True)
@@ -2532,44 +2605,56 @@ _name = _must_be_text("a name", str.strip)
 _boolean = _must("true or false", lambda value: isinstance(value, bool))
 _mapping = _must("a map", lambda value: isinstance(value, Mapping))
 _anything = _must("a value", lambda value: True)
-_condition = _must("a condition", lambda value: isinstance(value, (str, bool, int)))
-_timeout = _must("a number of seconds above 0", lambda value: bool(_seconds(value, "s")))
+_steps = _List(_anything, "a list of steps")
+_condition = _must("a condition", lambda value: isinstance(value, (str, bool)))
+_timeout = _must("a number of seconds above 0", lambda value: _seconds(value, "s"))
 _vector_or_text = _must("text or a list of numbers", lambda value: isinstance(value, str) or _is_vector(value))
+_message = _Map(
+    {
+        "role": _one_of("system", "developer", "user", "assistant", "tool"),
+        "content": _must("text or a list of parts", lambda value: isinstance(value, (str, list))),
+    },
+    ("role", "content"), free=True, templates=("role",),
+)  # fmt: skip
 
-_COMMON_KEYS: dict[str, Callable[[Any], str | None]] = {
-    "id": _must_be_text("letters, digits, _ or -", _IDENTIFIER), "type": _name, "description": _text,
-    "depends_on": _texts, "condition": _condition, "output": _texts, "timeout_seconds": _timeout, "retry": _mapping,
-    "continue_on_error": _boolean,
+_COMMON_KEYS: dict[str, _Check] = {
+    "id": _must_be_text("letters, digits, _ or -", _IDENTIFIER), "type": lambda value: _one_of(*_STEP_TYPES)(value),
+    "description": _text, "depends_on": _texts, "condition": _condition, "output": _texts, "timeout_seconds": _timeout,
+    "retry": _mapping, "continue_on_error": _boolean,
     "trigger_rule": _one_of("none_failed_min_one_success", "all_success", "one_success", "all_done", "one_failed"),
-    "for_each": _must("a list, a map or a template", lambda value: isinstance(value, (list, Mapping)) or _has_tag(value)),
+    "for_each": _must("a list, a map or a template", lambda v: isinstance(v, (list, Mapping)) or _has_tag(v)),
     "max_concurrency": _integer(1, 100_000),
 }  # fmt: skip
+_NO_DEFAULT = ("id", "type", "depends_on", "output")
 
 
 class _StepType:
     """One row of the table of step types: its own keys, which of them it needs, and how its outputs are named."""
 
-    __slots__ = ("arity", "checks", "container", "either", "free", "keys", "literal", "required", "templates")
+    __slots__ = ("arity", "container", "default_shape", "free", "keys", "literal", "shape")
 
     def __init__(
         self,
-        keys: dict[str, Callable[[Any], str | None]],
+        keys: dict[str, _Check],
         required: tuple[str, ...] = (),
         arity: int = 1,  # how many outputs it has; 0: any number, named by its children or its callee
         free: bool = False,  # other keys are parameters
         container: bool = False,  # holds no slot: it runs child steps, or waits for somebody
         literal: tuple[str, ...] = (),  # keys that are not templates
-        either: tuple[str, ...] = (),  # exactly one of these is needed
+        either: tuple[str, ...] = (),
     ) -> None:
-        self.keys, self.required, self.arity, self.free, self.container = keys, required, arity, free, container
-        self.literal, self.either = frozenset(literal), either
-        self.templates = frozenset(keys) - self.literal
-        self.checks = {**_COMMON_KEYS, **keys}
+        self.keys, self.arity, self.free, self.container = keys, arity, free, container
+        self.literal = frozenset(literal)
+        checks, templates = {**_COMMON_KEYS, **keys}, frozenset(keys) - self.literal
+        self.shape = _Map(checks, ("id", "type", *required), either=either, free=free, templates=templates)
+        defaults = {key: check for key, check in checks.items() if key not in _NO_DEFAULT}
+        self.default_shape = _Map(defaults, free=free, templates=templates)
 
 
-_SAMPLING_KEYS: dict[str, Callable[[Any], str | None]] = {
-    "temperature": _number(0, 2), "max_tokens": _integer(1), "top_p": _number(0, 1), "top_k": _integer(0), "stop": _texts,
-    "seed": _integer(-(2**63), 2**63), "frequency_penalty": _number(-2, 2), "presence_penalty": _number(-2, 2),
+_SAMPLING_KEYS: dict[str, _Check] = {
+    "temperature": _number(0, 2), "max_tokens": _integer(1), "top_p": _number(0, 1), "top_k": _integer(0),
+    "stop": _texts, "seed": _integer(-(2**63), 2**63), "frequency_penalty": _number(-2, 2),
+    "presence_penalty": _number(-2, 2),
 }  # fmt: skip
 _EMBED_KEYS = {
     "provider": _name, "model": _text, "dimensions": _integer(1, 100_000), "input_type": _text,
@@ -2580,11 +2665,12 @@ _VECTOR_KEYS = {"database": _name, "index": _text, "namespace": _text, "embed": 
 _STEP_TYPES: dict[str, _StepType] = {
     "llm": _StepType(
         {
-            "provider": _name, "model": _text, "prompt": _text, "messages": _messages, "system": _text,
-            **_SAMPLING_KEYS,
+            "provider": _name, "model": _text, "prompt": _text, "system": _text,
+            "messages": _List(_message, "a list of {role, content}"), **_SAMPLING_KEYS,
             "stream": _boolean, "schema": _must("a JSON Schema or a file", lambda v: isinstance(v, (Mapping, str))),
             "schema_retries": _integer(0, 20), "tools": _texts, "max_tool_rounds": _integer(1, 100),
-            "fallback": _fallbacks, "params": _mapping, "cache": _boolean,
+            "fallback": _List(_Map({"provider": _name, "model": _text}, ("provider",)), "a list of {provider, model}"),
+            "params": _mapping, "cache": _boolean,
         },
         required=("provider", "model"), either=("prompt", "messages"), arity=4,
         literal=("provider", "schema", "tools", "fallback"),
@@ -2608,7 +2694,7 @@ _STEP_TYPES: dict[str, _StepType] = {
         required=("database", "index"), literal=("database", "embed"),
     ),
     "transform": _StepType(
-        {"function": _name, "inputs": _must("a list of names, or a map", lambda v: isinstance(v, (list, str, Mapping)))},
+        {"function": _name, "inputs": _must("a list of names or a map", lambda v: isinstance(v, (list, str, Mapping)))},
         required=("function",), free=True, literal=("function", "inputs"),
     ),
     "action": _StepType({"action": _name}, required=("action",), free=True, literal=("action",)),
@@ -2646,23 +2732,26 @@ _INPUT_TYPE_ALIASES = {
     "str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean",
     "list": "array", "dict": "object", "map": "object",
 }  # fmt: skip
-_INPUT_KEYS = {
+_INPUT = _Map({
     "type": _one_of(*_INPUT_TYPES, *_INPUT_TYPE_ALIASES), "required": _boolean, "default": _anything,
-    "enum": _must("a list", lambda value: isinstance(value, list) and bool(value)), "description": _text,
-}  # fmt: skip
-_PROVIDER_KEYS = {
-    "type": _name, "base_url": _text, "api_key_env": _name, "headers": _mapping, "timeout_seconds": _timeout,
-    "rate_limit": _mapping, "circuit_breaker": _mapping, "proxy": _text, "options": _mapping,
-}  # fmt: skip
-_WORKFLOW_KEYS: dict[str, Callable[[Any], str | None]] = {
+    "enum": _List(_anything, "a list of values"), "description": _text,
+})  # fmt: skip
+_PROVIDER = _Map({
+    "type": lambda value: _one_of(*PROVIDERS)(value), "base_url": _text, "api_key_env": _name, "headers": _mapping,
+    "timeout_seconds": _timeout, "rate_limit": _mapping, "circuit_breaker": _mapping, "proxy": _text,
+    "options": _mapping,
+})  # fmt: skip
+_WORKFLOW_KEYS: dict[str, _Check] = {
     "name": _name, "version": _must("text or a number", lambda value: isinstance(value, str) or _is_number(value)),
-    "description": _text, "inputs": _mapping, "providers": _mapping, "defaults": _mapping, "steps": _steps,
-    "outputs": _mapping, "partials": _mapping, "max_concurrency": _integer(1, 100_000), "timeout_seconds": _timeout,
-    "fail_fast": _boolean, "budget": _mapping, "pricing": _mapping, "metadata": _mapping,
+    "description": _text, "inputs": _Map({}, every=_INPUT), "providers": _Map({}, every=_PROVIDER),
+    "defaults": _Map({kind: row.default_shape for kind, row in _STEP_TYPES.items()}), "steps": _steps,
+    "outputs": _Map({}, every=_anything), "partials": _Map({}, every=_text), "max_concurrency": _integer(1, 100_000),
+    "timeout_seconds": _timeout, "fail_fast": _boolean, "metadata": _mapping,
+    "budget": _Map({"max_tokens": _integer(1), "max_calls": _integer(0), "max_cost": _number(0, 1e12)}),
+    "pricing": _Map({}, every=_Map({"input": _number(0, 1e9), "output": _number(0, 1e9)})),
     "id": _anything,  # the original writes one when it serialises a workflow; it has no meaning here
 }  # fmt: skip
-_BUDGET_KEYS = {"max_tokens": _integer(1), "max_calls": _integer(0), "max_cost": _number(0, 1e12)}
-_PRICING_KEYS = {"input": _number(0, 1e9), "output": _number(0, 1e9)}
+_WORKFLOW = _Map(_WORKFLOW_KEYS, ("name", "steps"))
 
 
 class Step:
@@ -2743,15 +2832,17 @@ class Workflow:
     there too, but reported by `validate()`, by WorkflowDAG and by WorkflowExecutor.
     """
 
+    source = "workflow"  # shown before the problems; a file's name if there is one
+    folder: str | None = None  # where relative paths (sub-workflows, schemas) start
+    _source_text = ""
+    _compiled: tuple[list[Any], _Plan] | None = None
     _chain: tuple[str, ...] = ()  # the files of the workflows that call it, outermost first, and its own
 
     def __init__(self, name: str, steps: Iterable[Step | Mapping[str, Any]] = (), **keys: Any) -> None:
         self._document: dict[str, Any] = _plain({"name": name, **keys})
+        if not hasattr(steps, "__iter__"):
+            raise ValidationError(f"steps must be a list of steps, not {_shown(steps)}")
         self.steps = [step if isinstance(step, Step) else Step.from_dict(step) for step in steps]
-        self.source = "workflow"  # shown before the problems; a file's name if there is one
-        self.folder: str | None = None  # where relative paths (sub-workflows, schemas) start
-        self._source_text = ""
-        self._compiled: tuple[list[Any], _Plan] | None = None
         self._loaded: dict[str, Workflow] = {}  # sub-workflows by real path, shared by all that call each other
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -2772,22 +2863,22 @@ class Workflow:
 
         Raises ParseError, ValidationError, or OrchestratorError for a file that cannot be read.
         """
-        return cls._from_path(os.fspath(path), {})
+        return cls._from_path(str(path), {})
 
     @classmethod
     def from_yaml(cls, text: str | bytes) -> Workflow:
         """The workflow in a YAML text (so also in a JSON text)."""
-        return cls._from_text(text, load_yaml, "workflow", None, {})
+        return cls._from_text(text, load_yaml)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Workflow:
         """The workflow in a JSON text."""
-        return cls._from_text(text, _load_json, "workflow", None, {})
+        return cls._from_text(text, _load_json)
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Workflow:
         """The workflow in a mapping, shaped as the document is."""
-        return cls._from_document(_plain(document), "workflow", None, "", {})._shaped()
+        return cls._from_document(_plain(document), "workflow")._shaped()
 
     @classmethod
     def _from_path(cls, path: str, loaded: dict[str, Workflow], chain: tuple[str, ...] = ()) -> Workflow:
@@ -2796,40 +2887,38 @@ class Workflow:
 
     @classmethod
     def _from_text(
-        cls, text: str | bytes, load: Callable[[Any], Any], source: str, folder: str | None, loaded: dict[str, Workflow],
-        chain: tuple[str, ...] = (),
+        cls, text: str | bytes, load: Callable[[Any], Any], source: str = "workflow", folder: str | None = None,
+        loaded: dict[str, Workflow] | None = None, chain: tuple[str, ...] = (),
     ) -> Workflow:  # fmt: skip
         try:
-            document = load(text)
+            workflow = cls._from_document(load(text), source)
         except ParseError as error:
             error.source = source
             raise
-        workflow = cls._from_document(document, source, folder, _decoded(text), loaded)
+        workflow.folder, workflow._source_text = folder, _decoded(text)
         workflow._chain = (*chain, os.path.basename(source))
-        if folder is not None:
+        if folder is not None and loaded is not None:
+            workflow._loaded = loaded
             loaded[os.path.realpath(source)] = workflow  # before it is compiled: it may call itself
         return workflow._shaped()
 
     @classmethod
-    def _from_document(
-        cls, document: Any, source: str, folder: str | None, text: str, loaded: dict[str, Workflow]
-    ) -> Workflow:
+    def _from_document(cls, document: Any, source: str) -> Workflow:
+        """The workflow in a mapping, not yet compiled; nothing is copied."""
         if not isinstance(document, dict):
             message = f"a workflow must be a map with a name and steps, not {_type_name(document)}"
             raise ValidationError([Problem(message, (), 1, 1, source)])
         workflow = cls("")
-        workflow._document = document
+        workflow.source, workflow._document = source, document
         if isinstance(document.get("steps"), list) and document["steps"]:
             workflow._document = {key: value for key, value in document.items() if key != "steps"}
             workflow.steps = [Step._of(step) if isinstance(step, dict) else step for step in document["steps"]]
-        workflow.source, workflow.folder, workflow._source_text, workflow._loaded = source, folder, text, loaded
         return workflow
 
     def _shaped(self) -> Workflow:
         """This workflow, compiled; ValidationError if it is misshapen."""
-        plan = self._plan()
-        if plan.misshapen:
-            raise ValidationError(self._located(plan.errors()))
+        if self._plan().misshapen:
+            raise ValidationError(self._located(self._plan().errors()))
         return self
 
     def _whole(self) -> dict[str, Any]:
@@ -2843,11 +2932,11 @@ class Workflow:
         return document
 
     def to_yaml(self) -> str:
-        """The document as YAML; `from_yaml` reads the same workflow from it. OrchestratorError if it is not JSON-like."""
+        """The document as YAML, from which `from_yaml` reads it. OrchestratorError if a value is not JSON-like."""
         return _dump_yaml(self.to_dict())
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The document as JSON; `from_json` reads the same workflow from it. OrchestratorError if it is not JSON-like."""
+        """The document as JSON, from which `from_json` reads it. OrchestratorError if a value is not JSON-like."""
         try:
             return _to_json(self.to_dict(), indent=indent)
         except (TypeError, ValueError) as error:
@@ -2856,7 +2945,7 @@ class Workflow:
     def step(self, step_id: str) -> Step:
         """The top-level step with this id; KeyError if there is none."""
         for step in self.steps:
-            if step.document.get("id") == step_id:
+            if isinstance(step, Step) and step.id == step_id:
                 return step
         raise KeyError(step_id)
 
@@ -2876,11 +2965,11 @@ class Workflow:
         steps = [step.document if isinstance(step, Step) else step for step in self.steps]
         known = self._compiled[0] if self._compiled else []
         if self._compiled is None or len(known) != len(steps) or any(old is not new for old, new in zip(known, steps)):
-            self._compiled = (steps, _Compiler(self).compile())
+            self._compiled = (steps, _Plan(self))
         return self._compiled[1]
 
     def _located(self, problems: list[Problem]) -> list[Problem]:
-        """The problems in document order, with lines and columns if there is a text, which is read again for its places."""
+        """The problems in document order, with lines and columns if there is a text, which is read for them again."""
         if not problems:
             return problems
         text = self._source_text
@@ -2893,7 +2982,7 @@ class Workflow:
             rank = places.get(path, (1, 1) if text else (-1, 0))
             if text:
                 if problem.inside and path == problem.path:
-                    rank = _exact_place(lines, *rank, *problem.inside)
+                    rank = _exact_place(lines, rank, *problem.inside)
                 problem.line, problem.column = rank
             ranks.append(rank)
         return [problems[i] for i in sorted(range(len(problems)), key=ranks.__getitem__)]
@@ -2910,15 +2999,16 @@ def _paths(value: Any, path: _Path) -> Iterator[_Path]:
             yield from _paths(item, (*path, key))
 
 
-def _exact_place(lines: list[str], line: int, column: int, template: str, position: int) -> tuple[int, int]:
+def _exact_place(lines: list[str], place: tuple[int, int], template: str, position: int) -> tuple[int, int]:
     """The place of a position within a template whose key is at a line and column: there, or in the block below it."""
+    line, column = place
     row, start = template.count("\n", 0, position), template.rfind("\n", 0, position) + 1
     wanted = template[start:].split("\n", 1)[0]
     for index, first in ((line - 1 + row, 0 if row else column - 1), (line + row, 0)):
         found = lines[index].find(wanted, first) if wanted.strip() and index < len(lines) else -1
         if found >= 0:
             return index + 1, found + 1 + position - start
-    return line, column
+    return place
 
 
 def _read_file(path: str | os.PathLike[str]) -> bytes:
@@ -2938,9 +3028,9 @@ class _Node:
     condition: Condition | None = None
     item_condition = False  # the condition looks at the item, so it is asked once per item
     until: Condition | None = None
-    for_each: Callable[[Any], Any] | None = None
-    inputs: list[tuple[str, Callable[[Any], Any]]] = []  # a transform's inputs by name  # noqa: RUF012
-    item_values: list[tuple[str, Callable[[Any], Any]]] = []  # what it renders for each item itself  # noqa: RUF012
+    for_each: _Render | None = None
+    inputs: list[tuple[str, _Render]] = []  # a transform's inputs by name  # noqa: RUF012
+    item_values: list[tuple[str, _Render]] = []  # what it renders for each item itself  # noqa: RUF012
     inline = False  # a built-in transform: it never waits
     local: frozenset[str] = frozenset()  # names that only its own templates see: the item of for_each
     defaulted: frozenset[str] = frozenset()  # keys that come from the workflow's `defaults`
@@ -2953,12 +3043,14 @@ class _Node:
     continue_on_error = False
     limit: int | None = None
     output_names: tuple[str, ...] = ()
+    known: dict[str, _Node | None] | None = None
 
     def __init__(self, document: Mapping[str, Any], path: _Path, position: int) -> None:
         self.document, self.path, self.position = document, path, position
-        self.id, self.type = (name if isinstance(name, str) else _shown(name) for name in map(document.get, ("id", "type")))
+        names = map(document.get, ("id", "type"))
+        self.id, self.type = (name if isinstance(name, str) else _shown(name) for name in names)
         self.constants: dict[str, Any] = {}  # keys whose value never changes
-        self.values: list[tuple[str, Callable[[Any], Any]]] = []  # keys that are rendered for each run
+        self.values: list[tuple[str, _Render]] = []  # keys that are rendered for each run
         self.references: list[tuple[Reference, str]] = []  # what its templates read, with the key they stand in
         self.places: list[tuple[_Path, str]] = []  # for each reference: the path and source of the text it stands in
         self.dependencies: dict[str, None] = {}  # ids of siblings, in order
@@ -2969,18 +3061,15 @@ class _Node:
         """The graphs of its children, if it is a container."""
         return [*([self.children] if self.children is not None else ()), *self.branches.values()]
 
-    def child(self, step_id: str) -> _Node | None:
-        """A step inside this one."""
-        graphs = self.graphs()
-        if self.workflow is not None and self.workflow._compiled is not None:  # None yet if it is calling itself
-            graphs.append(self.workflow._compiled[1].graph)
-        return next((graph.by_id[step_id] for graph in graphs if step_id in graph.by_id), None)
-
-    def names(self) -> list[str]:
-        """What may follow `steps.ID.`, as far as it is known before a run."""
-        children = [child.id for graph in self.graphs() for child in graph.nodes]
-        called = [str(step.id) for step in self.workflow.steps if isinstance(step, Step)] if self.workflow else []
-        return list(dict.fromkeys((*self.output_names, *children, *called)))
+    def names(self) -> dict[str, _Node | None]:
+        """What may follow `steps.ID.`, so far as it is known before a run: outputs, and steps inside this one."""
+        if self.known is None:
+            graphs = self.graphs()
+            if self.workflow is not None and self.workflow._compiled is not None:
+                graphs.append(self.workflow._compiled[1].graph)
+            self.known = dict.fromkeys(self.output_names)
+            self.known.update((step_id, node) for graph in graphs for step_id, node in graph.by_id.items())
+        return self.known
 
 
 class _Graph:
@@ -3028,149 +3117,91 @@ class _Graph:
                 yield from graph.walk()
 
 
+_STEP_FACTS = ("output", "status", "error")  # what steps.ID has besides its outputs
+_ITEM_NAMES = frozenset(("item", "index", "key"))
+_LOOP_NAMES = frozenset(("iteration", "previous"))
+_MOST_SUGGESTIONS = 50  # for names from long lists; more would take long and help nobody
+
+
 class _Plan:
-    """A compiled workflow: its graph, its outputs and the problems that were found on the way."""
+    """A workflow compiled: its graph, its outputs, and every problem that was found on the way."""
 
-    __slots__ = ("graph", "misshapen", "outputs", "problems")
+    def __init__(self, workflow: Workflow) -> None:
+        self.workflow, self.document = workflow, workflow._whole()
+        self.found: dict[tuple[_Path, str], Problem] = {}
+        self.misshapen = False  # the document has no meaning, so that loading it fails
+        self.graphs: list[_Graph] = []
+        self.partials = _Partials(None, True, None)
+        self.defaults = {kind: keys for kind, keys in self.section("defaults").items() if isinstance(keys, dict)}
+        self.compile()
 
-    def __init__(self, graph: _Graph, outputs: list[tuple[str, Callable[[Any], Any]]], compiler: _Compiler) -> None:
-        self.graph, self.outputs = graph, outputs
-        self.problems, self.misshapen = list(compiler.problems.values()), compiler.misshapen
+    @property
+    def problems(self) -> list[Problem]:
+        return list(self.found.values())
 
     def errors(self) -> list[Problem]:
         return [problem for problem in self.problems if problem.severity == "error"]
 
-
-_STEP_FACTS = ("output", "status", "error")  # what steps.ID has besides its outputs
-_ITEM_NAMES = frozenset(("item", "index", "key"))
-_LOOP_NAMES = frozenset(("iteration", "previous"))
-_NO_DEFAULT = ("id", "type", "depends_on", "output")
-_MOST_SUGGESTIONS = 50  # for names from long lists; more would take long and help nobody
-_Path = tuple  # of keys and indexes, from the top of the document
-
-
-class _Compiler:
-    """Walks one document and compiles it, collecting problems instead of stopping at the first."""
-
-    def __init__(self, workflow: Workflow) -> None:
-        self.workflow = workflow
-        self.document = workflow._whole()
-        self.defaults: dict[str, Any] = {}
-        self.partials = _Partials(None, True, None)
-        self.problems: dict[tuple[_Path, str], Problem] = {}
-        self.misshapen = False
-        self.graphs: list[_Graph] = []
-
-    def compile(self) -> _Plan:
-        document = self.document
-        self.check_keys(document, _WORKFLOW_KEYS, (), required=("name", "steps"))
-        inputs = self.check_named("inputs", _INPUT_KEYS)
+    def compile(self) -> None:
+        self.check(_WORKFLOW, self.document, ())
+        inputs = {name: entry if isinstance(entry, dict) else {} for name, entry in self.section("inputs").items()}
         for name, entry in inputs.items():
             if entry.get("default") is not None and (fault := _input_fault(entry["default"], entry)):
-                self.misshape(("inputs", name, "default"), f"inputs.{name}: the default {fault}")
-        for name, entry in self.check_named("providers", _PROVIDER_KEYS).items():
-            if isinstance(kind := entry.get("type"), str) and kind not in PROVIDERS:
-                self.misshape(("providers", name, "type"), f"providers.{name}: unknown type {kind!r}{_known(kind, PROVIDERS)}")
-        self.check_named("pricing", _PRICING_KEYS)
-        if isinstance(document.get("budget"), dict):
-            self.check_keys(document["budget"], _BUDGET_KEYS, ("budget",))
-        self.check_defaults()
-        self.check_partials()
-        graph = _Graph(inputs=inputs if isinstance(document.get("inputs"), dict) else None)
-        self.steps(document.get("steps"), ("steps",), graph)
+                self.misshape(("inputs", name, "default"), f"inputs: {name}: the default {fault}")
+        self.partials.update((name, text) for name, text in self.section("partials").items() if isinstance(text, str))
+        for name, text in list(self.partials.items()):
+            self.guarded(("partials", name), f"partials: {name}", Template, text, True, self.partials)
+        self.graph = _Graph(inputs=inputs if isinstance(self.document.get("inputs"), dict) else None)
+        self.steps(self.document.get("steps"), ("steps",), self.graph)
         for siblings in self.graphs:
             for node in siblings.nodes:
                 self.connect(node, siblings)
         for siblings in self.graphs:
             self.check_cycles(siblings)
             siblings.link()
-        return _Plan(graph, self.outputs(graph), self)
+        holder = _Node({"id": ""}, ("outputs",), 0)  # the run's own outputs are rendered when every step has ended
+        self.outputs: list[tuple[str, _Render]] = []
+        for name, text in self.section("outputs").items():
+            render = self.compiled(holder, f"outputs: {name}", text, ("outputs", name))
+            self.outputs.append((name, render or _constant(text)))
+        for (reference, key), place in zip(holder.references, holder.places):
+            self.resolve(holder, reference, key, place, self.graph)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A map of the document, so far as it is one with texts as keys."""
+        entries = self.document.get(name)
+        return {key: entries[key] for key in entries if isinstance(key, str)} if isinstance(entries, dict) else {}
 
     # problems and shapes
 
-    def problem(self, path: _Path, message: str, severity: str = "error", inside: tuple[str, int] | None = None) -> Problem:
+    def problem(
+        self, path: _Path, message: str, severity: str = "error", inside: tuple[str, int] | None = None
+    ) -> Problem:
         found = Problem(_label(self.document, path) + message, path, severity=severity)
         found.inside = inside
-        return self.problems.setdefault((path, found.message), found)
+        return self.found.setdefault((path, found.message), found)
 
     def misshape(self, path: _Path, message: str, inside: tuple[str, int] | None = None) -> None:
         """A problem that leaves the document without a meaning, so that loading it fails."""
         self.misshapen = True
         self.problem(path, message, inside=inside)
 
-    def near(self, name: str, known: Container[str]) -> str:
-        """A suggestion, unless many have been made: looking through long lists takes long."""
-        return _suggestion(name, known) if len(self.problems) < _MOST_SUGGESTIONS else ""
+    def near(self, name: str, graph: _Graph) -> str:
+        """A suggestion for the id of a step, unless many have been made: looking through long lists takes long."""
+        return _suggestion(name, graph.visible()) if len(self.found) < _MOST_SUGGESTIONS else ""
 
-    def check_keys(
-        self, mapping: Mapping[Any, Any], checks: Mapping[str, Callable[[Any], str | None]], path: _Path,
-        required: Iterable[str] = (), templates: Container[str] = (), free: bool = False,
-    ) -> set[str]:  # fmt: skip
-        """Unknown keys, missing keys and wrong values; what `templates` names may be a template, checked in the run.
+    def check(self, shape: _Map, mapping: Any, path: _Path, defaults: Mapping[str, Any] | None = None) -> None:
+        for inner, fault in shape.faults(mapping, defaults):
+            self.misshape((*path, *inner), fault)
 
-        Returns the keys that are probably meant by unknown ones; these do not count as missing.
-        """
-        meant = set()
-        for key, value in mapping.items():
-            if not isinstance(key, str):
-                self.misshape((*path, key), f"the key {_shown(key)} must be text; quote it")
-            elif key in checks:
-                fault = None if value is None or (key in templates and _has_tag(value)) else checks[key](value)
-                if fault:
-                    self.misshape((*path, key), f"{key} {fault}")
-            elif not free:
-                meant.update(_nearest(key, checks))
-                self.misshape((*path, key), f"unknown key {_shown(key)}{_suggestion(key, checks)}")
-        for key in required:
-            if mapping.get(key) is None and key not in meant:
-                self.misshape(path, f"{key} is missing")
-        return meant
-
-    def check_named(self, section: str, checks: Mapping[str, Callable[[Any], str | None]]) -> dict[str, Any]:
-        """A section that maps names to maps of the same keys; null stands for an empty map."""
-        entries = self.document.get(section)
-        checked: dict[str, Any] = {}
-        for name, entry in entries.items() if isinstance(entries, dict) else ():
-            if not isinstance(name, str):
-                self.misshape((section, name), f"{section}: the name {_shown(name)} must be text; quote it")
-            elif isinstance(entry, dict):
-                self.check_keys(entry, checks, (section, name))
-            elif entry is not None:
-                self.misshape((section, name), f"{section}.{name} must be a map, not {_shown(entry)}")
-            checked[str(_shown(name) if not isinstance(name, str) else name)] = entry if isinstance(entry, dict) else {}
-        return checked
-
-    def check_defaults(self) -> None:
-        defaults = self.document.get("defaults")
-        for kind, values in defaults.items() if isinstance(defaults, dict) else ():
-            row, path = _STEP_TYPES.get(kind), ("defaults", kind)
-            if row is None:
-                self.misshape(path, f"defaults: unknown step type {_shown(kind)}{_known(kind, _STEP_TYPES)}")
-            elif not isinstance(values, dict):
-                self.misshape(path, f"defaults.{kind} must be a map, not {_shown(values)}")
-            else:
-                checks = {key: check for key, check in row.checks.items() if key not in _NO_DEFAULT}
-                self.check_keys(values, checks, path, (), row.templates, row.free)
-                self.defaults[kind] = values
-
-    def check_partials(self) -> None:
-        partials = self.document.get("partials")
-        for name, text in partials.items() if isinstance(partials, dict) else ():
-            if isinstance(name, str) and isinstance(text, str):
-                self.partials[name] = text
-            else:
-                self.misshape(("partials", name), f"partials: {_shown(name)} must be text, not {_shown(text)}")
-        for name, text in list(self.partials.items()):
-            self.guarded(("partials", name), Template, text, True, self.partials)
-
-    def guarded(self, path: _Path, compile_it: Callable[..., Any], source: Any, *arguments: Any) -> Any:
+    def guarded(self, path: _Path, key: str, compile_it: Callable[..., Any], source: Any, *arguments: Any) -> Any:
         """What the template or condition compiler makes of the source; None with a problem if it refuses it."""
         try:
             return compile_it(source, *arguments)
         except TemplateError as error:
             text = source if isinstance(source, str) else ""
             starts = [0, *(match.end() for match in re.finditer("\n", text))]
-            self.misshape(path, f"{path[-1]}: {error}", (text, starts[error.line - 1] + error.column - 1))
+            self.misshape(path, f"{key}: {error}", (text, starts[error.line - 1] + error.column - 1))
             return None
 
     # steps
@@ -3185,7 +3216,7 @@ class _Compiler:
             graph.nodes.append(node)
             if "id" in document and graph.by_id.setdefault(node.id, node) is not node:
                 first = graph.by_id[node.id].path
-                self.problem((*node.path, "id"), f"duplicate id {node.id!r}, which {first[-2]}[{first[-1]}] has already")
+                self.problem((*node.path, "id"), f"duplicate id {node.id!r}: {first[-2]}[{first[-1]}] has it already")
         for node in graph.nodes:
             self.step(node, graph)
             for name in node.output_names:
@@ -3197,34 +3228,21 @@ class _Compiler:
     def step(self, node: _Node, graph: _Graph) -> None:
         """One step: keys, defaults, templates, conditions, children."""
         document, row = node.document, _STEP_TYPES.get(node.type, _UNKNOWN_TYPE)
-        meant = self.check_keys(document, row.checks, node.path, (), row.templates, row.free)
-        if node.type in self.defaults:
-            defaults = self.defaults[node.type]
+        defaults = self.defaults.get(node.type)
+        self.check(row.shape, document, node.path, defaults)
+        if defaults:
             node.defaulted = frozenset(defaults).difference(document)
             node.document = document = {**defaults, **document}
-        for key in ("id", "type", *row.required):
-            if document.get(key) is None and key not in meant:
-                self.misshape(node.path, f"{key} is missing")
-        self.check_either(node, row.either, meant)
         self.common_keys(node, row)
         for key, value in document.items():
             if key in row.literal:
                 if key != "inputs":  # a transform's are compiled when it is connected
                     node.constants[key] = value
-            elif key not in _COMMON_KEYS and (value is not None or row.free):
+            elif key not in _COMMON_KEYS and isinstance(key, str) and (value is not None or row.free):
                 self.value(node, key, value)
         specific = getattr(self, f"_{node.type}", None) if row is not _UNKNOWN_TYPE else None
         if specific is not None:
             specific(node, document, graph)
-        elif row is _UNKNOWN_TYPE and "type" in node.document and isinstance(document["type"], str):
-            self.misshape((*node.path, "type"), f"unknown step type {_shown(node.type)}{_known(node.type, _STEP_TYPES)}")
-
-    def check_either(self, node: _Node, names: tuple[str, ...], meant: set[str]) -> None:
-        given = [name for name in names if node.document.get(name) is not None]
-        if len(given) > 1:
-            self.misshape(self.place(node, given[1]), f"give {' or '.join(given)}, not both")
-        elif names and not given and not meant.intersection(names):
-            self.misshape(node.path, f"{names[0]} is missing (or {names[1]})")
 
     def place(self, node: _Node, key: str) -> _Path:
         """Where a key of a step stands: in the step, or in the workflow's `defaults`."""
@@ -3235,17 +3253,17 @@ class _Compiler:
         if document.get("for_each") is not None:
             node.local = _ITEM_NAMES
             node.for_each = self.rendered(node, "for_each", document["for_each"])
-        if isinstance(document.get("condition"), (str, bool, int)):
+        if isinstance(document.get("condition"), (str, bool)):
             self.condition(node, document)
-        node.output_names = tuple(name for name in _as_list(document.get("output")) if isinstance(name, str))
-        self.check_outputs(node, row)
+        if row.arity or row is _UNKNOWN_TYPE:  # a container's are named by its children
+            self.name_outputs(node, ("output",) if row.arity else (), row.arity or 100)
         if len(document) > 3:  # most steps have none of these
             node.timeout = _seconds(document.get("timeout_seconds"), "s")
             node.continue_on_error = document.get("continue_on_error") is True
             node.rule = document.get("trigger_rule") or node.rule
             node.limit = document.get("max_concurrency")
-        if node.limit is not None and not (node.for_each or node.type == "parallel" or "max_concurrency" in node.defaulted):
-            self.problem((*node.path, "max_concurrency"), "max_concurrency belongs to for_each and to the type parallel")
+        if "max_concurrency" in document and not (node.for_each or node.type == "parallel" or node.defaulted):
+            self.problem((*node.path, "max_concurrency"), "max_concurrency belongs to for_each and the type parallel")
         if not row.container:
             node.retry = _DEFAULT_RETRY
         if isinstance(document.get("retry"), dict):
@@ -3259,7 +3277,7 @@ class _Compiler:
     def condition(self, node: _Node, document: Mapping[str, Any]) -> None:
         """A condition decides whether the step runs, which branch is taken, or which items a filter keeps."""
         place = self.place(node, "condition")
-        condition = self.guarded(place, Condition, document["condition"])
+        condition = self.guarded(place, "condition", Condition, document["condition"])
         if condition is None:
             return
         roots = {reference[0][0] for reference in condition.references if reference[0]}
@@ -3271,17 +3289,21 @@ class _Compiler:
             node.condition, node.item_condition = condition, not roots.isdisjoint(node.local)
         self.note(node, condition, "condition", place)
 
-    def check_outputs(self, node: _Node, row: _StepType) -> None:
-        names, path = node.output_names, (*node.path, "output")
-        for name in names:
+    def name_outputs(self, node: _Node, names: Sequence[str], most: int) -> None:
+        """The outputs of a step have the names that are given, in order; otherwise these."""
+        given = [name for name in _as_list(node.document.get("output")) if isinstance(name, str)]
+        path = (*node.path, "output")
+        for name in given:
             if not _IDENTIFIER(name):
                 self.misshape(path, f"output {_shown(name)} must be letters, digits, _ or -")
-        if len(names) > 1 and len(set(names)) < len(names):
+        if len(set(given)) < len(given):
             self.misshape(path, "output gives one name twice")
-        if row.arity and len(names) > row.arity:
-            self.misshape(path, f"{node.type} has {row.arity} output{'s' * (row.arity > 1)}, but {len(names)} are named")
-        if not names and row.arity:
-            node.output_names = ("output",)
+        if len(given) > most:
+            self.misshape(path, f"{node.type} has {most} output{'s' * (most > 1)}, but {len(given)} are named")
+        if len(set(names)) < len(names):  # a branch's child `branch`, a loop's child `iterations`
+            double = next(name for name in names if names.count(name) > 1)
+            self.problem(node.path, f"a child of a {node.type} cannot be called {double!r}: an output has that name")
+        node.output_names = tuple(given or names)
 
     def value(self, node: _Node, key: str, value: Any) -> None:
         """A key of a step: a constant, something to render in each run, or for each item."""
@@ -3292,28 +3314,27 @@ class _Compiler:
         else:
             node.constants[key] = value
 
-    def rendered(self, node: _Node, key: str, value: Any) -> Callable[[Any], Any]:
+    def rendered(self, node: _Node, key: str, value: Any) -> _Render:
         """The value of a key as a function of the context."""
         return self.compiled(node, key, value, self.place(node, key)) or _constant(value)
 
-    def compiled(self, node: _Node, key: str, value: Any, path: _Path) -> Callable[[Any], Any] | None:
+    def compiled(self, node: _Node, key: str, value: Any, path: _Path) -> _Render | None:
         """A value whose texts are templates as a function of the context; None if it is constant.
 
         What it reads is noted on the node.
         """
         if isinstance(value, str):
-            template = self.guarded(path, Template, value, True, self.partials) if _has_tag(value) else None
+            template = self.guarded(path, key, Template, value, True, self.partials) if _has_tag(value) else None
             if template is None:
                 return None
             self.note(node, template, key, path)
-            evaluate: Callable[[Any], Any] = template.evaluate
-            return evaluate
+            return template.evaluate  # type: ignore[no-any-return]
         if not isinstance(value, (dict, list)) or not _holds_tag(value):
             return None
         keys = list(value) if isinstance(value, dict) else range(len(value))
-        items = [(name, self.compiled(node, key, value[name], (*path, name)) or _constant(value[name])) for name in keys]
+        items = [(at, self.compiled(node, key, value[at], (*path, at)) or _constant(value[at])) for at in keys]
         if isinstance(value, dict):
-            return lambda context: {name: render(context) for name, render in items}
+            return lambda context: {at: render(context) for at, render in items}
         return lambda context: [render(context) for _, render in items]
 
     def note(self, node: _Node, source: Template | Condition, key: str, path: _Path) -> None:
@@ -3324,7 +3345,7 @@ class _Compiler:
     # what each type has of its own
 
     def _llm(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
+        self.custom(node, "provider", {**PROVIDERS, **self.section("providers")}, "provider")
         self.custom(node, "tools", {}, "tool")
         schema, place = document.get("schema"), self.place(node, "schema")
         if isinstance(schema, str):
@@ -3336,21 +3357,21 @@ class _Compiler:
                 self.misshape(place, f"schema: {error}")
 
     def _embed(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        self.custom(node, "provider", {**PROVIDERS, **(self.document.get("providers") or {})}, "provider")
+        self.custom(node, "provider", {**PROVIDERS, **self.section("providers")}, "provider")
 
     def _vector_search(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "database", VECTOR_STORES, "vector_store")
         query, documents = document.get("query"), document.get("documents")
         if isinstance(document.get("embed"), Mapping):
-            self.check_keys(document["embed"], _EMBED_KEYS, (*node.path, "embed"), ("provider", "model"))
+            self.check(_Map(_EMBED_KEYS, ("provider", "model")), document["embed"], (*node.path, "embed"))
         elif documents is not None or (isinstance(query, str) and not re.fullmatch(r"\s*(\{\{.*\}\}|<<.*>>)\s*", query, re.S)):
             needed = "documents need" if documents is not None else "query is text and needs"
             self.misshape(node.path, f"{needed} embed: {{provider, model}} to become vectors")
         if isinstance(document.get("filter"), Mapping) and not _holds_tag(document["filter"]):
             try:
                 _predicate(document["filter"])
-            except ValidationError as error:
-                self.misshape((*node.path, "filter"), f"filter: {error.problems[0].message}")
+            except ExecutionError as error:
+                self.misshape((*node.path, "filter"), f"filter: {error}")
 
     def _vector_upsert(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self._vector_search(node, document, graph)
@@ -3363,8 +3384,9 @@ class _Compiler:
         if function == "map":
             node.local |= _ITEM_NAMES
         if function == "template":  # its inputs are names in the template
-            node.local |= {name for name in _as_list(document.get("inputs")) if isinstance(name, str)}
-            node.local |= {name for name in document["inputs"]} if isinstance(document.get("inputs"), dict) else set()
+            inputs = document.get("inputs")
+            names = inputs if isinstance(inputs, dict) else _as_list(inputs)
+            node.local |= {name for name in names if isinstance(name, str)}
 
     def _action(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "action", _ACTIONS, "action")
@@ -3373,12 +3395,12 @@ class _Compiler:
         for name in _as_list(node.constants.get(key)):
             if isinstance(name, str) and name not in table:
                 near = _suggestion(name, table)
-                message = f"the {what} {_shown(name)} is unknown here{near}; a run needs it from --plugin or {what}s={{...}}"
+                message = f"the {what} {name!r} is unknown here{near}; a run needs it from --plugin or {what}s={{...}}"
                 self.problem(self.place(node, key), message, "warning").custom = (f"{what}s", name)
 
     def _parallel(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         node.children = self.child_steps(node, document.get("tasks"), (*node.path, "tasks"), graph)
-        self.name_outputs(node, list(node.children.by_id))
+        self.name_outputs(node, list(node.children.by_id), len(node.children.by_id))
 
     def _branch(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         branches, node.branches = document.get("branches"), {}
@@ -3386,21 +3408,26 @@ class _Compiler:
             path = (*node.path, "branches", value)
             if not isinstance(steps, list):
                 self.misshape(path, f"branches: {_shown(value)} must be a list of steps, not {_shown(steps)}")
+            if not (isinstance(value, (str, bool)) or value is None or _is_number(value)):
+                self.misshape(path, f"branches: the key {_shown(value)} must be text; quote it")
+                continue
             if _branch_key(value) in node.branches:
                 self.misshape(path, f"branches: {_shown(value)} stands there twice")
             node.branches[_branch_key(value)] = self.child_steps(node, steps, path, graph)
-        self.name_outputs(node, ["branch", *dict.fromkeys(id for inner in node.branches.values() for id in inner.by_id)])
+        names = ["branch", *dict.fromkeys(step_id for inner in node.branches.values() for step_id in inner.by_id)]
+        self.name_outputs(node, names, len(names))
 
     def _loop(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         node.children = self.child_steps(node, document.get("steps"), (*node.path, "steps"), graph, _LOOP_NAMES)
-        if isinstance(document.get("until"), (str, bool, int)):
-            node.until = self.guarded(self.place(node, "until"), Condition, document["until"])
-        self.name_outputs(node, [*node.children.by_id, "iterations"])
+        if isinstance(document.get("until"), (str, bool)):
+            node.until = self.guarded(self.place(node, "until"), "until", Condition, document["until"])
+        self.name_outputs(node, [*node.children.by_id, "iterations"], len(node.children.by_id) + 1)
 
     def _workflow(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         target, path = document.get("workflow"), self.place(node, "workflow")
         if _has_tag(target):  # known only when it runs
             node.values.append(("workflow", self.rendered(node, "workflow", target)))
+            self.name_outputs(node, (), 1000)
             return
         here = self.workflow
         try:
@@ -3409,11 +3436,12 @@ class _Compiler:
                 for fault in called._located(called._compiled[1].problems if called._compiled else []):
                     self.problem(path, f"workflow: {fault}", fault.severity).custom = fault.custom
             elif isinstance(target, dict):
-                node.workflow = called = Workflow._from_document(target, here.source, here.folder, "", here._loaded)
-                called._chain = here._chain
+                node.workflow = called = Workflow._from_document(target, here.source)
+                called.folder, called._loaded, called._chain = here.folder, here._loaded, here._chain
                 self.misshapen |= called._plan().misshapen
                 for fault in called._plan().problems:
-                    copy = self.problem((*path, *fault.path), fault.message, fault.severity, fault.inside)
+                    message = fault.message[len(_label(called._whole(), fault.path)) :]
+                    copy = self.problem((*path, *fault.path), message, fault.severity, fault.inside)
                     copy.custom, copy.cycle = fault.custom, fault.cycle
         except ValidationError as error:
             for fault in error.problems:
@@ -3427,7 +3455,8 @@ class _Compiler:
             self.problem(path, message, "warning")
         self.check_call(node, node.workflow, document.get("inputs") or {})
         outputs, ids = node.workflow.outputs, [step.id for step in node.workflow.steps if isinstance(step, Step)]
-        self.name_outputs(node, list(map(str, outputs if isinstance(outputs, dict) and outputs else ids)))
+        names = [name for name in (outputs if isinstance(outputs, dict) and outputs else ids) if isinstance(name, str)]
+        self.name_outputs(node, names, len(names))
 
     def check_call(self, node: _Node, called: Workflow, given: Any) -> None:
         """The inputs that a step gives to a sub-workflow against those that it declares."""
@@ -3437,23 +3466,13 @@ class _Compiler:
         for name, value in given.items():
             entry = declared.get(name) or {}
             if name not in declared:
-                self.problem((*path, name), f"inputs: the workflow has no input {_shown(name)}{self.near(name, declared)}")
+                near = _suggestion(name, declared)
+                self.problem((*path, name), f"inputs: the workflow has no input {_shown(name)}{near}")
             elif value is not None and not _holds_tag(value) and (fault := _input_fault(value, entry)):
                 self.problem((*path, name), f"inputs: {name} {fault}")
         for name in _required_inputs(declared):
             if given.get(name) is None:
                 self.problem(path, f"inputs: the workflow needs the input {_shown(name)}")
-
-    def name_outputs(self, node: _Node, names: list[str]) -> None:
-        """A container's outputs: the names that are given, in order; otherwise its children's own."""
-        for name in ("branch", "iterations"):
-            if names.count(name) > 1:
-                self.problem(node.path, f"a child of a {node.type} cannot be called {name!r}: an output has that name")
-        given = node.output_names
-        if len(given) > len(names):
-            shown = f"{len(names)} outputs ({_shorten(', '.join(names), 100)})"
-            self.problem((*node.path, "output"), f"{node.type} has {shown}, but {len(given)} are named")
-        node.output_names = given or tuple(names)
 
     def child_steps(
         self, node: _Node, steps: Any, path: _Path, graph: _Graph, local: frozenset[str] = frozenset()
@@ -3468,7 +3487,8 @@ class _Compiler:
         for index, step_id in enumerate(_as_list(listed) if listed else ()):
             path = (*node.path, "depends_on", index) if isinstance(listed, list) else (*node.path, "depends_on")
             if isinstance(step_id, str) and not self.depend(node, step_id, graph, path, ("depends_on", step_id)):
-                self.problem(path, f"depends_on: there is no step {_shown(step_id)}{self.near(step_id, graph.visible())}")
+                near = self.near(step_id, graph)
+                self.problem(path, f"depends_on: there is no step {_shown(step_id)}{near}")
         for (reference, key), place in zip(node.references, node.places):
             self.resolve(node, reference, key, place, graph)
         if node.type == "transform" and "inputs" in node.document:
@@ -3517,54 +3537,56 @@ class _Compiler:
             return f": {name!r} is known only inside {'a for_each' if name == 'item' else 'a loop'}"
         if name in graph.inputs or name in ("inputs", "input"):
             return ""
-        step = name if name in graph.visible() else "".join(graph.named.get(name, ())[:1])
+        step = name if name in graph.by_id else "".join(graph.named.get(name, ())[:1])
         path = f"steps.{name}" if step == name else f"steps.{step}.{name}"
-        near = f", did you mean {path!r}?" if step else self.near(name, graph.inputs)
+        near = f", did you mean {path!r}?" if step else _suggestion(name, graph.inputs)
         return f": there is no input {_shown(name)}{near}"
 
     def missing_output(self, node: _Node, segments: tuple[str, ...], path: _Path, key: str, graph: _Graph) -> str:
         """What is wrong with a reference to a step, or nothing; the node will wait for the step."""
         step_id, rest = segments[1], segments[2:]
-        if segments[0] == "outputs" and step_id not in graph.by_id and not any(step_id in g.by_id for g in graph.around()):
+        if segments[0] == "outputs" and not any(step_id in scope.by_id for scope in graph.around()):
             ids = next((scope.named[step_id] for scope in graph.around() if step_id in scope.named), [])
             if len(ids) > 1:
-                return f" is the name of several outputs; write {' or '.join(f'steps.{one}.{step_id}' for one in ids[:5])}"
+                where = " or ".join(f"steps.{producer}.{step_id}" for producer in ids[:5])
+                return f" is the name of several outputs; write {where}"
             step_id, rest = (ids[0], ()) if ids else (step_id, rest)
         target = self.depend(node, step_id, graph, path, (key, ".".join(segments)))
         if target is None:
-            return f": there is no step {_shown(step_id)}{self.near(step_id, graph.visible())}"
+            return f": there is no step {_shown(step_id)}{self.near(step_id, graph)}"
         while rest and target is not None and (names := target.names()) and rest[0] not in _STEP_FACTS:
             if rest[0] not in names:
+                if target.workflow is not None and target.workflow._compiled is None:
+                    break  # it is calling itself, and not all of its steps are known yet
                 near = _suggestion(rest[0], names) or f"; it has {_shorten(', '.join(names), 200)}"
                 return f": step {target.id!r} has no output {_shown(rest[0])}{near}"
-            target, rest = None if target.for_each else target.child(rest[0]), rest[1:]
+            target, rest = None if target.for_each else names[rest[0]], rest[1:]
         return ""
 
     def transform_inputs(self, node: _Node, graph: _Graph) -> None:
         """A transform's inputs: templates, values, or names of paths, upstream outputs and workflow inputs."""
-        inputs, place = node.document["inputs"], self.place(node, "inputs")
-        named = list(inputs.items()) if isinstance(inputs, dict) else [(one, one) for one in _as_list(inputs)]
-        paths = [isinstance(source, str) and not _has_tag(source) and self.is_path(node, source, graph) for _, source in named]
-        bare = [isinstance(source, str) and not _has_tag(source) and not isinstance(inputs, dict) for _, source in named]
-        rendered: dict[int, Callable[[Any], Any]] = {}
-        # Names of outputs come last: by then the paths and templates have said which steps it depends on.
-        for index in sorted(range(len(named)), key=lambda index: bare[index] and not paths[index]):
-            source, known = named[index][1], len(node.references)
-            path = (*place, list(inputs)[index] if isinstance(inputs, dict) else index) if inputs is not source else place
-            if paths[index] or bare[index]:
-                source = "{{" + (source if paths[index] else self.input_path(node, source, path, graph)) + "}}"
-            rendered[index] = self.compiled(node, "inputs", source, path) or _constant(source)
-            for (reference, key), where in zip(node.references[known:], node.places[known:]):
-                self.resolve(node, reference, key, where, graph)
-        node.inputs = [(str(name), rendered[index]) for index, (name, _) in enumerate(named)]
-
-    def is_path(self, node: _Node, name: str, graph: _Graph) -> bool:
-        root, dot, _ = name.partition(".")
-        return root in graph.local or root in node.local or bool(dot and root in ("steps", "outputs", "inputs", "input"))
+        inputs, place, rendered = node.document["inputs"], self.place(node, "inputs"), {}
+        entries = list(inputs.items() if isinstance(inputs, dict) else enumerate(_as_list(inputs)))
+        plain = {key: source for key, source in entries if isinstance(source, str) and not _has_tag(source)}
+        paths = {key for key, source in plain.items() if source.startswith(("steps.", "outputs.", "inputs.", "input."))}
+        names = set(plain) - paths if not isinstance(inputs, dict) else set()
+        for key, source in sorted(entries, key=lambda entry: entry[0] in names):  # when it is known what it waits for
+            path, known = (*place, key) if isinstance(inputs, (dict, list)) else place, len(node.references)
+            if key in names:
+                source = self.input_path(node, source, path, graph)
+            text = "{{" + source + "}}" if key in names or key in paths else source
+            rendered[key] = self.compiled(node, "inputs", text, path) or _constant(text)
+            for (reference, name), where in zip(node.references[known:], node.places[known:]):
+                self.resolve(node, reference, name, where, graph)
+        for key, source in entries:
+            name = key if isinstance(inputs, dict) else source
+            node.inputs = [*node.inputs, (name if isinstance(name, str) else _shown(name), rendered[key])]
 
     def input_path(self, node: _Node, name: str, path: _Path, graph: _Graph) -> str:
-        """What a transform's input name stands for: an output of a dependency, a dependency, a workflow input."""
+        """What an input's name stands for: an item, an output of a dependency, a dependency, a workflow input."""
         root = name.split(".", 1)[0]
+        if root in graph.local or root in node.local:
+            return name
         found = [step_id for step_id in node.dependencies if root in graph.by_id[step_id].output_names]
         if len(found) > 1:
             where = " or ".join(f"steps.{step_id}.{root}" for step_id in found)
@@ -3583,26 +3605,14 @@ class _Compiler:
 
         for _ in range(_MOST_SUGGESTIONS):
             try:
-                return graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
+                graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
+                break
             except graphlib.CycleError as error:
                 cycle = error.args[1][::-1][1:]
                 first = cycle.index(min(cycle, key=lambda step_id: graph.by_id[step_id].position))
                 cycle = [*cycle[first:], *cycle[:first], cycle[first]]
                 self.problem(graph.by_id[cycle[0]].path, f"cycle: {' -> '.join(cycle)}").cycle = cycle
                 del graph.by_id[cycle[0]].dependencies[cycle[1]]
-
-    def outputs(self, graph: _Graph) -> list[tuple[str, Callable[[Any], Any]]]:
-        """The run's own outputs, rendered when every step has ended."""
-        holder = _Node({"id": ""}, ("outputs",), 0)
-        outputs = self.document.get("outputs")
-        rendered = []
-        for name, value in outputs.items() if isinstance(outputs, dict) else ():
-            if not isinstance(name, str):
-                self.misshape(("outputs", name), f"outputs: the name {_shown(name)} must be text; quote it")
-            rendered.append((str(name), self.rendered(holder, name, value)))
-        for (reference, key), place in zip(holder.references, holder.places):
-            self.resolve(holder, reference, key, place, graph)
-        return rendered
 
 
 def _branch_key(value: Any) -> str:
@@ -3614,21 +3624,24 @@ def _branch_key(value: Any) -> str:
 
 def _label(document: Any, path: _Path) -> str:
     """Where a problem is, in words: "steps[1] 'analyze': "."""
-    parts = []
-    for depth, key in enumerate(path):
-        try:
-            document = document[key]
-        except (KeyError, IndexError, TypeError):
+    label, name = "", ""
+    for key in path:
+        if not isinstance(document, (dict, list)) or (isinstance(document, dict) and key not in document):
             break
-        if isinstance(key, int) and isinstance(document, dict) and "id" in document:
-            parts.append(f"{path[depth - 1]}[{key}] {_shown(document['id'])}: ")
-    return "".join(parts)
+        document, is_item = document[key], isinstance(document, list)
+        if is_item and isinstance(document, dict) and "id" in document:
+            label += f"{name}[{key}] {_shown(document['id'])}: "
+        name = key if isinstance(key, str) else _shown(key)
+    return label
 
 
 def _sub_workflow(caller: Workflow, name: str) -> Workflow:
     """The workflow in a file, by a name relative to the caller's own folder; read once however often it is called."""
     path = os.path.join(caller.folder or ".", name)
-    known = caller._loaded.get(os.path.realpath(path))
+    try:
+        known = caller._loaded.get(os.path.realpath(path))
+    except ValueError as error:
+        raise OrchestratorError(f"{path!a}: cannot be read: {error}") from None
     if known is None and len(caller._chain) >= _MAX_WORKFLOW_DEPTH:
         chain = " -> ".join((*caller._chain, os.path.basename(name)))
         raise OrchestratorError(f"workflows call each other more than {_MAX_WORKFLOW_DEPTH} deep: {chain}")
@@ -3658,7 +3671,7 @@ def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:
         return f"must be {'an' if kind[0] in 'aio' else 'a'} {kind}, not {_shown(value)}"
     allowed = declared.get("enum")
     if isinstance(allowed, list) and not any(value == one and type(value) is type(one) for one in allowed):
-        return f"must be one of {_shorten(', '.join(map(_to_json, allowed)), 200)}, not {_shown(value)}"
+        return f"must be one of {_shorten(', '.join(map(_shown, allowed)), 200)}, not {_shown(value)}"
     return None
 
 
@@ -3722,41 +3735,37 @@ _RETRY_KEYS: dict[str, Callable[[Any], str | None]] = {
     "initial_delay": _must("milliseconds, or a text such as 1.5s", lambda value: _seconds(value, "ms") is not None),
     "max_delay": _must("milliseconds, or a text such as 30s", lambda value: _seconds(value, "ms") is not None),
     "backoff_multiplier": _number(1, 1000),
-    "jitter": _must("true, false or a fraction up to 1", lambda value: isinstance(value, (int, float)) and 0 <= value <= 1),
+    "jitter": _must("true, false or a fraction", lambda value: isinstance(value, (int, float)) and 0 <= value <= 1),
 }
 _RETRY_ALIASES = {"backoff": "strategy", "initial_delay_ms": "initial_delay", "max_delay_ms": "max_delay"}
-_RATE_LIMIT_KEYS: dict[str, Callable[[Any], str | None]] = {
-    "requests_per_minute": _must("a number above 0", lambda value: _is_number(value) and value > 0),
-    "tokens_per_minute": _must("a number above 0", lambda value: _is_number(value) and value > 0),
-    "max_concurrent": _integer(1),
-}
-_CIRCUIT_BREAKER_KEYS: dict[str, Callable[[Any], str | None]] = {
-    "failure_rate": _must("a fraction above 0, up to 1", lambda value: _is_number(value) and 0 < value <= 1),
-    "window": _integer(1, 1000),
-    "min_calls": _integer(1, 1000),
+_above_zero = _must("a number above 0", lambda value: _is_number(value) and value > 0)
+_RATE_LIMIT_KEYS = {"requests_per_minute": _above_zero, "tokens_per_minute": _above_zero, "max_concurrent": _integer(1)}
+_CIRCUIT_BREAKER_KEYS = {
+    "failure_rate": _must("above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1),
+    "window": _integer(1, 1000), "min_calls": _integer(1, 1000),
     "open_seconds": _must("seconds, or a text such as 30s", lambda value: _seconds(value, "s") is not None),
-}
+}  # fmt: skip
 
 
 def _checked_settings(
-    name: str, document: Any, checks: Mapping[str, Callable[[Any], str | None]], aliases: Mapping[str, str] | None = None
+    name: str, document: Any, checks: dict[str, Callable[[Any], str | None]], aliases: Mapping[str, str]
 ) -> dict[str, Any]:
-    """A map of settings under their first names, without nulls (the default is meant). ValidationError has every fault."""
+    """A map of settings under their first names, without nulls (they mean the default). ValidationError: all faults."""
     if not isinstance(document, Mapping):
         raise ValidationError(f"{name} must be a map, not {_shown(document)}")
     given: dict[str, Any] = {}
-    problems: list[Problem] = []
+    faults: list[tuple[Any, str | None]] = []
     for key, value in document.items():
-        known = (aliases or {}).get(str(key), str(key))
+        known = aliases.get(str(key), str(key))
         if known not in checks:
-            hint = _suggestion(known, (*checks, *(aliases or ())))
-            problems.append(Problem(f"{name}: unknown key {key!r}{hint}", (key,)))
+            faults.append((key, f"unknown key {key!r}{_suggestion(known, (*checks, *aliases))}"))
         elif known in given:
-            problems.append(Problem(f"{name}: {key} and {known} are two names of one value", (key,)))
+            faults.append((key, f"{key} and {known} are two names of one value"))
         elif value is not None:
             given[known] = value
-            if fault := checks[known](value):
-                problems.append(Problem(f"{name}: {key} {fault}", (key,)))
+            fault = checks[known](value)
+            faults.append((key, fault and f"{key} {fault}"))
+    problems = [Problem(f"{name}: {fault}", (key,)) for key, fault in faults if fault]
     if problems:
         raise ValidationError(problems)
     return given
@@ -3769,8 +3778,6 @@ class RetryPolicy:
     delay uniformly from 0 to its full length, False takes it as it is, a fraction varies it by plus or minus that.
     Raises ValidationError for values out of range.
     """
-
-    __slots__ = ("backoff_multiplier", "initial_delay_seconds", "jitter", "max_attempts", "max_delay_seconds", "strategy")
 
     def __init__(
         self, max_attempts: int = 3, strategy: str = "exponential", initial_delay: float | str = 500,
@@ -3812,7 +3819,7 @@ class RetryPolicy:
         return max(min(delay, self.max_delay_seconds), retry_after_seconds or 0.0)
 
     def __repr__(self) -> str:
-        return f"RetryPolicy({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
+        return f"RetryPolicy({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
 _DEFAULT_RETRY = RetryPolicy()
@@ -3824,26 +3831,25 @@ class _Places:
 
     def __init__(self, count: float = math.inf) -> None:
         self.count, self.taken, self.lock = count, 0, threading.Lock()
-        self.waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+        self.waiting: collections.deque[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = collections.deque()
 
     async def enter(self) -> None:
         """Waits for a place. A cancelled wait keeps none."""
         import asyncio
 
+        ticket = (asyncio.get_running_loop(), asyncio.Event())
         with self.lock:
             if self.taken < self.count:
                 self.taken += 1
                 return
-            place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self.waiting.append(place)
+            self.waiting.append(ticket)
         try:
-            await place
+            await ticket[1].wait()
         except BaseException:
-            with self.lock:
-                given = place not in self.waiting
-                if not given:
-                    self.waiting.remove(place)
-            if given:
+            try:
+                with self.lock:
+                    self.waiting.remove(ticket)
+            except ValueError:  # too late: a place was given
                 self.leave()
             raise
 
@@ -3851,16 +3857,11 @@ class _Places:
         """Gives a place up, from any thread. It passes to who has waited longest without ever being free."""
         with self.lock:
             while self.waiting:
-                place = self.waiting.popleft()
-                with contextlib.suppress(RuntimeError):  # its event loop is closed: the next one
-                    place.get_loop().call_soon_threadsafe(self.give, place)
+                loop, given = self.waiting.popleft()
+                with contextlib.suppress(RuntimeError):  # the event loop is closed: the next one
+                    loop.call_soon_threadsafe(given.set)
                     return
             self.taken -= 1
-
-    @staticmethod
-    def give(place: asyncio.Future[None]) -> None:
-        if not place.done():
-            place.set_result(None)
 
 
 class _RateLimit(_Places):
@@ -3871,8 +3872,8 @@ class _RateLimit(_Places):
     """
 
     def __init__(
-        self, requests_per_minute: float = math.inf, tokens_per_minute: float = math.inf, max_concurrent: float = math.inf,
-        clock: Callable[[], float] = time.monotonic,
+        self, requests_per_minute: float = math.inf, tokens_per_minute: float = math.inf,
+        max_concurrent: float = math.inf, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         super().__init__(max_concurrent)
         self.requests, self.tokens, self.clock = requests_per_minute, tokens_per_minute, clock
@@ -3885,26 +3886,23 @@ class _RateLimit(_Places):
     @classmethod
     def from_dict(cls, document: Any, clock: Callable[[], float] = time.monotonic) -> _RateLimit:
         """The limits of a provider's `rate_limit` map. Raises ValidationError."""
-        return cls(**_checked_settings("rate_limit", document, _RATE_LIMIT_KEYS), clock=clock)
+        return cls(**_checked_settings("rate_limit", document, _RATE_LIMIT_KEYS, {}), clock=clock)
 
     async def start(self, tokens: int = 0) -> None:
-        """Waits until a call of about so many tokens may start, and takes a place. A cancelled wait keeps nothing."""
+        """Waits until a call of about so many tokens may start, and takes a place. A cancelled wait keeps none."""
         import asyncio
 
         await self.enter()
-        booked = False
         try:
             await self.gate.enter()
             try:
-                wait, booked = self.reserve(tokens), True
+                wait = self.reserve(tokens)
                 while wait > 0:
                     await asyncio.sleep(wait)
                     wait = self.blocked_seconds()
             finally:
                 self.gate.leave()
         except BaseException:
-            if booked:
-                self.settle(tokens, 0)
             self.leave()
             raise
 
@@ -3955,9 +3953,9 @@ class _RateLimit(_Places):
 class _CircuitBreaker:
     """Whether a provider is worth calling: `allow()` before a call, `record(ok)` after it, in any thread.
 
-    Closed, it opens when at least `min_calls` of the last `window` calls are known and a share of `failure_rate` of them
-    failed. Open, it lets nobody pass for `open_seconds`. Half open, it lets one probe pass at a time: a success closes it,
-    a failure opens it again. `on_change(old, new)` hears of each change of `state`.
+    Closed, it opens when of the last `window` calls at least `min_calls` are known and a share of `failure_rate` of
+    them failed. Open, it lets nobody pass for `open_seconds`. Half open, it lets one probe pass at a time: a success
+    closes it, a failure opens it again. `on_change(old, new)` hears of each change of `state`.
     """
 
     def __init__(
@@ -3973,7 +3971,7 @@ class _CircuitBreaker:
     @classmethod
     def from_dict(cls, document: Any, clock: Callable[[], float] = time.monotonic) -> _CircuitBreaker:
         """The breaker of a provider's `circuit_breaker` map. Raises ValidationError."""
-        return cls(**_checked_settings("circuit_breaker", document, _CIRCUIT_BREAKER_KEYS), clock=clock)
+        return cls(**_checked_settings("circuit_breaker", document, _CIRCUIT_BREAKER_KEYS, {}), clock=clock)
 
     @property
     def retry_after_seconds(self) -> float:
@@ -4026,11 +4024,11 @@ _RETRIED_STATUSES = frozenset((408, 409, 425, 429, *range(500, 600)))
 _CALL = threading.local()  # .scope: the _CancelScope of the call that this thread makes
 
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) +([1-9][0-9][0-9])(?: .*)?").fullmatch
-_HEAD_END, _LINE_END, _FOLD = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r?\n").search, re.compile(r"\r?\n[ \t]+").sub
+_HEAD_END, _LINE_END = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r\n").search  # of chunks: no other end
+_FOLD = re.compile(r"\r?\n[ \t]+").sub
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?").fullmatch
 _METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 _FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*").fullmatch
-_SECRET_HEADER = re.compile("auth|key|token|secret|cookie", re.I).search
 
 
 class _CancelScope:
@@ -4038,8 +4036,6 @@ class _CancelScope:
 
     The lookup of a host's addresses has no socket and cannot be broken off; the call ends right after it.
     """
-
-    __slots__ = ("cancelled", "lock", "socket")
 
     def __init__(self) -> None:
         self.cancelled, self.lock, self.socket = False, threading.Lock(), None
@@ -4074,17 +4070,9 @@ class _Response:
         return self.body.decode("utf-8", "replace")
 
 
-class _HttpFault(Exception):
-    """An answer that cannot be taken: why, whether another attempt may help, and the server's own words."""
-
-    def __init__(self, reason: str, words: Any = "", retryable: bool = True) -> None:
-        super().__init__(reason)
-        self.words, self.retryable = words if isinstance(words, str) else words.decode("latin-1"), retryable
-
-
 class _Connection:
-    """A socket and what was read from it ahead. It waits until `deadline` (of time.monotonic(); inf: as long as it takes)
-    and then raises TimeoutError (socket.timeout); a cancelled scope or a lost connection is a ConnectionError."""
+    """A socket and what was read from it ahead. It waits until `deadline` (by time.monotonic(); inf: for ever), then
+    raises TimeoutError. A lost connection or a cancelled scope is a ConnectionError, broken HTTP a BadResponseError."""
 
     def __init__(self, sock: Any) -> None:
         self.socket, self.ahead, self.position, self.since = sock, b"", 0, 0.0
@@ -4130,7 +4118,7 @@ class _Connection:
         while not (match := end(self.ahead, start)):
             start = max(0, len(self.ahead) - self.position - 3)  # where the unread bytes will end, less a split match
             if start > most:
-                raise _HttpFault("more headers than can be right", self.ahead, False)
+                raise BadResponseError("more headers than can be right")
             self.more()
         text, self.position = self.ahead[self.position : match.start()], match.end()
         return text
@@ -4142,18 +4130,19 @@ class _Connection:
             self.ahead, self.position = self.ahead[self.position :], 0
             while b"HTTP/".startswith(self.ahead):
                 self.more()
-            text = self.until(_HEAD_END, left) if self.ahead.startswith(b"HTTP/") else self.ahead
-            first, *lines = _FOLD(" ", text.decode("latin-1")).split("\n")
-            status_line = _STATUS_LINE(first.rstrip("\r"))
-            if not status_line or status_line[2] == "101":
-                raise _HttpFault("something that is not HTTP/1.1", text)
-            left, status = left - len(text), int(status_line[2])
+            raw = self.until(_HEAD_END, left) if self.ahead.startswith(b"HTTP/") else self.ahead
+            text = _FOLD(" ", raw.decode("latin-1")).replace("\r\n", "\n")
+            first, *lines = text.split("\n")
+            status_line = _STATUS_LINE(first)
+            if not status_line or status_line[2] == "101" or "\r" in text:
+                raise BadResponseError(f"something that is not HTTP/1.1: {first[:12]!r}", retryable=True)
+            left, status = left - len(raw), int(status_line[2])
             headers: dict[str, str] = {}
             for line in lines:
                 name, colon, value = line.partition(":")
                 name, value = name.strip().lower(), value.strip()
                 if not colon:
-                    raise _HttpFault("a header without a colon", line)
+                    raise BadResponseError("a header without a colon", retryable=True)
                 if name in headers and not (name == "content-length" and headers[name] == value):
                     value = f"{headers[name]}, {value}"
                 headers[name] = value
@@ -4163,29 +4152,29 @@ class _Connection:
 
     def body(self, response: _Response) -> Iterator[bytes]:
         """The pieces of the body of an answer that has one, unchunked (RFC 9112, 6.3)."""
-        coding, length = response.headers.get("transfer-encoding"), response.headers.get("content-length")
-        if coding:
-            if coding.lower() != "chunked":
-                raise _HttpFault("an unknown transfer encoding", coding)
+        coding, length = response.headers.get("transfer-encoding", ""), response.headers.get("content-length")
+        if coding.lower() not in ("", "identity", "chunked"):
+            raise BadResponseError("an unknown transfer encoding", retryable=True)
+        if coding.lower() == "chunked":
             self.lives = self.lives and length is None
             size = -1
             while size:
-                found = _CHUNK_SIZE(line := self.until(_LINE_END))
+                found = _CHUNK_SIZE(self.until(_LINE_END))
                 if not found:
-                    raise _HttpFault("a chunk without its size", line)
+                    raise BadResponseError("a chunk without its size", retryable=True)
                 size = int(found[1], 16)
                 yield from self.exactly(size)
-                while line := self.until(_LINE_END):  # trailers, if this was the last chunk
+                while self.until(_LINE_END):  # trailers, if this was the last chunk
                     if size:
-                        raise _HttpFault("a chunk that is longer than it says", line)
+                        raise BadResponseError("a chunk longer than it says", retryable=True)
         elif length is None:
             self.lives, rest, self.position = False, self.ahead[self.position :], len(self.ahead)
             yield rest
             yield from iter(self.read, b"")
         elif not (length.isascii() and length.isdigit() and len(length) < 19):
-            raise _HttpFault("a content length that is no number", length)
+            raise BadResponseError("a content length that is no number", retryable=True)
         elif int(length) > _MAX_BODY_BYTES:
-            raise _HttpFault(f"more than {_MAX_BODY_BYTES >> 20} MiB", "", False)
+            raise BadResponseError(f"more than {_MAX_BODY_BYTES >> 20} MiB")
         else:
             yield from self.exactly(int(length))
 
@@ -4196,18 +4185,6 @@ class _Connection:
             piece = self.ahead[self.position : self.position + count]
             self.position, count = self.position + len(piece), count - len(piece)
             yield piece
-
-    def quiet(self) -> bool:
-        """Whether nothing has come since the last answer, not even the end of the connection."""
-        import socket
-
-        with contextlib.suppress(OSError):
-            self.socket.settimeout(0)
-            try:
-                socket.socket.recv(self.socket, 1, socket.MSG_PEEK)
-            except BlockingIOError:
-                return True
-        return False
 
 
 def _inflated(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -4220,8 +4197,8 @@ def _inflated(pieces: Iterable[bytes]) -> Iterator[bytes]:
             unpack = zlib.decompressobj(47) if unpack is None or unpack.eof else unpack
             try:
                 yield unpack.decompress(piece, 1 << 20)
-            except zlib.error as error:
-                raise _HttpFault("a compressed body that is broken", str(error)) from None
+            except zlib.error:
+                raise BadResponseError("a compressed body that is broken", retryable=True) from None
             piece = unpack.unconsumed_tail or unpack.unused_data
     if unpack is not None and not unpack.eof:
         raise ConnectionResetError("it was closed in the middle of a compressed answer")
@@ -4238,7 +4215,6 @@ class _HttpClient:
         self.name, self.proxy, self.timeout_seconds = name, proxy, timeout_seconds
         self.idle: dict[tuple[Any, ...], list[_Connection]] = {}
         self.target = functools.lru_cache(maxsize=256)(functools.partial(_Target, proxy=proxy))
-        self.lock = threading.Lock()
 
     def request(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None,
@@ -4263,29 +4239,34 @@ class _HttpClient:
         return response
 
     def kept(self, key: tuple[Any, ...]) -> _Connection | None:
-        """A connection that waits for its next use."""
-        while True:
-            with self.lock:
-                waiting = self.idle.get(key)
-                if not waiting:
-                    return None
-                connection = waiting.pop()
-            if time.monotonic() - connection.since < _IDLE_SECONDS and connection.quiet():
-                return connection
-            connection.socket.close()
+        """A connection that waits for use and on which nothing has come since the last, not even its end."""
+        import socket
+
+        with contextlib.suppress(IndexError):  # none is left
+            while True:
+                connection = self.idle.get(key, []).pop()
+                try:
+                    connection.socket.settimeout(0)
+                    socket.socket.recv(connection.socket, 1, socket.MSG_PEEK)
+                except BlockingIOError:
+                    if time.monotonic() - connection.since < _IDLE_SECONDS:
+                        return connection
+                except OSError:
+                    pass
+                connection.socket.close()
+        return None
 
     def keep(self, key: tuple[Any, ...], connection: _Connection) -> None:
         connection.since = time.monotonic()
-        with self.lock:
-            waiting = self.idle.setdefault(key, [])
-            waiting.append(connection)
+        waiting = self.idle.setdefault(key, [])
+        waiting.append(connection)
+        with contextlib.suppress(IndexError):  # another thread was faster
             while connection.since - waiting[0].since > _IDLE_SECONDS:
                 waiting.pop(0).socket.close()
 
     def close(self) -> None:
         """Closes the connections that are not in use."""
-        with self.lock:
-            kept, self.idle = self.idle, {}
+        kept, self.idle = self.idle, {}
         for connections in kept.values():
             for connection in connections:
                 connection.socket.close()
@@ -4293,7 +4274,7 @@ class _HttpClient:
     __del__ = close
 
 
-_FAULTS: dict[str, tuple[type[ProviderError], bool, str]] = {  # of the network, by the name of the exception or a base of it
+_FAULTS: dict[str, tuple[type[ProviderError], bool, str]] = {  # of the network, by the exception or a base of it
     "gaierror": (ProviderConnectionError, True, "cannot find the host of {place}: {text}"),
     "SSLCertVerificationError": (ProviderConnectionError, False, "the certificate of {place} is not trusted: {text}"),
     "SSLError": (ProviderConnectionError, True, "TLS with {place} failed: {text}"),
@@ -4309,7 +4290,9 @@ _FAULTS: dict[str, tuple[type[ProviderError], bool, str]] = {  # of the network,
 class _Exchange:
     """One request and its answer: over which connection, until when, and what a fault of the network means."""
 
-    def __init__(self, client: _HttpClient, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> None:
+    def __init__(
+        self, client: _HttpClient, method: str, url: str, headers: Mapping[str, str], body: bytes | None
+    ) -> None:
         self.client, self.has_body = client, method != "HEAD"
         scope: _CancelScope | None = getattr(_CALL, "scope", None)
         self.scope = scope or _CancelScope()
@@ -4317,11 +4300,9 @@ class _Exchange:
         self.deadline = time.monotonic() + self.seconds
         try:
             self.target = client.target(url)
-            self.fields = self.target.fields(method, headers, body)
+            self.message = self.target.message(method, headers, body)
         except ValueError as error:
             raise ProviderConnectionError(str(error), provider=client.name, retryable=False) from None
-        lines = (f"{method} {self.target.path} HTTP/1.1", *self.fields.values(), "", "")
-        self.message = "\r\n".join(lines).encode("latin-1") + (body or b"")
         self.key = (os.getpid(), *self.target.key)  # a forked process leaves the connections to its parent
 
     def answer(self) -> Generator[Any, Any, None]:
@@ -4330,21 +4311,24 @@ class _Exchange:
         connection, done = None, False
         try:
             connection, response = self.open()
+            if 300 <= response.status < 400 and response.status != 304:
+                place = _shorten(re.split("[?#]", response.headers.get("location", ""))[0], 200)
+                raise BadResponseError(f"{response.status}, a redirect, which is not followed, to {place!r}")
             yield response
             coding, size = response.headers.get("content-encoding", "identity").lower(), 0
             pieces = connection.body(response) if self.has_body and response.status not in (204, 304) else ()
             if coding not in ("identity", ""):
                 if coding not in ("gzip", "x-gzip", "deflate"):
-                    raise _HttpFault("in an encoding that was not asked for", coding, False)
+                    raise BadResponseError(f"in the encoding {coding[:12]!r}, which was not asked for")
                 pieces = _inflated(pieces)
             for piece in pieces:
                 size += len(piece)
                 if size > _MAX_BODY_BYTES:
-                    raise _HttpFault(f"more than {_MAX_BODY_BYTES >> 20} MiB", "", False)
+                    raise BadResponseError(f"more than {_MAX_BODY_BYTES >> 20} MiB")
                 if piece and (yield piece):
                     connection.deadline = min(self.deadline, time.monotonic() + _LINGER_SECONDS)
             done = connection.lives and connection.position == len(connection.ahead)
-        except (OSError, ValueError, ImportError, _HttpFault) as error:
+        except (OSError, ValueError, ImportError, BadResponseError) as error:
             raise self.fault(error) from (error if isinstance(error, OSError) else None)
         finally:
             self.scope.attach(None)
@@ -4354,19 +4338,15 @@ class _Exchange:
                 connection.socket.close()
 
     def open(self) -> tuple[_Connection, _Response]:
-        """(connection, the answer that begins on it). A kept connection may have been closed by the server just now: if it
-        dies before the first byte of an answer, the request goes out once more, on a new one."""
+        """(connection, the answer that begins on it). A kept connection may have been closed by the server just now: if
+        it dies before the first byte of an answer, the request goes out once more, on a new one."""
         connection = self.client.kept(self.key)
         while True:
             reused = connection is not None
             connection = connection or self.connect()
             try:
                 connection.begin(self.scope, self.deadline)
-                response = self.ask(connection)
-                if 300 <= response.status < 400 and response.status != 304:
-                    place = re.split("[?#]", response.headers.get("location", ""))[0]
-                    raise _HttpFault(f"{response.status}, a redirect. Redirects are not followed; it leads to", place, False)
-                return connection, response
+                return connection, self.ask(connection)
             except BaseException as error:
                 self.scope.attach(None)
                 connection.socket.close()
@@ -4386,7 +4366,7 @@ class _Exchange:
         return connection.head()
 
     def connect(self) -> _Connection:
-        """A new connection, to the first address that takes one; each but the last has half of the time that is left."""
+        """A new connection, to the first address that takes one. Each but the last has half of the time left."""
         import socket
 
         target = self.target
@@ -4394,10 +4374,11 @@ class _Exchange:
         addresses = socket.getaddrinfo(*(target.proxy or (target.host, target.port)), 0, socket.SOCK_STREAM)
         end = min(time.monotonic() + _CONNECT_SECONDS, self.deadline)
         failure: OSError = OSError("the host has no address")
-        for left, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses):
-            connection, now = _Connection(socket.socket(family, kind, protocol)), time.monotonic()
+        while addresses:
+            (family, kind, protocol, _, address), connection = addresses.pop(0), None
             try:
-                connection.begin(self.scope, end if left == 1 else (now + end) / 2)
+                connection = _Connection(socket.socket(family, kind, protocol))
+                connection.begin(self.scope, (time.monotonic() + end) / 2 if addresses else end)
                 connection.limit()
                 connection.socket.connect(address)
                 connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -4406,7 +4387,8 @@ class _Exchange:
                 return connection
             except BaseException as error:
                 self.scope.attach(None)
-                connection.socket.close()
+                if connection:
+                    connection.socket.close()
                 if not isinstance(error, OSError) or self.scope.cancelled:
                     raise
                 failure = error
@@ -4416,12 +4398,13 @@ class _Exchange:
         """For https: the way through the proxy, if there is one, and TLS."""
         target = self.target
         if context and target.proxy:
-            lines = (f"CONNECT {target.host_port} HTTP/1.1", f"Host: {target.host_port}", *target.proxy_fields.values(), "", "")
-            connection.send("\r\n".join(lines).encode())
+            fields = {"Host": target.host_port, **target.proxy_user}
+            lines = [f"CONNECT {target.host_port} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+            connection.send("\r\n".join((*lines, "", "")).encode())
             status = connection.head().status
             if not 200 <= status < 300:
-                reason, again = f"the proxy refused {target.host_port}: it answered {status}", status in _RETRIED_STATUSES
-                raise ProviderConnectionError(reason, provider=self.client.name, retryable=again)
+                reason, retryable = f"the proxy refused {target.host_port} with {status}", status in _RETRIED_STATUSES
+                raise ProviderConnectionError(reason, provider=self.client.name, retryable=retryable)
             connection.ahead = b""
         if context:
             connection.limit()
@@ -4436,13 +4419,8 @@ class _Exchange:
         kind: type[ProviderError]
         if self.scope.cancelled:
             kind, retryable, reason = ProviderConnectionError, False, "the call was cancelled"
-        elif isinstance(error, _HttpFault):
-            words, kind, retryable, reason = error.words, BadResponseError, error.retryable, f"{place} answered {error}"
-            lines = (*self.fields.values(), *self.target.proxy_fields.values())
-            secrets = [line.rpartition(" ")[2] for line in lines if _SECRET_HEADER(line.partition(":")[0])]
-            for secret in filter(None, (self.target.path.partition("?")[2], *secrets)):
-                words = words.replace(secret, "***")
-            reason += f": {_shorten(words.strip(), 100)!r}" if words.strip() else ""
+        elif isinstance(error, BadResponseError):
+            kind, retryable, reason = BadResponseError, error.retryable, f"{place} answered {error}"
         elif time.monotonic() >= self.deadline:
             kind, retryable, reason = ProviderTimeoutError, True, f"no answer from {place} within {self.seconds:g} s"
         else:
@@ -4475,21 +4453,21 @@ class _Target:
         self.secure, host = scheme == "https", f"[{self.host}]" if ":" in self.host else self.host
         self.host_port = f"{host}:{self.port}"
         self.path = path if path.isascii() else quote(path, safe="/%:=&?~+!$,;'@()*[]")
-        self.own = {"host": f"Host: {host if self.port == (443 if self.secure else 80) else self.host_port}"}
-        self.own.update({"accept-encoding": "Accept-Encoding: identity", **_basic("Authorization", user)})
-        self.proxy, self.proxy_fields = None, {}  # type: tuple[str, int] | None, dict[str, str]
+        self.own = {"Host": host if self.port == (443 if self.secure else 80) else self.host_port}
+        self.own.update({"Accept-Encoding": "identity"}, **user)
+        self.proxy: tuple[str, int] | None = None
         proxy = _proxy_for(scheme, self.host, self.port) if proxy is None else proxy
         if proxy:
             _, name, port, user, _ = _url_parts("the proxy", proxy if "://" in proxy else f"http://{proxy}", http=80)
-            self.proxy, self.proxy_fields = (name, port), _basic("Proxy-Authorization", user)
+            self.proxy, self.proxy_user = (name, port), {f"Proxy-{header}": value for header, value in user.items()}
             if not self.secure:
                 self.path = f"http://{self.host_port}{self.path}"
-                self.own.update(self.proxy_fields)
+                self.own.update(self.proxy_user)
         self.key = (self.secure, self.host, self.port, self.proxy)
 
-    def fields(self, method: str, headers: Mapping[str, str], body: bytes | None) -> dict[str, str]:
-        """The header lines of a request by their lower-case names. ValueError for what cannot be sent."""
-        fields = {**self.own, **{name.lower(): f"{name}: {value}" for name, value in headers.items()}}
+    def message(self, method: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
+        """A whole request. ValueError for what cannot be sent."""
+        fields = {name.lower(): f"{name}: {value}" for name, value in (*self.own.items(), *headers.items())}
         fields.pop("transfer-encoding", None)
         fields.pop("content-length", None)
         if body is not None or method in ("POST", "PUT", "PATCH"):
@@ -4497,11 +4475,13 @@ class _Target:
         for name, line in fields.items():
             if not (_FIELD(line) and _METHOD(method)):
                 raise ValueError(f"the method or the header {_shorten(name, 40)!r} holds something that cannot be sent")
-        return fields
+        lines = (f"{method} {self.path} HTTP/1.1", *fields.values(), "", "")
+        return "\r\n".join(lines).encode("latin-1") + (body or b"")
 
 
-def _url_parts(subject: str, url: str, **ports: int) -> tuple[str, str, int, str | None, str]:
-    """(scheme, host in ASCII, port, user:password, path and query) of a URL. No ValueError shows it: it may hold a password."""
+def _url_parts(subject: str, url: str, **ports: int) -> tuple[str, str, int, dict[str, str], str]:
+    """(scheme, host in ASCII, port, the header for its user, path and query) of a URL. Errors never show a password."""
+    from base64 import b64encode
     from urllib.parse import unquote, urlsplit
 
     try:
@@ -4511,17 +4491,11 @@ def _url_parts(subject: str, url: str, **ports: int) -> tuple[str, str, int, str
         raise ValueError(f"{subject} is no URL") from None
     if parts.scheme not in ports or not host or re.search(r"[\x00-\x20\x7f]", url):
         schemes = " or ".join(f"{scheme}://" for scheme in ports)
-        raise ValueError(f"{subject} must start with {schemes} and a host, and hold no white space or control characters")
-    user = None if parts.username is None else f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        raise ValueError(f"{subject} must start with {schemes} and a host, and hold no space or control characters")
+    user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode()
+    header = {} if parts.username is None else {"Authorization": f"Basic {b64encode(user).decode()}"}
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return parts.scheme, host, ports[parts.scheme] if port is None else port, user, path
-
-
-def _basic(name: str, user: str | None) -> dict[str, str]:
-    """The header of basic authentication; none without a user."""
-    from base64 import b64encode
-
-    return {} if user is None else {name.lower(): f"{name}: Basic {b64encode(user.encode()).decode()}"}
+    return parts.scheme, host, ports[parts.scheme] if port is None else port, header, path
 
 
 def _proxy_for(scheme: str, host: str, port: int) -> str | None:
@@ -4577,24 +4551,23 @@ class CompletionRequest:
     """What a step asks of a language model.
 
     `messages` are maps of role and content: {role: user | system, content}, {role: assistant, content, tool_calls},
-    {role: tool, id, name, content, is_error?}; the tool calls are those of a CompletionResponse, passed back as they are.
-    A content is a text, or a list of the vendor's own parts. `params` go to the vendor as they are. `schema` is a JSON
-    Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called with
-    each piece of text of a streamed answer as it arrives, in the thread that makes the call.
+    {role: tool, id, name, content, is_error?}; tool calls are those of a CompletionResponse, passed back as they are. A
+    content is a text, or a list of the vendor's own parts. `params` go to the vendor as they are. `schema` is a JSON
+    Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called
+    with each piece of text of a streamed answer as it arrives, in the thread that makes the call.
     """
 
     def __init__(
-        self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, temperature: float | None = None,
-        max_tokens: int | None = None, top_p: float | None = None, top_k: int | None = None, stop: Any = None,
-        seed: int | None = None, frequency_penalty: float | None = None, presence_penalty: float | None = None,
-        stream: bool = False, params: Mapping[str, Any] | None = None, schema: Any = None,
-        tools: list[dict[str, Any]] | None = None, on_text: Callable[[str], None] | None = None,
+        self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, stop: Any = None,
+        temperature: float | None = None, max_tokens: int | None = None, top_p: float | None = None,
+        top_k: int | None = None, seed: int | None = None, frequency_penalty: float | None = None,
+        presence_penalty: float | None = None, stream: bool = False, params: Mapping[str, Any] | None = None,
+        schema: Any = None, tools: list[dict[str, Any]] | None = None, on_text: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.messages, self.system, self.stop, self.seed = model, messages, system, stop, seed
         self.temperature, self.max_tokens, self.top_p, self.top_k = temperature, max_tokens, top_p, top_k
-        self.frequency_penalty, self.presence_penalty = frequency_penalty, presence_penalty
+        self.frequency_penalty, self.presence_penalty, self.on_text = frequency_penalty, presence_penalty, on_text
         self.stream, self.params, self.schema, self.tools = stream, dict(params or {}), schema, tools
-        self.on_text = on_text
 
     @property
     def prompt(self) -> str:
@@ -4659,18 +4632,18 @@ def _joined_text(content: Any) -> str:
 
 def _dig(document: Any, place: str) -> Any:
     """The value at a place such as "choices.0.message"; None where there is none."""
-    for key in place.split("."):
-        try:
+    with contextlib.suppress(*_SHAPE_ERRORS):
+        for key in place.split("."):
             document = document[int(key) if isinstance(document, list) else key]
-        except _SHAPE_ERRORS:
-            return None
-    return document
+        return document
+    return None
 
 
-def _total(document: Any, places: Iterable[str]) -> int | None:
-    """The sum of the token counts at these places; None if there is none."""
-    found = [value for place in places if type(value := _dig(document, place)) in (int, float) and value >= 0]
-    return int(sum(found)) if found else None
+def _total(document: Any, places: str) -> int | None:
+    """The sum of the token counts at places such as "usage.a + usage.b"; None if there is none."""
+    values = [_dig(document, place) for place in places.split(" + ")]
+    counts = [value for value in values if type(value) in (int, float) and value >= 0]
+    return int(sum(counts)) if counts else None
 
 
 # ---- From a bad answer to an error -----------------------------------------------------------------------------------
@@ -4686,10 +4659,10 @@ _WORD_ERRORS: tuple[tuple[type[ProviderError], frozenset[int | None], Any], ...]
     )),
     (ContextLengthError, frozenset((400, 413, 422, 500, None)), re.compile(
         r"context[_ ](length|window|size|limit)|string_above_max_length|(prompt|input) is too long|prompt too long"
-        r"|too many (input )?tokens|token count .{0,40}exceeds|too large for model|maximum model length|reduce the length"
-        r"|max allowed tokens per|must have less than \d+ tokens|`inputs` tokens \+ `max_new_tokens`"
+        r"|too many (input )?tokens|token count .{0,40}exceeds|too large for model|maximum model length"
+        r"|reduce the length|max allowed tokens per|must have less than \d+ tokens|`inputs` tokens \+ `max_new_tokens`"
     )),
-    (AuthenticationError, frozenset((400,)), re.compile(r"api[_ ]key[_ ](not[_ ]valid|invalid)|invalid[_ ]api[_ ](key|token)")),
+    (AuthenticationError, frozenset((400,)), re.compile(r"api[_ ]key[_ ](not[_ ]valid|invalid)|invalid[_ ]api[_ ]key")),
 )  # fmt: skip
 _TYPE_STATUSES = {  # of errors inside an answer that began as a 200
     "overloaded_error": 529, "rate_limit_error": 429, "rate_limit_exceeded": 429, "slow_down": 429, "api_error": 500,
@@ -4699,6 +4672,7 @@ _TYPE_STATUSES = {  # of errors inside an answer that began as a 200
     "context_length_exceeded": 400, "request_too_large": 413,
 }  # fmt: skip
 _SECRET_HEADER = re.compile("auth|key|token|secret|cookie|password|credential|signature", re.I)
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\xa0-\xff]*")
 _USER_AGENT = f"llm_orchestrator/{__version__}"
 
 
@@ -4717,19 +4691,23 @@ class _RestClient:
     """JSON calls to one server: its address, its headers, and one way from a bad answer to an error without secrets."""
 
     def __init__(
-        self, name: str, base_url: str, headers: Mapping[str, str] | None = None, *, timeout_seconds: float | None = None,
-        proxy: str | None = None,
+        self, name: str, base_url: str, headers: Mapping[str, str] | None = None, *, proxy: str | None = None,
+        timeout_seconds: float | None = None,
     ) -> None:  # fmt: skip
         self.name, self.base_url = name, base_url.rstrip("/")
         usual = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": _USER_AGENT}
-        given = [(str(header), str(value).strip()) for header, value in (*usual.items(), *(headers or {}).items())]
-        for header, value in given:
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header) or not re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value):
-                kind: type[OrchestratorError] = AuthenticationError if _SECRET_HEADER.search(header) else ValidationError
-                raise kind(f"{name}: the header {header!r} holds characters that no header can carry")
-        self.headers = dict({header.lower(): (header, value) for header, value in given}.values())  # the last one counts
-        hidden = {part for header, value in given if _SECRET_HEADER.search(header) for part in (value, value.split(" ")[-1])}
-        self.secrets = sorted((value for value in hidden if len(value) > 3), key=len, reverse=True)
+        given: dict[str, tuple[str, str]] = {}  # by its name in lower case: the last one counts
+        self.secrets: list[str] = []
+        for header, value in {**usual, **(headers or {})}.items():
+            header, value = str(header), str(value).strip()
+            secret = bool(_SECRET_HEADER.search(header))
+            if not _HEADER.fullmatch(f"{header}: {value}"):
+                reason = f"{name}: the header {header!r} holds characters that no header can carry"
+                raise AuthenticationError(reason) if secret else ValidationError(reason)
+            given[header.lower()] = (header, value)
+            self.secrets += [part for part in {value, value.split(" ")[-1]} if secret and len(part) > 3]
+        self.headers = dict(given.values())
+        self.secrets.sort(key=len, reverse=True)
         self.http = _HttpClient(name, proxy=proxy, timeout_seconds=timeout_seconds)
 
     def send(
@@ -4864,7 +4842,8 @@ class _Events:
 
 _TRUNCATED = frozenset(("length", "max_tokens", "model_length", "max_output_tokens", "model_context_window_exceeded"))
 _NORMAL_ENDS = _TRUNCATED | frozenset((
-    "none", "", "stop", "end_turn", "stop_sequence", "complete", "eos", "eos_token", "tool_calls", "tool_use", "pause_turn", "load",
+    "none", "", "stop", "end_turn", "stop_sequence", "complete", "eos", "eos_token", "tool_calls", "tool_use", "load",
+    "pause_turn",
 ))  # fmt: skip  # an answer without text that ended otherwise was stopped
 
 
@@ -4876,26 +4855,36 @@ class Provider:
     `native_schema` says whether `schema` is sent to the vendor; where it is not, the prompt has to ask for it.
     """
 
-    TYPE = ""
-    BASE_URL = ""
+    TYPE = BASE_URL = ""
     PREFIX = ""  # where the vendor's calls lie below the base URL, which may end with it or with another version
-    CHAT_PATH = EMBED_PATH = ""
+    CHAT_PATH = STREAM_PATH = EMBED_PATH = ""
     KEY_VARIABLES: tuple[str, ...] = ()
+    KEY_URLS: Mapping[str, str] = {}  # how a key begins -> another base URL for it
     URL_VARIABLES: tuple[str, ...] = ()
     NEEDS_KEY = True
     KEY_HEADER = ("Authorization", "Bearer ")
     OPTIONS: Mapping[str, str | None] = {}  # name -> the variable that sets it, or None
     TOKEN_OPTION = ""  # the option that holds a bearer token in place of a key
     FIELDS: Mapping[str, str] = {}  # of a request -> the vendor's place for it ("options.seed": inside a map)
-    PLACES: Mapping[str, str] = {"model": "model", "request_id": "id"}  # of a response -> where it is in the document
-    COUNTS: Mapping[str, tuple[str, ...]] = {}  # token counts of a response -> the places whose sum they are
-    EMBED_FIELDS: Mapping[str, str] = {"model": "model", "input": "input", "dimensions": "dimensions"}
-    INPUT_TYPES: Mapping[str, str] = {}  # the vendor's words for query and document
-    VECTORS, EMBED_TOKENS = "data", ("usage.prompt_tokens",)
+    STREAMING: tuple[dict[str, Any], dict[str, Any]] = {}, {"stream": True}  # fields of a plain and of a streamed call
+    PLACES = ("model", "id", "")  # of an answer's model, id and finish reason in a document
+    COUNTS = ("", "", "")  # of its input, output and total tokens; " + " for a sum
+    EMBED_FIELDS = ("input", "dimensions")  # the vendor's names for these
+    EMBED_EXTRA: Mapping[str, Any] = {}  # further fields of an embedding call
+    INPUT_TYPES: Mapping[str, str] = {}  # the vendor's words for query and document, if it asks for them
+    VECTORS, EMBED_TOKENS = "data", "usage.prompt_tokens"
     PLAIN_LINES = False  # streams are lines of JSON, not server-sent events
     OBJECT_SCHEMAS = True  # a schema has to be that of a map, so that others are wrapped
     native_schema = True
     max_batch = 2048  # texts in one embedding call
+
+    # What a vendor says. The readers may raise KeyError and the like for nonsense.
+    conversation: Callable[[CompletionRequest], dict[str, Any]]  # the body's fields of model, system text and messages
+    tools: Callable[[CompletionRequest], list[dict[str, Any]]]
+    schema_fields: Callable[[CompletionRequest], dict[str, Any]]  # the body's fields that ask for an answer by a schema
+    read: Callable[[Any, CompletionRequest], dict[str, Any]]  # a document's text, tool_calls and what has no PLACE
+    merge: Callable[[dict[str, Any], Any], str]  # adds a stream's event to the document that `read` gets; returns its
+    # text; sets document["finished"] when the vendor said that the answer is complete, ["done"] at the end mark
 
     def __init__(
         self, *, api_key: str | None = None, base_url: str | None = None, headers: Mapping[str, str] | None = None,
@@ -4910,38 +4899,33 @@ class Provider:
         key, token = (str(secret or "").strip() for secret in (api_key, options.get(self.TOKEN_OPTION)))
         own = {"Authorization": f"Bearer {token}"} if token and not key else {}
         own = {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key} if key else own
-        self.base_url, prefix = self.address((base_url or self.default_url(key)).rstrip("/"))
-        all_headers = {**own, **self.extra_headers(), **(headers or {})}
-        self._rest = _RestClient(self.name, self.base_url + prefix, all_headers, timeout_seconds=timeout_seconds, proxy=proxy)
+        self.base_url, prefix = self.address((base_url or self.KEY_URLS.get(key[:3], self.BASE_URL)).rstrip("/"))
+        headers = {**own, **self.extra_headers(), **(headers or {})}
+        url = self.base_url + prefix
+        self._rest = _RestClient(self.name, url, headers, timeout_seconds=timeout_seconds, proxy=proxy)
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Any:
         """A client set up by the environment. AuthenticationError names the variable of a key that is missing."""
-        settings = {name: value for name, value in overrides.items() if value is not None}
-        settings.setdefault("base_url", _variable(*cls.URL_VARIABLES))
-        if not settings.get("api_key") and not settings.get(cls.TOKEN_OPTION):
-            settings["api_key"] = _variable(*cls.KEY_VARIABLES)
+        given = {name: value for name, value in overrides.items() if value is not None}
+        given.setdefault("base_url", _variable(*cls.URL_VARIABLES))
+        if not given.get("api_key") and not given.get(cls.TOKEN_OPTION):
+            given["api_key"] = _variable(*cls.KEY_VARIABLES)
         for option, variable in cls.OPTIONS.items():
-            if variable and (option != cls.TOKEN_OPTION or not settings.get("api_key")):
-                settings.setdefault(option, _variable(variable))
-        missing = cls.missing_settings(settings)
+            if variable and (option != cls.TOKEN_OPTION or not given.get("api_key")):
+                given.setdefault(option, _variable(variable))
+        missing = () if given["base_url"] or cls.BASE_URL else cls.URL_VARIABLES
+        if not missing and cls.NEEDS_KEY and not given.get("api_key") and not given.get(cls.TOKEN_OPTION):
+            missing = cls.KEY_VARIABLES
         if missing:
-            raise AuthenticationError(f"set {missing} in the environment", provider=settings.get("name") or cls.TYPE)
-        return cls(**settings)
-
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        """Which variable has to be set, if one has to."""
-        given = settings.get("api_key") or settings.get(cls.TOKEN_OPTION) or not cls.NEEDS_KEY
-        return "" if given else " or ".join(cls.KEY_VARIABLES)
-
-    def default_url(self, key: str) -> str:
-        return self.BASE_URL
+            reason = f"set {' or '.join(missing)} in the environment"
+            raise AuthenticationError(reason, provider=given.get("name") or cls.TYPE)
+        return cls(**given)
 
     def address(self, base_url: str) -> tuple[str, str]:
         """(the base URL, the path below it where the calls lie) of a base URL, which may hold that path already."""
         if self.PREFIX:
-            base_url = re.sub(rf"({re.escape(self.PREFIX)}|/v\d\w*)$", "", base_url)
+            base_url = re.sub(rf"({re.escape(self.PREFIX)})?(/v\d\w*)?$", "", base_url, count=1)
         return base_url, self.PREFIX
 
     def extra_headers(self) -> dict[str, str]:
@@ -4954,7 +4938,7 @@ class Provider:
     def complete(self, request: CompletionRequest) -> CompletionResponse:
         """The answer to a request. Raises ValidationError for a request that cannot be written, and errors of the
         ProviderError family."""
-        path, body = self._written(self.completion_call, request)
+        path, body = self._written(self._completion_call, request)
         started, first = time.perf_counter(), None
         if request.stream:
             response, document, first = self._stream(path, body, request)
@@ -4975,18 +4959,34 @@ class Provider:
         return answer
 
     def _written(self, write: Callable[[Any], tuple[str, dict[str, Any]]], request: Any) -> tuple[str, dict[str, Any]]:
-        """(path, body) of a request, with its `params` added; those that are maps are merged into the body's."""
+        """(path, body) of a request, with its `params` added."""
         try:
             path, body = write(request)
-            for key, value in request.params.items():
-                both = isinstance(value, Mapping) and isinstance(body.get(key), Mapping)
-                body[key] = {**body[key], **value} if both else value
+            _add_fields(body, request.params)
         except _SHAPE_ERRORS as error:
             reason = f"{self.name}: the request cannot be written: {type(error).__name__}: {error}"
             raise ValidationError(reason) from None
         return path, body
 
-    def _stream(self, path: str, body: dict[str, Any], request: CompletionRequest) -> tuple[_Response, Any, float | None]:
+    def _completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+        """(path, body) of a completion, put together from what the vendor says."""
+        if not self.CHAT_PATH:
+            raise ValidationError(f"the provider {self.name!r} makes embeddings only")
+        body = self.conversation(request)
+        for name, place in self.fields(request).items():
+            value = getattr(request, name)
+            if value is not None:
+                value = [value] if name == "stop" and isinstance(value, str) else value
+                outer, _, last = place.rpartition(".")
+                _add_fields(body, {outer: {last: value}} if outer else {last: value})
+        body.update({"tools": self.tools(request)} if request.tools else {})
+        if request.schema is not None and self.native_schema:
+            _add_fields(body, self.schema_fields(request))
+        body.update(self.STREAMING[bool(request.stream)])
+        path = self.STREAM_PATH if request.stream and self.STREAM_PATH else self.CHAT_PATH
+        return self.place(path, request.model), body
+
+    def _stream(self, path: str, body: Any, request: CompletionRequest) -> tuple[_Response, Any, float | None]:
         """(response, the document that the events built up, when the first text came). A stream that ends before its
         end mark is a lost connection."""
         events, document = _Events(self.PLAIN_LINES), {}  # type: tuple[_Events, dict[str, Any]]
@@ -5031,10 +5031,12 @@ class Provider:
 
     def answer(self, document: Any, request: CompletionRequest) -> CompletionResponse:
         """The response that a document is. May raise KeyError and the like for nonsense."""
-        facts: dict[str, Any] = {name: _dig(document, place) for name, place in self.PLACES.items()}
+        model, request_id, finish = (_dig(document, place) for place in self.PLACES)
+        facts = {"model": model or request.model, "request_id": request_id, "finish_reason": finish}
         facts = {name: str(value) for name, value in facts.items() if isinstance(value, (str, int))}
-        facts.update({name: _total(document, places) for name, places in self.COUNTS.items()})
-        response = CompletionResponse(**{"model": request.model, **facts, **self.read(document, request)})
+        counts = zip(("input_tokens", "output_tokens", "total_tokens"), self.COUNTS)
+        facts.update({name: _total(document, places) for name, places in counts})
+        response = CompletionResponse(**{**facts, **self.read(document, request)})
         if request.schema is not None and self.OBJECT_SCHEMAS:
             response.text = _unwrapped(response.text, request.schema)
         return response
@@ -5051,48 +5053,23 @@ class Provider:
             sizes, kinds = {len(row) for row in rows}, {type(number) for row in rows for number in row}
             if len(rows) != len(request.input) or len(sizes) != 1 or not kinds or not kinds <= {int, float}:
                 raise ValueError
-            return EmbeddingResponse(rows, str(_dig(document, "model") or request.model), _total(document, self.EMBED_TOKENS))
-
-    # what a vendor says
-
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        """(path, body) of a completion."""
-        raise ValidationError(f"the provider {self.name!r} makes embeddings only")
-
-    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        """The text of the answer in a document, its tool calls, and what else of a response has no fixed place."""
-        raise NotImplementedError
-
-    def merge(self, document: dict[str, Any], event: Any) -> str:
-        """Adds a stream's event to the document that the plain answer would have been; returns its text.
-
-        Sets document["finished"] when the vendor said that the answer is complete, ["done"] at the end mark.
-        """
-        raise NotImplementedError
+            model = str(_dig(document, "model") or request.model)
+            return EmbeddingResponse(rows, model, _total(document, self.EMBED_TOKENS))
 
     def fields(self, request: CompletionRequest) -> Mapping[str, str]:
         """FIELDS of this request."""
         return self.FIELDS
 
-    def tuned(self, request: CompletionRequest) -> dict[str, Any]:
-        """A body with the request's settings at the vendor's places."""
-        body: dict[str, Any] = {}
-        for name, place in self.fields(request).items():
-            value = getattr(request, name)
-            if value is not None:
-                outer, _, last = place.rpartition(".")
-                inner = body.setdefault(outer, {}) if outer else body
-                inner[last] = [value] if name == "stop" and isinstance(value, str) else value
-        return body
-
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
         """(path, body) of an embedding call."""
         if not self.EMBED_PATH:
             raise ValidationError(f"the provider {self.name!r} makes no embeddings")
-        body = {place: getattr(request, name) for name, place in self.EMBED_FIELDS.items()}
-        body = {place: value for place, value in body.items() if value is not None}
-        if self.INPUT_TYPES and "input_type" in body:
-            body["input_type"] = self.INPUT_TYPES.get(body["input_type"], body["input_type"])
+        texts, dimensions = self.EMBED_FIELDS
+        body: dict[str, Any] = {"model": request.model, texts: request.input, **self.EMBED_EXTRA}
+        if request.dimensions is not None:
+            body[dimensions] = request.dimensions
+        if self.INPUT_TYPES and request.input_type is not None:
+            body["input_type"] = self.INPUT_TYPES.get(request.input_type, request.input_type)
         return self.place(self.EMBED_PATH, request.model), body
 
     def close(self) -> None:
@@ -5107,6 +5084,18 @@ class Provider:
 def _variable(*names: str) -> str | None:
     """The first of these environment variables that is set and not empty."""
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+def _add_fields(body: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Adds fields to a body; a map joins the one that is there."""
+    for key, value in fields.items():
+        both = isinstance(value, Mapping) and isinstance(body.get(key), Mapping)
+        body[key] = {**body[key], **value} if both else value
+
+
+def _as_text(value: Any) -> str:
+    """A text as it is, anything else as JSON: what tools return, and the arguments they are called with."""
+    return value if isinstance(value, str) else _to_json(value)
 
 
 def _system_apart(request: CompletionRequest) -> tuple[str, list[dict[str, Any]]]:
@@ -5128,8 +5117,13 @@ def _merged_turns(messages: Iterable[dict[str, Any]], parts: str) -> list[dict[s
     return merged
 
 
-def _parameters(tool: Mapping[str, Any]) -> Any:
-    return tool.get("parameters") or {"type": "object", "properties": {}}
+def _functions(request: CompletionRequest, parameters: str = "parameters") -> list[dict[str, Any]]:
+    """The tools of a request, with the vendor's name for the schema of their parameters."""
+    nothing = {"type": "object", "properties": {}}
+    return [
+        {"name": tool["name"], "description": tool.get("description") or "",
+         parameters: tool.get("parameters") or nothing} for tool in request.tools or ()
+    ]  # fmt: skip
 
 
 def _load_arguments(arguments: Any) -> Any:
@@ -5143,11 +5137,14 @@ def _load_arguments(arguments: Any) -> Any:
     return arguments
 
 
-def _tool_call(index: int, id: Any, name: Any, arguments: Any) -> dict[str, Any]:
-    """A call of a CompletionResponse. Raises ValueError for one without a name."""
-    if not (isinstance(name, str) and name):
-        raise ValueError("a tool call without a name")
-    return {"id": str(id or f"call_{index}"), "name": name, "arguments": _load_arguments(arguments)}
+def _tool_calls(found: Iterable[tuple[Any, Any, Any]]) -> list[dict[str, Any]]:
+    """The tool calls of a CompletionResponse from (id or None, name, arguments). Raises ValueError for no name."""
+    calls = []
+    for index, (id, name, arguments) in enumerate(found):
+        if not (isinstance(name, str) and name):
+            raise ValueError("a tool call without a name")
+        calls.append({"id": str(id or f"call_{index}"), "name": name, "arguments": _load_arguments(arguments)})
+    return calls
 
 
 def _object_schema(schema: Any) -> Any:
@@ -5171,14 +5168,15 @@ def _unwrapped(text: str, schema: Any) -> str:
 
 
 _STRICT_KEYS = frozenset((
-    "type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "$ref", "$defs", "description", "title",
+    "type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "$ref", "$defs",
+    "title", "description",
 ))  # fmt: skip
 
 
 def _is_strict(schema: Any) -> bool:
     """Whether the strict modes of OpenAI and Anthropic take a schema: maps are closed, and nothing in them is optional.
 
-    Sources: platform.openai.com/docs/guides/structured-outputs; docs.anthropic.com/en/docs/build-with-claude/structured-outputs.
+    Sources: "Structured outputs" in platform.openai.com/docs/guides and docs.anthropic.com/en/docs/build-with-claude.
     """
     if not isinstance(schema, Mapping) or not _STRICT_KEYS.issuperset(schema):
         return False
@@ -5191,74 +5189,62 @@ def _is_strict(schema: Any) -> bool:
     return all(map(_is_strict, inner + [schema["items"]] if "items" in schema else inner))
 
 
+def _named_schema(schema: Any) -> dict[str, Any]:
+    """A schema as OpenAI's interfaces want it."""
+    schema = _object_schema(schema)
+    return {"name": "answer", "schema": schema, **({"strict": True} if _is_strict(schema) else {})}
+
+
 class _ChatCompletions(Provider):
-    """What speaks Chat Completions, or nearly so: messages of role and content, tool calls with arguments as JSON text."""
+    """What speaks Chat Completions, or nearly so: messages of role and content, arguments of tools as JSON text."""
 
     CHAT_PATH, EMBED_PATH = "/chat/completions", "/embeddings"
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING if name != "top_k"}
-    PLACES: Mapping[str, str] = {**Provider.PLACES, "finish_reason": "choices.0.finish_reason"}
-    COUNTS: Mapping[str, tuple[str, ...]] = {
-        "input_tokens": ("usage.prompt_tokens",), "output_tokens": ("usage.completion_tokens",),
-        "total_tokens": ("usage.total_tokens",),
-    }  # fmt: skip
-    STREAM_FIELDS: Mapping[str, Any] = {"stream": True}
+    COUNTS = ("usage.prompt_tokens", "usage.completion_tokens", "usage.total_tokens")
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         system = [{"role": "system", "content": request.system}] if request.system else []
-        messages = system + [self.message(message) for message in request.messages]
-        body: dict[str, Any] = {"model": request.model, "messages": messages, **self.tuned(request)}
-        if request.schema is not None and self.native_schema:
-            body.update(self.schema_fields(request))
-        if request.tools:
-            body["tools"] = [
-                {"type": "function", "function": {**tool, "parameters": _parameters(tool)}} for tool in request.tools
-            ]
-        if request.stream:
-            body.update(self.STREAM_FIELDS)
-        return self.place(self.CHAT_PATH, request.model), body
-
-    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
-        schema = _object_schema(request.schema)
-        shape = {"name": "answer", "schema": schema, **({"strict": True} if _is_strict(schema) else {})}
-        return {"response_format": {"type": "json_schema", "json_schema": shape}}
+        return {"model": request.model, "messages": system + [self.message(message) for message in request.messages]}
 
     def message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         if message["role"] == "tool":
             return {"role": "tool", "tool_call_id": message["id"], "content": _as_text(message["content"])}
         if not message.get("tool_calls"):
             return message
-        calls = [
-            {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": _as_text(call["arguments"])}}
-            for call in message["tool_calls"]
-        ]
-        text = {"content": message["content"]} if message.get("content") else {}
-        return {"role": "assistant", **text, "tool_calls": calls}
+        turn: dict[str, Any] = {"role": "assistant", "content": message.get("content"), "tool_calls": []}
+        for call in message["tool_calls"]:
+            function = {"name": call["name"], "arguments": _as_text(call["arguments"])}
+            turn["tool_calls"].append({"id": call["id"], "type": "function", "function": function})
+        return {key: value for key, value in turn.items() if value}
+
+    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        return [{"type": "function", "function": function} for function in _functions(request)]
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        return {"response_format": {"type": "json_schema", "json_schema": _named_schema(request.schema)}}
 
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        choice = document["choices"][0]
+        choice = document["choices"][0] if "choices" in document else document
         self._rest.check({}, choice)  # OpenRouter's errors once the generation began
-        return self.read_message(choice["message"], choice.get("finish_reason"))
-
-    def read_message(self, message: Any, finish: Any) -> dict[str, Any]:
-        """The answer in a message, plain or built by `add_delta`. An answer without a content needs a reason for it."""
+        message, finish = choice["message"], choice.get("finish_reason") or choice.get("done_reason")
         content, refusal = message.get("content"), message.get("refusal")
         found = [(call.get("id"), call["function"]) for call in message.get("tool_calls") or ()]
-        calls = [_tool_call(index, id, call["name"], call.get("arguments")) for index, (id, call) in enumerate(found)]
+        calls = _tool_calls((id, function["name"], function.get("arguments")) for id, function in found)
         if content is None and not (calls or refusal) and str(finish or "stop").lower() in _NORMAL_ENDS - _TRUNCATED:
-            raise ValueError("no content")
-        answer = {"text": _joined_text(content or refusal), "tool_calls": calls}
-        return {**answer, "metadata": {"refusal": True}} if refusal and not content else answer
+            raise ValueError("no content, and no reason for it")
+        marked = {"refusal": True} if refusal and not content else None
+        text, finish = _joined_text(content or refusal), finish and str(finish)
+        return {"text": text, "tool_calls": calls, "finish_reason": finish, "metadata": marked}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
-        document.update({key: event[key] for key in ("id", "model", "usage") if event.get(key)})
-        text = ""
-        for choice in event.get("choices") or ():
+        document.update({key: value for key, value in event.items() if value and key not in ("choices", "message")})
+        text, message = "", document.setdefault("message", {})
+        for choice in event.get("choices") or ([event] if "message" in event else ()):
             if choice.get("index", 0) == 0:
                 self._rest.check({}, choice)
-                whole = document.setdefault("choices", [{"message": {}}])[0]
-                text += self.add_delta(whole["message"], choice.get("delta") or {})
+                text += self.add_delta(message, choice.get("delta") or choice.get("message") or {})
                 if choice.get("finish_reason"):
-                    whole["finish_reason"] = document["finished"] = choice["finish_reason"]
+                    document["finish_reason"] = document["finished"] = choice["finish_reason"]
         return text
 
     def add_delta(self, message: dict[str, Any], delta: Any) -> str:
@@ -5267,7 +5253,8 @@ class _ChatCompletions(Provider):
         for part in delta.get("tool_calls") or ():
             index, function = part.get("index"), part.get("function") or {}
             call = opened.get(index)
-            if call is None or (function.get("name") and (index is None or part.get("id") not in (None, "", call["id"]))):
+            other = index is None or part.get("id") not in (None, "", call and call["id"])
+            if call is None or (other and function.get("name")):
                 call = opened[index] = {"id": part.get("id"), "function": {"name": "", "arguments": []}}
                 calls.append(call)
             call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
@@ -5280,29 +5267,16 @@ class _ChatCompletions(Provider):
         return text
 
 
-def _as_text(value: Any) -> str:
-    """A text as it is, anything else as JSON: what tools return, and the arguments they are called with."""
-    return value if isinstance(value, str) else _to_json(value)
-
-
 class OpenAIProvider(_ChatCompletions):
     """OpenAI: Chat Completions, Responses for the models that only it serves (or `api: responses`), Embeddings.
 
     Sources: platform.openai.com/docs/api-reference; openai-python 3.54 (`resources/chat/completions.py`, `_client.py`).
     """
 
-    TYPE = "openai"
-    BASE_URL = "https://api.openai.com/v1"
+    TYPE, BASE_URL = "openai", "https://api.openai.com/v1"
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID", "api": None}
-    STREAM_FIELDS: Mapping[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-    COUNTS: Mapping[str, tuple[str, ...]] = {  # a document has the names of one of the two interfaces
-        "input_tokens": ("usage.prompt_tokens", "usage.input_tokens"), "total_tokens": ("usage.total_tokens",),
-        "output_tokens": ("usage.completion_tokens", "usage.output_tokens"),
-    }  # fmt: skip
-    _RESPONSES_FIELDS: Mapping[str, str] = {
-        "temperature": "temperature", "top_p": "top_p", "max_tokens": "max_output_tokens", "system": "instructions",
-    }  # fmt: skip
+    STREAMING = ({}, {"stream": True, "stream_options": {"include_usage": True}})
     _NEW_LIMIT = re.compile(r"(.*/)?(ft:)?(o[1-9]|gpt-[5-9]|codex|computer-use)")  # these refuse max_tokens
     _RESPONSES_ONLY = re.compile(r"(.*/)?(o[1-9]-pro|gpt-[5-9][\w.]*-pro|.*codex|.*deep-research|computer-use)")
 
@@ -5310,64 +5284,65 @@ class OpenAIProvider(_ChatCompletions):
         named = {"OpenAI-Organization": self.options.get("organization"), "OpenAI-Project": self.options.get("project")}
         return {header: str(value) for header, value in named.items() if value}
 
-    def uses_responses(self, request: CompletionRequest) -> bool:
-        chosen = self.options.get("api")
-        return chosen == "responses" or (chosen is None and bool(self._RESPONSES_ONLY.match(request.model)))
+    def complete(self, request: CompletionRequest) -> CompletionResponse:
+        chosen = self.options["api"] or ("responses" if self._RESPONSES_ONLY.match(request.model) else "")
+        return _Responses(self).complete(request) if chosen == "responses" else super().complete(request)
 
     def fields(self, request: CompletionRequest) -> Mapping[str, str]:
-        if self.uses_responses(request):
-            return self._RESPONSES_FIELDS
         limit = "max_completion_tokens" if self._NEW_LIMIT.match(request.model) else "max_tokens"
         return {**self.FIELDS, "max_tokens": limit}
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        if not self.uses_responses(request):
-            return super().completion_call(request)
-        items = [item for message in request.messages for item in self.response_items(message)]
-        body: dict[str, Any] = {"model": request.model, "input": items, **self.tuned(request)}
-        if request.schema is not None and self.native_schema:
-            shape = self.schema_fields(request)["response_format"]["json_schema"]
-            body["text"] = {"format": {"type": "json_schema", **shape}}
-        if request.tools:
-            body["tools"] = [
-                {"type": "function", "strict": False, **tool, "parameters": _parameters(tool)} for tool in request.tools
-            ]
-        if request.stream:
-            body["stream"] = True
-        return self.place("/responses", request.model), body
 
-    def response_items(self, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """A message as the items of the Responses interface."""
-        if message["role"] == "tool":
-            yield {"type": "function_call_output", "call_id": message["id"], "output": _as_text(message["content"])}
-        elif message.get("content"):
-            yield {"role": message["role"], "content": message["content"]}
-        for call in message.get("tool_calls") or ():
-            named = {"call_id": call["id"], "name": call["name"], "arguments": _as_text(call["arguments"])}
-            yield {"type": "function_call", **named}
+class _Responses(Provider):
+    """OpenAI's Responses interface, over the connections of a provider that has it."""
+
+    CHAT_PATH = "/responses"
+    FIELDS: Mapping[str, str] = {"temperature": "temperature", "top_p": "top_p", "max_tokens": "max_output_tokens"}
+    COUNTS = ("usage.input_tokens", "usage.output_tokens", "usage.total_tokens")
+
+    def __init__(self, client: OpenAIProvider) -> None:
+        self.client, self.name, self._rest, self.native_schema = client, client.name, client._rest, client.native_schema
+
+    def place(self, path: str, model: str) -> str:
+        return self.client.place(path, model)
+
+    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
+        items: list[dict[str, Any]] = []
+        for message in request.messages:
+            if message["role"] == "tool":
+                result = {"call_id": message["id"], "output": _as_text(message["content"])}
+                items.append({"type": "function_call_output", **result})
+            elif message.get("content"):
+                items.append({"role": message["role"], "content": message["content"]})
+            for call in message.get("tool_calls") or ():
+                named = {"call_id": call["id"], "name": call["name"], "arguments": _as_text(call["arguments"])}
+                items.append({"type": "function_call", **named})
+        instructions = {"instructions": request.system} if request.system else {}
+        return {"model": request.model, "input": items, **instructions}
+
+    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        return [{"type": "function", "strict": False, **function} for function in _functions(request)]
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        return {"text": {"format": {"type": "json_schema", **_named_schema(request.schema)}}}
 
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        if "choices" in document or "output" not in document:
-            return super().read(document, request)
         if document.get("status") == "failed":
             raise self._rest.error(None, {}, {"error": "the response failed"}, "")
         parts = [part for item in document["output"] if item["type"] == "message" for part in item["content"]]
         found = [item for item in document["output"] if item["type"] == "function_call"]
-        calls = [_tool_call(index, item["call_id"], item["name"], item["arguments"]) for index, item in enumerate(found)]
-        text = _joined_text([part["text"] if part["type"] == "output_text" else part.get("refusal", "") for part in parts])
+        calls = _tool_calls((item["call_id"], item["name"], item["arguments"]) for item in found)
+        text = _joined_text([part["text" if part["type"] == "output_text" else "refusal"] for part in parts])
         reason = (document.get("incomplete_details") or {}).get("reason")
         finish = {"max_output_tokens": "length", None: "tool_calls" if calls else "stop"}.get(reason, reason)
         refusal = {"refusal": True} if any(part["type"] == "refusal" for part in parts) else None
         return {"text": text, "tool_calls": calls, "finish_reason": str(finish), "metadata": refusal}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
-        kind = str(event.get("type", ""))
-        if not kind.startswith("response."):
-            return super().merge(document, event)
         document["begun"] = True
-        if kind in ("response.completed", "response.incomplete", "response.failed"):
+        if event["type"] in ("response.completed", "response.incomplete", "response.failed"):
             document.update(event["response"], done=True)
-        return str(event["delta"]) if kind in ("response.output_text.delta", "response.refusal.delta") else ""
+        return str(event["delta"]) if event["type"] in ("response.output_text.delta", "response.refusal.delta") else ""
 
 
 class OpenAICompatibleProvider(OpenAIProvider):
@@ -5376,22 +5351,15 @@ class OpenAICompatibleProvider(OpenAIProvider):
     `structured: instructions` is for servers without response_format json_schema.
     """
 
-    TYPE = "openai_compatible"
-    BASE_URL = "http://localhost:8000/v1"
+    TYPE, BASE_URL, NEEDS_KEY = "openai_compatible", "http://localhost:8000/v1", False
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_COMPATIBLE_API_KEY",), ("OPENAI_COMPATIBLE_BASE_URL",)
-    NEEDS_KEY = False
     OPTIONS: Mapping[str, str | None] = {"api": None, "structured": None}
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING}
+    _NEW_LIMIT = _RESPONSES_ONLY = re.compile("(?!)")
 
-    def uses_responses(self, request: CompletionRequest) -> bool:
-        return self.options.get("api") == "responses"
-
-    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
-        return self._RESPONSES_FIELDS if self.uses_responses(request) else self.FIELDS
-
-    @property
-    def native_schema(self) -> bool:  # type: ignore[override]
-        return self.options.get("structured") != "instructions"
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.native_schema = self.options["structured"] != "instructions"
 
 
 def _service(kind: str, base_url: str, prefix: str) -> type[Provider]:
@@ -5407,19 +5375,12 @@ class AzureOpenAIProvider(OpenAIProvider):
     Sources: learn.microsoft.com/azure/ai-services/openai/reference; openai-python 3.54 (`lib/azure.py`).
     """
 
-    TYPE = "azure"
+    TYPE, BASE_URL, PREFIX = "azure", "", "/openai"
     KEY_VARIABLES, URL_VARIABLES = ("AZURE_OPENAI_API_KEY",), ("AZURE_OPENAI_ENDPOINT",)
     OPTIONS: Mapping[str, str | None] = {
         "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None,
     }  # fmt: skip
     TOKEN_OPTION, KEY_HEADER = "ad_token", ("api-key", "")
-
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        return super().missing_settings(settings) if settings.get("base_url") else "AZURE_OPENAI_ENDPOINT"
-
-    def address(self, base_url: str) -> tuple[str, str]:
-        return re.sub(r"/openai(/v1)?$", "", base_url), "/openai"
 
     def place(self, path: str, model: str) -> str:
         version = str(self.options["api_version"] or "v1")
@@ -5434,71 +5395,53 @@ class AzureOpenAIProvider(OpenAIProvider):
 class MistralProvider(_ChatCompletions):
     """Mistral. Sources: docs.mistral.ai/api; mistralai 3.7 (`models/chatcompletionrequest.py`)."""
 
-    TYPE = "mistral"
-    BASE_URL, PREFIX = "https://api.mistral.ai", "/v1"
+    TYPE, BASE_URL, PREFIX = "mistral", "https://api.mistral.ai", "/v1"
     KEY_VARIABLES, URL_VARIABLES = ("MISTRAL_API_KEY",), ("MISTRAL_BASE_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "seed": "random_seed"}
-    EMBED_FIELDS: Mapping[str, str] = {"model": "model", "input": "input", "dimensions": "output_dimension"}
+    EMBED_FIELDS = ("input", "output_dimension")
 
 
 class CohereProvider(_ChatCompletions):
-    """Cohere v2 chat and embed. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
+    """Cohere v2. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
 
-    TYPE = "cohere"
-    BASE_URL, PREFIX = "https://api.cohere.com", "/v2"
+    TYPE, BASE_URL, PREFIX = "cohere", "https://api.cohere.com", "/v2"
     CHAT_PATH, EMBED_PATH = "/chat", "/embed"
     KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
-    PLACES: Mapping[str, str] = {"request_id": "id", "finish_reason": "finish_reason"}
-    COUNTS: Mapping[str, tuple[str, ...]] = {
-        "input_tokens": ("usage.tokens.input_tokens",), "output_tokens": ("usage.tokens.output_tokens",),
-    }  # fmt: skip
-    EMBED_FIELDS: Mapping[str, str] = {
-        "model": "model", "input": "texts", "dimensions": "output_dimension", "input_type": "input_type",
-    }  # fmt: skip
+    COUNTS = ("usage.tokens.input_tokens", "usage.tokens.output_tokens", "")
+    EMBED_FIELDS = ("texts", "output_dimension")
+    EMBED_EXTRA: Mapping[str, Any] = {"input_type": "search_document", "embedding_types": ["float"]}
     INPUT_TYPES: Mapping[str, str] = {"query": "search_query", "document": "search_document"}
-    VECTORS, EMBED_TOKENS = "embeddings.float", ("meta.billed_units.input_tokens",)
-    max_batch = 96
+    VECTORS, EMBED_TOKENS, max_batch = "embeddings.float", "meta.billed_units.input_tokens", 96
 
     def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
-        if request.tools:  # which Cohere does not combine with a schema
-            return {}
-        return {"response_format": {"type": "json_object", "json_schema": _object_schema(request.schema)}}
-
-    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        return self.read_message(document["message"], document.get("finish_reason"))
+        shape = {"response_format": {"type": "json_object", "json_schema": _object_schema(request.schema)}}
+        return {} if request.tools else shape  # it does not combine the two
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
-        message = document.setdefault("message", {})
-        kind, delta = event["type"], event.get("delta") or {}
+        message, kind, delta = document.setdefault("message", {}), event["type"], event.get("delta") or {}
         part = delta.get("message") or {}
         if kind == "message-start":
             document["id"] = event.get("id")
         elif kind == "message-end":
             document.update(delta, done=True)
-        elif kind == "content-delta" and part["content"].get("text") is not None:  # not the text of its thinking
-            return self.add_delta(message, {"content": part["content"]["text"]})
+        elif kind == "content-delta":
+            return self.add_delta(message, {"content": part["content"].get("text")})  # null where it is thinking
         elif kind in ("tool-call-start", "tool-call-delta"):
             self.add_delta(message, {"tool_calls": [{"index": event.get("index", 0), **part["tool_calls"]}]})
         return ""
 
-    def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
-        path, body = super().embedding_call(request)
-        return path, {"input_type": "search_document", "embedding_types": ["float"], **body}
-
 
 class OllamaProvider(_ChatCompletions):
-    """Ollama's own API, which needs no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
+    """Ollama's own interface; no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
 
-    TYPE = "ollama"
-    BASE_URL, PREFIX = "http://127.0.0.1:11434", "/api"
+    TYPE, BASE_URL, PREFIX, NEEDS_KEY = "ollama", "http://127.0.0.1:11434", "/api", False
     CHAT_PATH, EMBED_PATH = "/chat", "/embed"
     KEY_VARIABLES, URL_VARIABLES = ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
-    NEEDS_KEY = False
     FIELDS: Mapping[str, str] = {name: f"options.{'num_predict' if name == 'max_tokens' else name}" for name in _TUNING}
-    PLACES: Mapping[str, str] = {"model": "model", "finish_reason": "done_reason"}
-    COUNTS: Mapping[str, tuple[str, ...]] = {"input_tokens": ("prompt_eval_count",), "output_tokens": ("eval_count",)}
-    VECTORS, EMBED_TOKENS = "embeddings", ("prompt_eval_count",)
+    STREAMING = ({"stream": False}, {"stream": True})  # which is true where it is not said
+    COUNTS = ("prompt_eval_count", "eval_count", "")
+    VECTORS, EMBED_TOKENS = "embeddings", "prompt_eval_count"
     PLAIN_LINES, OBJECT_SCHEMAS = True, False
 
     def address(self, base_url: str) -> tuple[str, str]:
@@ -5509,31 +5452,15 @@ class OllamaProvider(_ChatCompletions):
         port = "" if scheme or re.search(r":\d+$", host) else ":11434"
         return super().address(f"{scheme or 'http'}://{host}{port}{slash}{path}".rstrip("/"))
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
-        path, body = super().completion_call(request)
-        return path, {**body, "stream": request.stream}  # which is true where it is not said
-
     def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
         return {"format": request.schema}
 
     def message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         if message["role"] == "tool":
             return {"role": "tool", "tool_name": message["name"], "content": _as_text(message["content"])}
-        if isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            return message
-        calls = [
-            {"function": {"name": call["name"], "arguments": call["arguments"]}} for call in message.get("tool_calls") or ()
-        ]
-        whole = {"role": message["role"], "content": _joined_text(message.get("content"))}
-        return {**whole, "tool_calls": calls} if calls else whole
-
-    def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
-        return self.read_message(document["message"], document.get("done_reason"))
-
-    def merge(self, document: dict[str, Any], event: Any) -> str:
-        message = document.setdefault("message", {})
-        document.update({key: value for key, value in event.items() if key != "message"})
-        return self.add_delta(message, event.get("message") or {})
+        calls = [{"name": call["name"], "arguments": call["arguments"]} for call in message.get("tool_calls") or ()]
+        whole = {**message, "content": _joined_text(message.get("content"))}  # images are a list beside it
+        return {**whole, "tool_calls": [{"function": call} for call in calls]} if calls else whole
 
 
 class VoyageProvider(Provider):
@@ -5542,18 +5469,10 @@ class VoyageProvider(Provider):
     Sources: docs.voyageai.com/reference/embeddings-api; voyageai 0.5 (`client.py`, `util.py`).
     """
 
-    TYPE = "voyage"
-    BASE_URL, PREFIX = "https://api.voyageai.com", "/v1"
-    EMBED_PATH = "/embeddings"
-    KEY_VARIABLES = ("VOYAGE_API_KEY",)
-    EMBED_FIELDS: Mapping[str, str] = {
-        "model": "model", "input": "input", "dimensions": "output_dimension", "input_type": "input_type",
-    }  # fmt: skip
-    EMBED_TOKENS = ("usage.total_tokens",)
-    max_batch = 128
-
-    def default_url(self, key: str) -> str:
-        return "https://ai.mongodb.com" if key.startswith("al-") else self.BASE_URL
+    TYPE, BASE_URL, PREFIX = "voyage", "https://api.voyageai.com", "/v1"
+    KEY_VARIABLES, KEY_URLS = ("VOYAGE_API_KEY",), {"al-": "https://ai.mongodb.com"}
+    EMBED_PATH, EMBED_FIELDS, EMBED_TOKENS = "/embeddings", ("input", "output_dimension"), "usage.total_tokens"
+    INPUT_TYPES, max_batch = {"query": "query", "document": "document"}, 128
 
 
 class AnthropicProvider(Provider):
@@ -5563,21 +5482,16 @@ class AnthropicProvider(Provider):
     Sources: docs.anthropic.com/en/api/messages, /api/errors, /api/versioning; anthropic-sdk-python 2.12.
     """
 
-    TYPE = "anthropic"
-    BASE_URL, PREFIX = "https://api.anthropic.com", "/v1"
+    TYPE, BASE_URL, PREFIX, CHAT_PATH = "anthropic", "https://api.anthropic.com", "/v1", "/messages"
     KEY_VARIABLES, URL_VARIABLES = ("ANTHROPIC_API_KEY",), ("ANTHROPIC_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {
         "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS",
     }  # fmt: skip
     TOKEN_OPTION, KEY_HEADER = "auth_token", ("x-api-key", "")
-    FIELDS: Mapping[str, str] = {
-        "temperature": "temperature", "max_tokens": "max_tokens", "top_p": "top_p", "top_k": "top_k", "stop": "stop_sequences",
-    }  # fmt: skip
-    PLACES: Mapping[str, str] = {**Provider.PLACES, "finish_reason": "stop_reason"}
-    COUNTS: Mapping[str, tuple[str, ...]] = {
-        "input_tokens": tuple(f"usage.{kind}input_tokens" for kind in ("", "cache_creation_", "cache_read_")),
-        "output_tokens": ("usage.output_tokens",),
-    }
+    FIELDS: Mapping[str, str] = {**{name: name for name in _TUNING[:4]}, "stop": "stop_sequences"}
+    PLACES = ("model", "id", "stop_reason")
+    _INPUT_TOKENS = "usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens"
+    COUNTS = (_INPUT_TOKENS, "usage.output_tokens", "")
     _DEFAULT_MAX_TOKENS = 4096
     _ANSWER_TOOL = "give_answer"
 
@@ -5593,26 +5507,11 @@ class AnthropicProvider(Provider):
         removed = ("temperature", "top_p", "top_k") if self.version() >= "2026-10-21" else ()
         return {name: place for name, place in self.FIELDS.items() if name not in removed}
 
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         system, messages = _system_apart(request)
-        body = {"model": request.model, "max_tokens": self._DEFAULT_MAX_TOKENS, **self.tuned(request)}
-        body["messages"] = _merged_turns(map(self.message, messages), "content")
-        body.update({"system": system} if system else {})
-        tools = [
-            {"name": tool["name"], "description": tool.get("description", ""), "input_schema": _parameters(tool)}
-            for tool in request.tools or ()
-        ]
-        if request.schema is not None:
-            schema = _object_schema(request.schema)
-            if _is_strict(schema):
-                body["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
-            else:
-                forced = {"type": "any"} if tools else {"type": "tool", "name": self._ANSWER_TOOL}
-                tools.append({"name": self._ANSWER_TOOL, "description": "Gives the answer.", "input_schema": schema})
-                body["tool_choice"] = forced
-        body.update({"tools": tools} if tools else {})
-        body.update({"stream": True} if request.stream else {})
-        return self.place("/messages", request.model), body
+        turns = _merged_turns(map(self.message, messages), "content")
+        body = {"model": request.model, "max_tokens": self._DEFAULT_MAX_TOKENS, "messages": turns}
+        return {**body, "system": system} if system else body
 
     def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         if message["role"] == "tool":
@@ -5621,27 +5520,34 @@ class AnthropicProvider(Provider):
         if not message.get("tool_calls"):
             return dict(message)
         thinking = [block for call in message["tool_calls"] for block in call.get("thinking") or ()]
-        text = [{"type": "text", "text": message["content"]}] if message.get("content") else []
-        calls = [
-            {"type": "tool_use", "id": call["id"], "name": call["name"],
-             "input": call["arguments"] if isinstance(call["arguments"], dict) else {}}
-            for call in message["tool_calls"]
-        ]  # fmt: skip
-        return {"role": "assistant", "content": [*thinking, *text, *calls]}
+        blocks = [*thinking, {"type": "text", "text": message["content"]}] if message.get("content") else thinking
+        for call in message["tool_calls"]:
+            arguments = call["arguments"] if isinstance(call["arguments"], dict) else {}
+            blocks.append({"type": "tool_use", "id": call["id"], "name": call["name"], "input": arguments})
+        return {"role": "assistant", "content": blocks}
+
+    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        return _functions(request, "input_schema")
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        schema = _object_schema(request.schema)
+        if _is_strict(schema):
+            return {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+        answer = {"name": self._ANSWER_TOOL, "description": "Gives the answer.", "input_schema": schema}
+        choice = {"type": "any"} if request.tools else {"type": "tool", "name": self._ANSWER_TOOL}
+        return {"tools": [*self.tools(request), answer], "tool_choice": choice}
 
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
         blocks = document["content"]
         text = "".join(_joined_text(block["text"]) for block in blocks if block["type"] == "text")
         found = [block for block in blocks if block["type"] == "tool_use"]
-        calls = [_tool_call(index, block["id"], block["name"], block["input"]) for index, block in enumerate(found)]
-        answers = [call for call in calls if request.schema is not None and call["name"] == self._ANSWER_TOOL]
-        if answers and len(answers) == len(calls):
-            return {"text": _as_text(answers[0]["arguments"]), "finish_reason": "end_turn"}
-        calls = [call for call in calls if call not in answers]
-        thinking = [block for block in blocks if block["type"] in ("thinking", "redacted_thinking")]
-        if calls and thinking:  # which the next request has to repeat
-            calls[0]["thinking"] = thinking
-        return {"text": text, "tool_calls": calls}
+        calls = _tool_calls((block["id"], block["name"], block["input"]) for block in found)
+        others = [call for call in calls if request.schema is None or call["name"] != self._ANSWER_TOOL]
+        if calls and not others:
+            return {"text": _as_text(calls[0]["arguments"]), "finish_reason": "end_turn"}
+        for call in others[:1]:  # whose results the vendor takes only with the thinking that led to them
+            call["thinking"] = [block for block in blocks if block["type"] in ("thinking", "redacted_thinking")]
+        return {"text": text, "tool_calls": others}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
         kind = event["type"]
@@ -5663,8 +5569,7 @@ class AnthropicProvider(Provider):
             for block in document["content"]:
                 for field, texts in block.pop("pieces").items():
                     block[field] = (block.get(field) or "") + "".join(texts)
-                if "partial_json" in block:
-                    block["input"] = _load_arguments(block.pop("partial_json"))
+                block["input"] = _load_arguments(block.pop("partial_json", block.get("input")))
         return ""
 
 
@@ -5674,68 +5579,49 @@ class GeminiProvider(Provider):
     Sources: ai.google.dev/api/generate-content, /api/embeddings; google-genai 3.4 (`models.py`, `_api_client.py`).
     """
 
-    TYPE = "gemini"
-    BASE_URL = "https://generativelanguage.googleapis.com"
-    EMBED_PATH = "batchEmbedContents"
+    TYPE, BASE_URL = "gemini", "https://generativelanguage.googleapis.com"
+    CHAT_PATH, STREAM_PATH, EMBED_PATH = "generateContent", "streamGenerateContent?alt=sse", "batchEmbedContents"
     KEY_VARIABLES, URL_VARIABLES = ("GOOGLE_API_KEY", "GEMINI_API_KEY"), ("GOOGLE_GEMINI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"api_version": "GOOGLE_GENAI_API_VERSION"}
     KEY_HEADER = ("x-goog-api-key", "")
     FIELDS: Mapping[str, str] = {
-        "temperature": "generationConfig.temperature", "max_tokens": "generationConfig.maxOutputTokens",
-        "top_p": "generationConfig.topP", "top_k": "generationConfig.topK", "stop": "generationConfig.stopSequences",
-        "seed": "generationConfig.seed", "frequency_penalty": "generationConfig.frequencyPenalty",
-        "presence_penalty": "generationConfig.presencePenalty",
+        name: f"generationConfig.{place}" for name, place in zip(_TUNING, (
+            "temperature", "maxOutputTokens", "topP", "topK", "stopSequences", "seed", "frequencyPenalty",
+            "presencePenalty",
+        ))
     }  # fmt: skip
-    PLACES: Mapping[str, str] = {
-        "model": "modelVersion", "request_id": "responseId", "finish_reason": "candidates.0.finishReason",
-    }  # fmt: skip
-    COUNTS: Mapping[str, tuple[str, ...]] = {
-        "input_tokens": ("usageMetadata.promptTokenCount",), "total_tokens": ("usageMetadata.totalTokenCount",),
-        "output_tokens": ("usageMetadata.candidatesTokenCount", "usageMetadata.thoughtsTokenCount"),
-    }  # fmt: skip
+    STREAMING = ({}, {})
+    PLACES = ("modelVersion", "responseId", "candidates.0.finishReason")
+    COUNTS = (
+        "usageMetadata.promptTokenCount", "usageMetadata.candidatesTokenCount + usageMetadata.thoughtsTokenCount",
+        "usageMetadata.totalTokenCount",
+    )  # fmt: skip
     INPUT_TYPES: Mapping[str, str] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}
-    VECTORS, OBJECT_SCHEMAS = "embeddings", False
-    max_batch = 100
+    VECTORS, OBJECT_SCHEMAS, max_batch = "embeddings", False, 100
 
     def address(self, base_url: str) -> tuple[str, str]:
-        version = str(self.options["api_version"] or "v1")
-        found = re.search(r"/v\d\w*$", base_url)
-        return base_url[: found.start()] if found else base_url, found[0] if found else f"/{'v1beta' if version == 'beta' else version}"
+        found, version = re.search(r"/v\d\w*$", base_url), str(self.options["api_version"] or "v1")
+        if found:
+            return base_url[: found.start()], found[0]
+        return base_url, "/v1beta" if version == "beta" else f"/{version}"
 
     def place(self, path: str, model: str) -> str:
         from urllib.parse import quote
 
-        return f"/{quote(self.full_name(model), safe='/')}:{path}"
+        return f"/{quote(model if '/' in model else f'models/{model}', safe='/')}:{path}"
 
-    def full_name(self, model: str) -> str:
-        return model if "/" in model else f"models/{model}"
-
-    def completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
+    def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         system, messages = _system_apart(request)
-        names = {  # of calls that the vendor gave an id
-            call["id"] for message in messages for call in message.get("tool_calls") or ()
-            if _dig(call, "part.functionCall.id")
-        }  # fmt: skip
-        contents = _merged_turns([self.message(message, names) for message in messages], "parts")
-        body: dict[str, Any] = {"contents": contents, **self.tuned(request)}
-        if system:
-            body["systemInstruction"] = {"parts": [{"text": system}]}
-        if request.schema is not None:
-            shape = {"responseMimeType": "application/json", "responseJsonSchema": request.schema}
-            body["generationConfig"] = {**body.get("generationConfig", {}), **shape}
-        if request.tools:
-            functions = [
-                {"name": tool["name"], "description": tool.get("description", ""), "parametersJsonSchema": _parameters(tool)}
-                for tool in request.tools
-            ]
-            body["tools"] = [{"functionDeclarations": functions}]
-        return self.place("streamGenerateContent?alt=sse" if request.stream else "generateContent", request.model), body
+        calls = [call for message in messages for call in message.get("tool_calls") or ()]
+        named = {call["id"] for call in calls if _dig(call, "part.functionCall.id")}  # by the vendor, not by us
+        contents = _merged_turns([self.message(message, named) for message in messages], "parts")
+        return {"contents": contents, **({"systemInstruction": {"parts": [{"text": system}]}} if system else {})}
 
-    def message(self, message: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    def message(self, message: Mapping[str, Any], named: Container[str]) -> dict[str, Any]:
         if message["role"] == "tool":
             answer = {"error" if message.get("is_error") else "output": message["content"]}
-            named = {"id": message["id"]} if message["id"] in names else {}
-            result = {**named, "name": message["name"], "response": answer}
+            result: dict[str, Any] = {"id": message["id"]} if message["id"] in named else {}
+            result.update(name=message["name"], response=answer)
             return {"role": "user", "parts": [{"functionResponse": result}]}
         content = message.get("content") or []
         parts = [
@@ -5748,17 +5634,23 @@ class GeminiProvider(Provider):
         ]
         return {"role": "model" if message["role"] == "assistant" else "user", "parts": parts}
 
+    def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
+        return [{"functionDeclarations": _functions(request, "parametersJsonSchema")}]
+
+    def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
+        return {"generationConfig": {"responseMimeType": "application/json", "responseJsonSchema": request.schema}}
+
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
         blocked = not document.get("candidates") and _dig(document, "promptFeedback.blockReason")
         candidate: Any = {"finishReason": blocked} if blocked else document["candidates"][0]
-        parts, finish = (candidate.get("content") or {}).get("parts") or [], candidate.get("finishReason")
-        if finish in (None, "STOP") and "content" not in candidate:
+        parts = (candidate.get("content") or {}).get("parts") or []
+        if candidate.get("finishReason") in (None, "STOP") and "content" not in candidate:
             raise ValueError("no content")
-        found = [(part, part["functionCall"]) for part in parts if "functionCall" in part]
-        calls = [
-            {**_tool_call(index, call.get("id"), call["name"], call.get("args")), "part": part}  # for its signature
-            for index, (part, call) in enumerate(found)
-        ]
+        found = [part for part in parts if "functionCall" in part]
+        named = [part["functionCall"] for part in found]
+        calls = _tool_calls((call.get("id"), call["name"], call.get("args")) for call in named)
+        for call, part in zip(calls, found):
+            call["part"] = part  # its signature has to come back
         answer = {"text": self.text_of(parts), "tool_calls": calls}
         return {**answer, "finish_reason": str(blocked)} if blocked else answer
 
@@ -5782,7 +5674,8 @@ class GeminiProvider(Provider):
 
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
         kind = self.INPUT_TYPES.get(request.input_type or "", request.input_type)
-        named = {"model": self.full_name(request.model), "taskType": kind, "outputDimensionality": request.dimensions}
+        model = request.model if "/" in request.model else f"models/{request.model}"
+        named = {"model": model, "taskType": kind, "outputDimensionality": request.dimensions}
         named = {name: value for name, value in named.items() if value is not None}
         requests = [{**named, "content": {"parts": [{"text": text}]}} for text in request.input]
         return self.place(self.EMBED_PATH, request.model), {"requests": requests}
@@ -5805,9 +5698,9 @@ class EchoProvider(Provider):
         text = f"echo: {request.prompt}"
         if request.schema is not None:
             try:
-                text = _to_json(_SmallestValue(request.schema).of(request.schema))
-            except (*_SHAPE_ERRORS, ArithmeticError, RecursionError) as error:
-                raise ValidationError(f"{self.name}: no answer fits the schema: {error}") from None
+                text = _to_json(_smallest_value(request.schema, request.schema, iter(range(10_000))))
+            except (*_SHAPE_ERRORS, ArithmeticError, RecursionError, StopIteration) as error:
+                raise ValidationError(f"{self.name}: no answer that fits the schema is known: {error!r}") from None
         on_text = request.on_text if request.stream else None
         for piece in re.findall(r"\s*\S+\s*", text):
             if on_text:
@@ -5824,7 +5717,8 @@ class EchoProvider(Provider):
         return EmbeddingResponse(vectors, request.model, sum(len(text.split()) for text in request.input))
 
 
-_ECHO_WORD = re.compile("[^\x00-/:-@\\[-`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+")  # no tables that grow with Unicode
+# Not \w, which knows more letters in newer Pythons: everything but ASCII's and the common other punctuation.
+_ECHO_WORD = re.compile("[^\x00-/:-@\\[-`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+")
 
 
 def _hashed_features(text: str, size: int) -> list[float]:
@@ -5855,74 +5749,64 @@ def _word_features(word: str) -> tuple[tuple[int, float], ...]:
     return tuple(hashed)
 
 
-class _SmallestValue:
-    """A small value that fits a JSON Schema: no optional items, texts as short as they may be, numbers near 0.
+def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[str, ...] = ()) -> Any:
+    """A small value that fits a part of a JSON Schema: short texts, numbers near 0, the first of several possibilities.
 
-    A map has its required properties, or all where none is said to be required. A `pattern` needs an `examples`.
+    A map has its required properties, or all where none is said to be required. A `pattern` needs an `examples`. `left`
+    runs out (a ValueError) when the value grows too large; `opened` are the `$ref`s around this part.
     """
-
-    def __init__(self, root: Any) -> None:
-        self.root, self.left = root, 10_000  # how many more values may be made
-
-    def of(self, schema: Any, opened: tuple[str, ...] = ()) -> Any:
-        """The value of a part of the schema, inside these `$ref`s. Raises KeyError and the like if it is malformed."""
-        self.left -= 1
-        if self.left < 0:
-            raise ValueError("no small value fits")
-        if not isinstance(schema, Mapping):
-            return None
-        for key, index in (("const", None), ("enum", 0), ("default", None), ("examples", 0)):
-            if key in schema:
-                return schema[key] if index is None else schema[key][index]
-        place = schema.get("$ref")
-        if place:
-            keys = [key.replace("~1", "/").replace("~0", "~") for key in place.lstrip("#").split("/")[1:]]
-            target = functools.reduce(lambda inner, key: inner[key], keys, self.root)
-            return None if place in opened else self.of(target, (*opened, place))
-        for key in ("anyOf", "oneOf", "allOf"):
-            if schema.get(key):
-                chosen = schema[key] if key == "allOf" else [min(schema[key], key=lambda branch: "$ref" in branch)]
-                rest = {name: value for name, value in schema.items() if name != key}
-                return self.of(functools.reduce(_both_schemas, chosen, rest), opened)
-        kind = (_as_list(schema.get("type")) or ["object" if "properties" in schema else "string"])[0]
-        if kind == "object":
-            properties = schema.get("properties") or {}
-            wanted = schema.get("required") or properties
-            return {name: self.of(properties.get(name, {}), opened) for name in wanted}
-        if kind == "array":
-            return [self.of(schema.get("items", {}), opened) for _ in range(schema.get("minItems", 0))]
-        if kind in ("number", "integer"):
-            return _smallest_number(schema, kind == "integer")
-        self.left -= schema.get("minLength", 0) if kind == "string" else 0
-        return "x" * min(schema.get("minLength", 0), 10_000) if kind == "string" else False if kind == "boolean" else None
-
-
-def _both_schemas(one: Mapping[str, Any], other: Any) -> dict[str, Any]:
-    """The schema of what fits both, as far as `_smallest_value` reads them."""
-    properties = {**one.get("properties", {}), **other.get("properties", {})}
-    joined = {"properties": properties, "required": [*one.get("required", ()), *other.get("required", ())]}
-    return {**one, **other, **{key: value for key, value in joined.items() if value}}
+    if next(left, None) is None:
+        raise ValueError("the smallest answer is too large")
+    for key in ("const", "enum", "default", "examples") if isinstance(schema, Mapping) else ():
+        if key in schema:
+            return schema[key][0] if key in ("enum", "examples") else schema[key]
+    if not isinstance(schema, Mapping) or schema.get("$ref") in opened:
+        return None
+    if "$ref" in schema:
+        keys = [key.replace("~1", "/").replace("~0", "~") for key in schema["$ref"].lstrip("#").split("/")[1:]]
+        target = functools.reduce(lambda inner, key: inner[key], keys, root)
+        return _smallest_value(target, root, left, (*opened, schema["$ref"]))
+    for key in ("anyOf", "oneOf", "allOf"):
+        if schema.get(key):
+            chosen = schema[key] if key == "allOf" else [min(schema[key], key=lambda branch: "$ref" in branch)]
+            whole = {name: value for name, value in schema.items() if name != key}
+            for part in chosen:
+                properties = {**whole.get("properties", {}), **part.get("properties", {})}
+                required = [*whole.get("required", ()), *part.get("required", ())]
+                whole = {**whole, **part, "properties": properties, "required": required}
+            return _smallest_value(whole, root, left, opened)
+    kind = (_as_list(schema.get("type")) or ["object" if schema.get("properties") else "string"])[0]
+    if kind == "object":
+        properties = schema.get("properties") or {}
+        wanted = schema.get("required") or properties
+        return {name: _smallest_value(properties.get(name, {}), root, left, opened) for name in wanted}
+    if kind == "array":
+        return [_smallest_value(schema.get("items", {}), root, left, opened) for _ in range(schema.get("minItems", 0))]
+    if kind == "string":
+        return "x" * sum(1 for _ in zip(range(schema.get("minLength", 0)), left))
+    if kind in ("number", "integer"):
+        return _smallest_number(schema, kind == "integer")
+    return None if kind == "null" else False
 
 
 def _smallest_number(schema: Mapping[str, Any], whole: bool) -> float:
-    """The number nearest to 0, or nearly so, within a schema's bounds."""
+    """A number near 0 within a schema's bounds."""
     low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
     above, below = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
-    step = schema.get("multipleOf") or 1
-    floor, roof = max(low, above), min(high, below)
-    tried: list[float] = [0]
-    tried += [math.ceil(floor / step) * step, (math.floor(floor / step) + 1) * step] if floor > -math.inf else []
-    tried += [math.floor(roof / step) * step, (math.ceil(roof / step) - 1) * step] if roof < math.inf else []
-    tried += [(floor + roof) / 2] if not whole and roof - floor < math.inf else []
-    return next((number for number in tried if low <= number <= high and above < number < below), 0)
+    step, floor, roof = schema.get("multipleOf") or 1, max(low, above), min(high, below)
+    bounds = [bound for bound in (floor, roof) if math.isfinite(bound)]
+    tried: list[float] = [0, *(math.floor(bound / step + shift) * step for bound in bounds for shift in (0, 1, -1))]
+    tried += [sum(bounds) / 2] if not whole and len(bounds) == 2 else []
+    return next(number for number in tried if low <= number <= high and above < number < below)
 
 
 PROVIDERS: dict[str, type[Provider]] = {
     provider.TYPE: provider
     for provider in (
-        OpenAIProvider, AnthropicProvider, AzureOpenAIProvider, GeminiProvider, CohereProvider, MistralProvider, OllamaProvider,
-        VoyageProvider, OpenAICompatibleProvider, EchoProvider, _service("groq", "https://api.groq.com", "/openai/v1"),
-        _service("together", "https://api.together.ai", "/v1"), _service("openrouter", "https://openrouter.ai", "/api/v1"),
+        OpenAIProvider, AnthropicProvider, AzureOpenAIProvider, GeminiProvider, CohereProvider, MistralProvider,
+        OllamaProvider, VoyageProvider, OpenAICompatibleProvider, EchoProvider,
+        _service("groq", "https://api.groq.com", "/openai/v1"), _service("together", "https://api.together.ai", "/v1"),
+        _service("openrouter", "https://openrouter.ai", "/api/v1"),
     )
 }  # fmt: skip
 
@@ -5930,37 +5814,29 @@ PROVIDERS: dict[str, type[Provider]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 # 11. Vector stores
 # Records {id, vector, metadata} come in, the nearest go out, best first; one protocol and one filter language for all.
-# A filter is {field: value}, {field: {operator: value}}, {"$and": [..]}, {"$or": [..]} or {"$not": {..}}; several are an
-# and. A list in the metadata fits where one of its items does. A missing field fits only $ne, $nin and $not.
+# A filter is {field: value}, {field: {operator: value}}, {"$and": [..]}, {"$or": [..]} or {"$not": {..}}; several are
+# an and. A list in the metadata fits where one of its items does. A missing field fits only $ne, $nin and $not.
 # ---------------------------------------------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
     _Place = tuple[str, str]  # index and namespace
     _Record = tuple[str, list[float], dict[str, Any]]  # id, vector, metadata
     _Predicate = Callable[[Mapping[str, Any]], bool]
-    _Maker = Callable[..., Any]
+    _Make = Callable[..., Any]
 
-_FILTER_TESTS: dict[str, Callable[[Any, Any], bool]] = {
-    "$in": lambda item, value: item == value, "$gt": lambda item, value: item > value,
-    "$gte": lambda item, value: item >= value, "$lt": lambda item, value: item < value,
-    "$lte": lambda item, value: item <= value,
-}  # fmt: skip
+_FILTER_TESTS = {"$in": "eq", "$gt": "gt", "$gte": "ge", "$lt": "lt", "$lte": "le"}  # what `operator` calls them
 _FILTER_ALIASES = {"$eq": "$in", "$ne": "$in", "$nin": "$in"}
 _PLAIN_TYPES = {str: "text", bool: "boolean", int: "number", float: "number"}
 _METRICS = {  # as Qdrant, Chroma and Weaviate call them
     "cosine": ("Cosine", "cosine", "cosine"), "dot": ("Dot", "ip", "dot"), "euclidean": ("Euclid", "l2", "l2-squared"),
 }  # fmt: skip
-_SCORES: dict[str, Callable[[float], float]] = {  # from a vendor's distance; the larger, the nearer
-    "cosine": lambda distance: 1 - distance, "ip": lambda distance: 1 - distance, "dot": lambda distance: -distance,
-    "l2": lambda squared: 1 / (1 + math.sqrt(squared)), "l2-squared": lambda squared: 1 / (1 + math.sqrt(squared)),
-}  # fmt: skip
 
 
-def _filtered(source: Any, joined: _Maker, test: _Maker, negated: bool = False, deep: int = 0) -> Any:
-    """A filter in another language, made by two functions: `joined` of "and" or "or" and the parts; `test` of a field, a key
-    of _FILTER_TESTS, values of which one must fit, and whether none may. ValidationError for what is no filter."""
+def _filtered(source: Any, joined: _Make, test: _Make, negated: bool = False, deep: int = 0) -> Any:
+    """A filter in another language, made by `joined` of "and" or "or" and parts, and by `test` of a field, a key of
+    _FILTER_TESTS, values one of which must fit, and whether none may. ExecutionError for what is no filter."""
     if not isinstance(source, Mapping) or deep > 50:
-        raise ValidationError(f"a filter must be a map of field: value, at most 50 deep, not {_shown(source)}")
+        raise ExecutionError(f"a filter must be a map of field: value, at most 50 deep, not {_shown(source)}")
     parts = []
     for key, wanted in source.items():
         if key in ("$and", "$or") and isinstance(wanted, list) and wanted:
@@ -5969,36 +5845,43 @@ def _filtered(source: Any, joined: _Maker, test: _Maker, negated: bool = False, 
         elif key == "$not":
             parts.append(_filtered(wanted, joined, test, not negated, deep + 1))
         elif not isinstance(key, str) or key.startswith("$"):
-            near = _suggestion(key, ("$and", "$or", "$not")) + ", with a list of filters"
-            raise ValidationError(f"unknown filter operator {key!r}{near}; other operators belong to a field")
+            near = _suggestion(key, ("$and", "$or", "$not"))
+            raise ExecutionError(f"unknown filter operator {key!r} of {_shown(wanted)}{near} (of a list of filters)")
         else:
-            for operator, value in (wanted if isinstance(wanted, Mapping) else {"$eq": wanted}).items():
-                name = _FILTER_ALIASES.get(operator, operator)
-                if name not in _FILTER_TESTS:
-                    near = _suggestion(operator, (*_FILTER_TESTS, *_FILTER_ALIASES))
-                    raise ValidationError(f"{key}: unknown filter operator {operator!r}{near}")
-                values, kinds = value if operator in ("$in", "$nin") else [value], (str, bool) if name == "$in" else (str,)
-                if not isinstance(values, list) or not all(_is_number(each) or isinstance(each, kinds) for each in values):
-                    expected = f"{'a list of ' * (values is value)}text or a number{' or a boolean' * (bool in kinds)}"
-                    raise ValidationError(f"{key}: {operator} must be {expected}, not {_shown(value)}")
-                parts.append(test(key, name, values, negated != (operator in ("$ne", "$nin"))))
+            tests = wanted if isinstance(wanted, Mapping) else {"$eq": wanted}
+            parts += [test(key, *_field_test(key, operator, value, negated)) for operator, value in tests.items()]
     return parts[0] if len(parts) == 1 else joined("or" if negated else "and", parts)
+
+
+def _field_test(field: str, operator: str, value: Any, negated: bool) -> tuple[str, list[Any], bool]:
+    name = _FILTER_ALIASES.get(operator, operator)
+    if name not in _FILTER_TESTS:
+        near = _suggestion(operator, (*_FILTER_TESTS, *_FILTER_ALIASES))
+        raise ExecutionError(f"{field}: unknown filter operator {operator!r}{near}")
+    listed, kinds = operator in ("$in", "$nin"), (str, bool) if name == "$in" else (str,)
+    values = value if listed else [value]
+    if not isinstance(values, list) or not all(_is_number(each) or isinstance(each, kinds) for each in values):
+        expected = f"{'a list of ' * listed}text or a number{' or a boolean' * (bool in kinds)}"
+        raise ExecutionError(f"{field}: {operator} must be {expected}, not {_shown(value)}")
+    return name, values, negated != (operator in ("$ne", "$nin"))
 
 
 def _predicate(source: Any) -> _Predicate:
     """A filter as a function of a record's metadata. Text never equals a number nor true 1, but 1 is 1.0."""
+    import operator
 
     def joined(joint: str, parts: list[_Predicate]) -> _Predicate:
         combine = all if joint == "and" else any
         return lambda metadata: combine(part(metadata) for part in parts)
 
-    def test(field: str, operator: str, values: list[Any], negated: bool) -> _Predicate:
-        fits, wanted = _FILTER_TESTS[operator], [(_PLAIN_TYPES.get(type(value)), value) for value in values]
+    def test(field: str, name: str, values: list[Any], negated: bool) -> _Predicate:
+        fits, kinds = getattr(operator, _FILTER_TESTS[name]), _PLAIN_TYPES
+        wanted = [(kinds.get(type(value)), value) for value in values]
 
         def decide(metadata: Mapping[str, Any]) -> bool:
             found = metadata.get(field)
-            items = [(_PLAIN_TYPES.get(type(item)), item) for item in (found if isinstance(found, list) else [found])]
-            return negated != any(kind == other and fits(item, value) for kind, item in items for other, value in wanted)
+            items = [(kinds.get(type(item)), item) for item in (found if isinstance(found, list) else [found])]
+            return negated != any(one == other and fits(item, value) for one, item in items for other, value in wanted)
 
         return decide
 
@@ -6011,50 +5894,54 @@ def _mongo_filter(source: Any) -> Any:
 
     def test(field: str, operator: str, values: list[Any], negated: bool) -> Any:
         if operator != "$in":
-            return {field: {operator: values[0]}} if not negated else _not_negatable(field, operator)
+            return {field: {_not_negated(field, operator, negated): values[0]}}
         if len(set(map(type, values))) > 1:
             return {"$and" if negated else "$or": [test(field, operator, [value], negated) for value in values]}
-        one = len(values) == 1
-        return {field: {("$ne" if one else "$nin") if negated else "$eq" if one else "$in": values[0] if one else values}}
+        if len(values) == 1:
+            return {field: {"$ne" if negated else "$eq": values[0]}}
+        return {field: {"$nin" if negated else "$in": values}}
 
     return _filtered(source, lambda joint, parts: {f"${joint}": parts}, test)
 
 
-def _not_negatable(field: str, operator: str) -> Any:
-    raise ValidationError(f"{field}: this database cannot negate {operator}; write the opposite comparison")
+def _not_negated(field: str, operator: str, negated: bool) -> str:
+    """The operator, for databases that cannot say "not greater, or not there"."""
+    if negated:
+        raise ExecutionError(f"{field}: this database cannot negate {operator}; write the opposite comparison")
+    return operator
 
 
 def _checked_vector(vector: Any) -> list[float]:
-    kinds = set(map(type, vector)) if isinstance(vector, (list, tuple)) else {None}
-    if bool in kinds or not all(isinstance(kind, type) and issubclass(kind, (int, float)) for kind in kinds):
-        raise ValidationError(f"a vector must be a list of numbers, not {_shown(vector)}")
-    if not 0 < len(vector) <= 65_536 or not all(-1e100 < number < 1e100 for number in vector):
-        raise ValidationError("a vector must hold 1 to 65536 numbers, finite and below 1e100")
+    kinds = set(map(type, vector)) if isinstance(vector, (list, tuple)) else {type(None)}
+    if bool in kinds or not all(issubclass(kind, (int, float)) for kind in kinds):
+        raise ExecutionError(f"a vector must be a list of numbers, not {_shown(vector)}")
+    if not 0 < len(vector) <= 65_536 or not sum(map(abs, vector)) < 1e100:  # false for nan
+        raise ExecutionError("a vector must hold 1 to 65536 numbers, finite and below 1e100")
     return list(map(float, vector))
 
 
 def _checked_id(identifier: Any) -> str:
     text = str(identifier) if _is_integer(identifier) else identifier
     if not isinstance(text, str) or not text or re.search("[\ud800-\udfff]", text):
-        raise ValidationError(f"an id must be text, not {_shown(identifier)}")
+        raise ExecutionError(f"an id must be text, not {_shown(identifier)}")
     return text
 
 
 def _checked_records(records: Any) -> list[_Record]:
-    """The records, of those with the same id the last. ValidationError says which one is wrong."""
+    """The records, of those with the same id the last. ExecutionError says which one is wrong."""
     checked: dict[str, _Record] = {}
     for position, record in enumerate(records if isinstance(records, (list, tuple)) else [records]):
         try:
             if not isinstance(record, Mapping) or not {"id", "vector"} <= set(record) <= {"id", "vector", "metadata"}:
-                raise ValidationError(f"it must be {{id, vector, metadata}}, not {_shown(record)}")
+                raise ExecutionError(f"it must be {{id, vector, metadata}}, not {_shown(record)}")
             entry = _checked_id(record["id"]), _checked_vector(record["vector"]), dict(record.get("metadata") or {})
             json.dumps(entry[2], allow_nan=False)
             checked[entry[0]] = entry
             if len(entry[1]) != len(next(iter(checked.values()))[1]):
-                raise ValidationError(f"it has {len(entry[1])} dimensions, unlike those before")
-        except (ValidationError, TypeError, ValueError, RecursionError) as error:
-            what = error if isinstance(error, ValidationError) else f"its metadata is no map with a JSON form: {error}"
-            raise ValidationError(f"record {position}: {what}") from None
+                raise ExecutionError(f"it has {len(entry[1])} dimensions, unlike those before")
+        except (ExecutionError, TypeError, ValueError, RecursionError) as error:
+            what = error if isinstance(error, ExecutionError) else f"its metadata is no map with a JSON form: {error}"
+            raise ExecutionError(f"record {position}: {what}") from None
     return list(checked.values())
 
 
@@ -6083,13 +5970,13 @@ class VectorStore:
     ) -> list[dict[str, Any]]:  # fmt: skip
         """The `top_k` nearest records that pass the filter, best first: {id, score, metadata, vector}."""
         if not _is_integer(top_k) or top_k < 1:
-            raise ValidationError(f"top_k must be a whole number of at least 1, not {_shown(top_k)}")
+            raise ExecutionError(f"top_k must be a whole number of at least 1, not {_shown(top_k)}")
         place, query, results = (index, namespace or ""), _checked_vector(vector), []
         with self._answers():
             for key, score, metadata, values in self._nearest(place, query, top_k, filter, include_vectors):
-                record = {"id": str(key), "score": score + 0.0, "metadata": metadata or {}, "vector": values}
-                hidden = {"metadata": not include_metadata, "vector": not include_vectors}
-                results.append({name: value for name, value in record.items() if not hidden.get(name)})
+                results.append({"id": str(key), "score": score + 0.0})
+                results[-1].update({"metadata": metadata or {}} if include_metadata else {})
+                results[-1].update({"vector": values} if include_vectors else {})
         return results
 
     def delete(
@@ -6099,10 +5986,10 @@ class VectorStore:
         """Deletes the records with these ids, or those that pass the filter; without both, the whole namespace. Returns
         how many, or None where the vendor does not say."""
         if ids is not None and (filter is not None or not isinstance(ids, (list, tuple))):
-            raise ValidationError("delete takes a list of ids, or a filter, not both")
+            raise ExecutionError("delete takes a list of ids, or a filter, not both")
+        checked = None if ids is None else list(map(_checked_id, ids))
         with self._answers():
-            place, checked = (index, namespace or ""), None if ids is None else list(map(_checked_id, ids))
-            count: int | None = 0 if checked == [] else self._remove(place, checked, filter or None)
+            count: int | None = 0 if checked == [] else self._remove((index, namespace or ""), checked, filter or None)
             return count
 
     @contextlib.contextmanager
@@ -6223,10 +6110,10 @@ class LocalVectorStore(VectorStore):
 
 class _Matrix:
     """The records of one namespace in memory. A search compares the query with all vectors roughly, and then exactly
-    with those that may be among the nearest. For the rough part each vector is rounded to whole numbers (codes) from -127 to
-    127 times its `step`, and each dimension is one large integer with 32 bits for each vector: these integers times the
-    query's numbers, rounded too, add up to the dot products with all vectors, in C. How far they can be off is known, so
-    that none is missed."""
+    with those that may be among the nearest. For the rough part each vector is rounded to whole numbers (codes) from
+    -127 to 127 times its `step`, and each dimension is one large integer with 32 bits for each vector: these integers
+    times the query's numbers, rounded too, add up to the dot products with all vectors, in C. How far they can be off
+    is known, so that none is missed."""
 
     def __init__(self, rows: list[tuple[Any, ...]], metric: str) -> None:
         every: Any = zip(*rows) if rows else ((),) * 8
@@ -6248,8 +6135,6 @@ class _Matrix:
         return columns
 
     def nearest(self, query: list[float], top_k: int, holds: _Predicate | None) -> Iterator[Any]:
-        import heapq
-        import operator
         import struct
 
         unpack, length = struct.Struct(f"<{self.dimensions}d").unpack, math.hypot(*query)
@@ -6259,7 +6144,7 @@ class _Matrix:
         def nearness(row: int) -> float:
             if self.metric == "euclidean":
                 return -math.dist(unpack(self.vectors[row]), query)
-            product = math.fsum(map(operator.mul, unpack(self.vectors[row]), query))
+            product = math.fsum(map(float.__mul__, unpack(self.vectors[row]), query))
             if self.metric == "dot":
                 return product
             return max(-1.0, min(1.0, product / self.lengths[row])) if self.lengths[row] > 1e-100 else 0.0
@@ -6269,14 +6154,13 @@ class _Matrix:
             rows = [row for row in rows if holds(self.metadata[row])]
         if len(rows) > max(200, top_k):
             rows = self.likely(query, top_k, rows)
-        for order, key, row in heapq.nsmallest(top_k, [(-nearness(row), self.ids[row], row) for row in rows]):
+        for order, key, row in sorted([(-nearness(row), self.ids[row], row) for row in rows])[:top_k]:
             score = 1 / (1 + order) if self.metric == "euclidean" else -order
             yield key, score, json.loads(self.texts[row]), list(unpack(self.vectors[row]))
 
     def likely(self, query: list[float], top_k: int, rows: Sequence[int]) -> Sequence[int]:
         """The rows that may be among the `top_k` nearest. Nearness is x.q / |x|, x.q or 2 x.q - |x| ** 2 here."""
         import heapq
-        import operator
         import struct
 
         count, peak = len(self.ids), max(map(abs, query))
@@ -6284,7 +6168,7 @@ class _Matrix:
             return rows
         scale = (2**31 - 1) // (127 * self.dimensions) / peak  # no sum leaves its 32 bits
         middle = int.from_bytes(b"\0\0\0\x80" * count, "little")  # keeps the sums positive
-        total = sum(map(operator.mul, self.columns, [round(number * scale) for number in query]), middle)
+        total = sum(map(int.__mul__, self.columns, [round(number * scale) for number in query]), middle)
         products = struct.unpack(f"<{count}I", total.to_bytes(4 * count, "little"))
         steps, longest, squares = self.steps, max(self.lengths), [0.0] * count
         if self.metric == "cosine":
@@ -6300,8 +6184,8 @@ class _Matrix:
 
 
 class _RemoteVectorStore(Provider, VectorStore):
-    """Base of the vendors' clients: the settings of a provider, and the `metric` of the collections that it creates. Where
-    the vendor has no namespaces, one is a collection of its own, INDEX__NAMESPACE."""
+    """Base of the vendors' clients: the settings of a provider, and the `metric` of the collections that it creates.
+    Where the vendor has no namespaces, one is a collection of its own, INDEX__NAMESPACE."""
 
     max_batch = VectorStore.max_batch
     OPTIONS: Mapping[str, str | None] = {"metric": None}
@@ -6319,19 +6203,25 @@ class _RemoteVectorStore(Provider, VectorStore):
     def address(self, base_url: str) -> str:
         """An address without a scheme is https, but http with a port or for this machine."""
         if base_url and "://" not in base_url:
-            base_url = f"http{'' if ':' in base_url else 's'}://{base_url}" if base_url != "localhost" else self.BASE_URL
+            scheme = "http" if ":" in base_url else "https"
+            base_url = self.BASE_URL if base_url == "localhost" else f"{scheme}://{base_url}"
         return base_url.rstrip("/")
 
-    def call(self, method: str, path: str, names: Iterable[str], payload: Any = None, expected: int | None = None) -> Any:
-        """The answer at a path with quoted names in it; None if the status is an error that was expected."""
+    def call(self, method: str, path: str, names: Iterable[str], payload: Any = None, expected: int = 0) -> Any:
+        """The answer at a path with these names in it; None if its status is the error that was expected."""
         from urllib.parse import quote
 
         try:
             return self._rest.call(method, path.format(*(quote(name, safe="") for name in names)), payload)
         except ProviderError as error:
-            if expected is None or error.status != expected:
+            if error.status != expected:
                 raise
             return None
+
+    def score(self, distance: float, metric: str) -> float:
+        """A vendor's distance as a number that is the larger, the nearer a record is."""
+        known = {"cosine": 1 - distance, "ip": 1 - distance, "dot": -distance}
+        return known[metric] if metric in known else 1 / (1 + math.sqrt(abs(distance)))  # the l2 of both is squared
 
 
 def _collection(place: _Place) -> list[str]:
@@ -6354,8 +6244,8 @@ def _without_nulls(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class QdrantStore(_RemoteVectorStore):
-    """Qdrant (https://api.qdrant.tech). Ids that are neither whole numbers nor UUIDs become UUIDs, and the payload keeps
-    them as `_id`. The score is Qdrant's."""
+    """Qdrant (https://api.qdrant.tech). Ids that are neither whole numbers nor UUIDs become UUIDs, and the payload
+    keeps them as `_id`. The score is Qdrant's."""
 
     TYPE, BASE_URL, KEY_HEADER = "qdrant", "http://localhost:6333", ("api-key", "")
     KEY_VARIABLES, URL_VARIABLES = ("QDRANT_API_KEY",), ("QDRANT_URL",)
@@ -6367,11 +6257,10 @@ class QdrantStore(_RemoteVectorStore):
         def test(field: str, operator: str, values: list[Any], negated: bool) -> dict[str, Any]:
             key, tests = field if re.fullmatch(r"[\w-]+", field) else f'"{field}"', []
             for value in values:
-                if operator != "$in" or isinstance(value, float):  # to match, integers must be integers
-                    bounds = ("gte", "lte") if operator == "$in" else (operator[1:],)
-                    tests.append({"key": key, "range": dict.fromkeys(bounds, value)})
-                else:
-                    tests.append({"key": key, "match": {"value": value}})
+                bounds = ("gte", "lte") if operator == "$in" else (operator[1:],)
+                exact = operator == "$in" and not isinstance(value, float)  # to match, integers must be integers
+                fits = {"match": {"value": value}} if exact else {"range": dict.fromkeys(bounds, value)}
+                tests.append({"key": key, **fits})
             return {"must_not": tests} if negated else tests[0] if len(tests) == 1 else {"should": tests}
 
         joints = {"and": "must", "or": "should"}
@@ -6421,6 +6310,10 @@ class PineconeStore(_RemoteVectorStore):
     def extra_headers(self) -> dict[str, str]:
         return {"X-Pinecone-Api-Version": "2026-07"}
 
+    def close(self) -> None:
+        for client in (self._rest, *self.indexes.values()):
+            client.close()
+
     def at(self, host: str) -> PineconeStore:
         """A client with the same settings for another host."""
         settings = {"headers": self._rest.headers, "timeout_seconds": self.timeout_seconds}
@@ -6429,8 +6322,8 @@ class PineconeStore(_RemoteVectorStore):
     def ask(self, place: _Place, path: str, body: dict[str, Any]) -> Any:
         """The answer of the host that serves the index."""
         if not self.base_url and place[0] not in self.indexes:
-            controller = self.at(self.options["controller_host"] or "https://api.pinecone.io")
-            self.indexes[place[0]] = self.at(controller.call("GET", "/indexes/{}", place[:1])["host"])
+            with contextlib.closing(self.at(self.options["controller_host"] or "https://api.pinecone.io")) as controller:
+                self.indexes[place[0]] = self.at(controller.call("GET", "/indexes/{}", place[:1])["host"])
         client = self if self.base_url else self.indexes[place[0]]
         return client.call("POST", path, (), {**body, "namespace": place[1]})
 
@@ -6446,8 +6339,7 @@ class PineconeStore(_RemoteVectorStore):
 
     def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> None:
         wanted: dict[str, Any] = {"filter": _mongo_filter(filter)} if filter else {"deleteAll": True}
-        chosen = wanted if ids is None else {"ids": ids}
-        self.ask(place, "/vectors/delete", chosen)
+        self.ask(place, "/vectors/delete", wanted if ids is None else {"ids": ids})
 
 
 class ChromaStore(_RemoteVectorStore):
@@ -6473,9 +6365,9 @@ class ChromaStore(_RemoteVectorStore):
         return answer, (settings.get("hnsw") or settings.get("spann") or {}).get("space", "l2")
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
+        ids, vectors, every = [list(column) for column in zip(*records)]
         texts = [metadata["text"] if isinstance(metadata.get("text"), str) else None for _, _, metadata in records]
-        ids, vectors, metadatas = [list(column) for column in zip(*records)]
-        body = {"ids": ids, "embeddings": vectors, "metadatas": list(map(_without_nulls, metadatas)), "documents": texts}
+        body = {"ids": ids, "embeddings": vectors, "documents": texts, "metadatas": list(map(_without_nulls, every))}
         self.ask(place, "upsert", body, create=True)
 
     def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
@@ -6487,7 +6379,7 @@ class ChromaStore(_RemoteVectorStore):
         columns = [(answer.get(name) or nothing)[0] for name in ("ids", *include[:3], "embeddings")]
         for key, distance, metadata, document, values in zip(*columns):
             text = {} if document is None else {"text": document}
-            yield key, _SCORES[metric](distance), {**text, **(metadata or {})}, values
+            yield key, self.score(distance, metric), {**text, **(metadata or {})}, values
 
     def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int | None:
         where = _mongo_filter(filter) if filter else {"_": {"$ne": ""}}  # the last is true of everything
@@ -6496,11 +6388,12 @@ class ChromaStore(_RemoteVectorStore):
 
 
 class WeaviateStore(_RemoteVectorStore):
-    """Weaviate's REST and GraphQL API (https://docs.weaviate.io). Its ids are UUIDs; the property `record` keeps the real
-    id and metadata as JSON. The score is 1 - distance for cosine, -distance for dot, 1 / (1 + its root) for l2-squared."""
+    """Weaviate's REST and GraphQL API (https://docs.weaviate.io). Its ids are UUIDs; the property `record` keeps the
+    real id and metadata as JSON. The score is 1 - distance for cosine, -distance for dot, else 1 / (1 + its root)."""
 
     TYPE, BASE_URL = "weaviate", "http://localhost:8080"
     KEY_VARIABLES, URL_VARIABLES = ("WEAVIATE_API_KEY",), ("WEAVIATE_URL",)
+    PROPERTY = re.compile("(?!(id|record)$)[A-Za-z_][A-Za-z0-9_]{0,200}")
     OPERATORS: Mapping[str, str] = {
         "$in": "Equal", "$gt": "GreaterThan", "$gte": "GreaterThanEqual", "$lt": "LessThan", "$lte": "LessThanEqual",
     }  # fmt: skip
@@ -6509,7 +6402,7 @@ class WeaviateStore(_RemoteVectorStore):
         """(name, metric, types of the properties) of a collection."""
         name = _collection(place)[0]
         if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name):
-            raise ValidationError(f"the names of Weaviate's collections are letters, digits and _, not {name!r}")
+            raise ExecutionError(f"the names of Weaviate's collections are letters, digits and _, not {name!r}")
         name = name[0].upper() + name[1:]
         found = self.call("GET", "/v1/schema/{}", [name], expected=404)
         if found is None:
@@ -6526,7 +6419,7 @@ class WeaviateStore(_RemoteVectorStore):
             properties = {"record": json.dumps({"id": key, "metadata": metadata})}
             for field, value in metadata.items():
                 kinds = {_PLAIN_TYPES.get(type(item), "") for item in (value if isinstance(value, list) else [value])}
-                if len(kinds) == 1 and kinds != {""} and re.fullmatch("(?!(id|record)$)[A-Za-z_][A-Za-z0-9_]{,200}", field):
+                if len(kinds) == 1 and "" not in kinds and self.PROPERTY.fullmatch(field):
                     properties[field] = value  # what filters can test
             objects.append({"class": name, "id": _as_uuid(key), "vector": vector, "properties": properties})
             for field, value in properties.items():
@@ -6549,9 +6442,9 @@ class WeaviateStore(_RemoteVectorStore):
             return {"operator": joint.capitalize(), "operands": parts}
 
         def test(field: str, operator: str, values: list[Any], negated: bool) -> dict[str, Any]:
-            if negated and operator != "$in":
-                _not_negatable(field, operator)
-            word, tests = "NotEqual" if negated else self.OPERATORS[operator], []
+            word, tests = "NotEqual", []
+            if operator != "$in" or not negated:
+                word = self.OPERATORS[_not_negated(field, operator, negated)]
             for value in values:
                 kind = types.get(field, _PLAIN_TYPES.get(type(value), "text")).replace("[]", "").capitalize()
                 tests.append({"path": [field], "operator": word, f"value{kind}": value})
@@ -6571,7 +6464,7 @@ class WeaviateStore(_RemoteVectorStore):
         for found in answer["data"]["Get"][name]:
             extra, record = found.pop("_additional"), found.get("record")
             ours = json.loads(record) if record else {"id": extra["id"], "metadata": _without_nulls(found)}
-            yield ours["id"], _SCORES[metric](extra["distance"]), ours["metadata"], extra.get("vector")
+            yield ours["id"], self.score(extra["distance"], metric), ours["metadata"], extra.get("vector")
 
     def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int:
         name, _, types = self.opened(place)
@@ -8071,7 +7964,7 @@ class _StepRun:
             value, check = render(self.context), row.keys.get(key)
             if check is _text or (check is _texts and value is not None and not isinstance(value, list)):
                 value = _to_text(value)  # where text is wanted, one {{expression}} alone gives text too
-            elif check is _messages:
+            elif key == "messages":
                 value = [_with_text(message) for message in value] if isinstance(value, list) else value
             values[key] = value
             if check is not None and value is not None and (fault := check(value)):
@@ -8166,7 +8059,11 @@ class _StepRun:
         run = self.run
         keepers = run.executor.keepers(cached)
         for keeper in keepers:
+            if getattr(keeper, "replays", False):
+                self.add_usage({"calls": 1})
             if (answer := await self.threaded(keeper.recall, name, provider, request)) is not None:
+                if keeper is run.executor.cassette:  # the run is to be as it was
+                    self.count(request, answer)
                 return answer
         with run.budget.reserved(request.model, _estimated_tokens(request)):
             try:
@@ -8618,7 +8515,7 @@ class _Run:
             inner = self.restored_children(child_id)
             if child_id in self.states:
                 self.results[child_id] = result = StepResult.from_dict(self.states[child_id])
-                views[part] = _StepView(result, inner)
+                views[part] = _StepView(result, inner or {})
             else:
                 views = inner or {}
         return views or None
@@ -9754,7 +9651,8 @@ class _Journal:
     def deliver(self) -> None:
         self.delivering = False
         while self.landed:
-            self.error = self.error or self.landed.popleft()
+            error = self.landed.popleft()
+            self.error = self.error or error
             self.durable += 1
         for waiter in [one for one in self.waiting if one[0] <= self.durable or self.error]:
             self.waiting.remove(waiter)
@@ -10046,87 +9944,103 @@ def _event_text(event: Mapping[str, Any]) -> str:
 # A workflow goes in; Mermaid, Graphviz DOT or a tree in plain text comes out.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_MERMAID_SHAPES = {"action": ("[/", "/]"), "branch": ("{", "}"), "transform": ("([", "])")}
+_MERMAID_SHAPES = {
+    "action": ("[/", "/]"), "approval": ("{{", "}}"), "transform": ("([", "])"), "workflow": ("[[", "]]")
+}  # fmt: skip
 
 
-def _picture_edges(graph: _Graph, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(from, to) full ids, inside containers too."""
-    for node in graph.nodes:
-        for dependency in node.dependencies:
-            yield prefix + dependency, prefix + node.id
-        for inner in node.graphs():
-            yield from _picture_edges(inner, f"{prefix}{node.id}.")
+def _groups(node: _Node) -> list[tuple[str, _Graph]]:
+    """The graphs inside a container, each with its title: the value that a branch is taken for, or nothing."""
+    return [*([("", node.children)] if node.children is not None else ()), *node.branches.items()]
+
+
+def _step_kind(node: _Node) -> str:
+    return node.type + (" for each" if node.for_each else "")
+
+
+def _edges(graph: _Graph) -> Iterator[tuple[_Node, _Node, str]]:
+    """(from, to, condition on one line) inside containers too."""
+    for siblings in (graph, *(inner for node in graph.walk() for inner in node.graphs())):
+        for node in siblings.nodes:
+            for dependency in node.dependencies:
+                condition = _shorten(" ".join(node.condition.source.split()), 60) if node.condition else ""
+                yield siblings.by_id[dependency], node, condition
 
 
 def _graph_mermaid(workflow: Workflow) -> str:
-    """The workflow as a Mermaid flowchart; containers are subgraphs."""
-    lines, names = ["flowchart TD"], {}
+    """The workflow as a Mermaid flowchart; containers are subgraphs, and so are the branches of a branch."""
+    lines = ["flowchart TD"]
+    names: dict[int, str] = {}
 
-    def name(full_id: str) -> str:  # Mermaid takes no dots, and `end` is a word of its own
-        return names.setdefault(full_id, f"s{len(names)}_{re.sub(r'[^A-Za-z0-9]', '_', full_id)}")
+    def text(source: str) -> str:  # as https://mermaid.js.org/syntax/flowchart.html says, by entity codes
+        return re.sub(r"[^\w .,:=+/()\[\]'-]", lambda match: f"#{ord(match[0])};", " ".join(source.split()))
 
-    def draw(graph: _Graph, prefix: str, indent: str) -> None:
+    def draw(graph: _Graph, indent: str) -> None:
         for node in graph.nodes:
-            full_id, inner = prefix + node.id, list(node.graphs())
-            label = f"{node.id}<br/><i>{node.type}{' for each' if node.for_each else ''}</i>"
-            if inner:
-                lines.append(f'{indent}subgraph {name(full_id)}["{label}"]')
-                for child in inner:
-                    draw(child, f"{full_id}.", indent + "    ")
-                lines.append(f"{indent}end")
-            else:
+            name = names[id(node)] = f"s{len(names)}_{re.sub('[^A-Za-z0-9]', '_', node.id)}"
+            label, groups = f"{text(node.id)}<br/><i>{_step_kind(node)}</i>", _groups(node)
+            if not groups:
                 left, right = _MERMAID_SHAPES.get(node.type, ("[", "]"))
-                lines.append(f'{indent}{name(full_id)}{left}"{label}"{right}')
+                lines.append(f'{indent}{name}{left}"{label}"{right}')
+                continue
+            lines.append(f'{indent}subgraph {name}["{label}"]')
+            for number, (title, inner) in enumerate(groups):
+                if title:
+                    lines.append(f'{indent}    subgraph {name}_{number}["{text(title)}"]')
+                draw(inner, indent + "        " if title else indent + "    ")
+                lines.extend([f"{indent}    end"] if title else [])
+            lines.append(f"{indent}end")
 
-    graph = workflow._plan().graph
-    draw(graph, "", "    ")
-    conditional = {prefix for prefix, node in _walk_ids(graph) if node.condition}
-    for start, end in _picture_edges(graph):
-        lines.append(f"    {name(start)} {'-.->' if end in conditional else '-->'} {name(end)}")
+    draw(workflow._plan().graph, "    ")
+    for start, end, condition in _edges(workflow._plan().graph):
+        arrow = f'-.->|"{text(condition)}"|' if condition else "-->"
+        lines.append(f"    {names[id(start)]} {arrow} {names[id(end)]}")
     return "\n".join(lines) + "\n"
 
 
-def _walk_ids(graph: _Graph, prefix: str = "") -> Iterator[tuple[str, _Node]]:
-    for node in graph.nodes:
-        yield prefix + node.id, node
-        for inner in node.graphs():
-            yield from _walk_ids(inner, f"{prefix}{node.id}.")
-
-
 def _graph_dot(workflow: Workflow) -> str:
-    """The workflow in Graphviz' language; containers are clusters."""
-    lines = [f"digraph {_to_json(str(workflow.name))} {{", "    compound=true; node [shape=box, style=rounded];"]
+    """The workflow in Graphviz' language; containers are clusters around themselves and their children."""
+    lines = [f"digraph {_to_json(str(workflow.name))} {{", "    node [shape=box, style=rounded];"]
+    names: dict[int, str] = {}
 
     def draw(graph: _Graph, prefix: str, indent: str) -> None:
         for node in graph.nodes:
-            full_id, inner = prefix + node.id, list(node.graphs())
+            name, groups = prefix + node.id, _groups(node)
+            names[id(node)] = name
+            if groups:
+                lines.append(f"{indent}subgraph {_to_json('cluster ' + name)} {{ label=\"\";")
             shape = ", shape=diamond" if node.type == "branch" else ""
-            lines.append(f"{indent}{_to_json(full_id)} [label={_to_json(f'{node.id}' + chr(10) + node.type)}{shape}];")
-            if inner:
-                lines.append(f"{indent}subgraph {_to_json('cluster_' + full_id)} {{ label={_to_json(node.id)};")
-                for child in inner:
-                    draw(child, f"{full_id}.", indent + "    ")
-                lines.append(f"{indent}}}")
+            lines.append(f"{indent}{_to_json(name)} [label={_to_json(node.id + chr(10) + _step_kind(node))}{shape}];")
+            for title, inner in groups:
+                inner_prefix = f"{name}.{title}." if title else f"{name}."
+                if title:
+                    lines.append(f"{indent}subgraph {_to_json('cluster ' + inner_prefix)} {{ label={_to_json(title)};")
+                draw(inner, inner_prefix, indent + "    ")
+                lines.extend([f"{indent}}}"] if title else [])
+            lines.extend([f"{indent}}}"] if groups else [])
 
-    graph = workflow._plan().graph
-    draw(graph, "", "    ")
-    lines += [f"    {_to_json(start)} -> {_to_json(end)};" for start, end in _picture_edges(graph)]
+    draw(workflow._plan().graph, "", "    ")
+    for start, end, condition in _edges(workflow._plan().graph):
+        style = f" [style=dashed, label={_to_json(condition)}]" if condition else ""
+        lines.append(f"    {_to_json(names[id(start)])} -> {_to_json(names[id(end)])}{style};")
     return "\n".join([*lines, "}"]) + "\n"
 
 
 def _graph_text(workflow: Workflow) -> str:
-    """The workflow as a tree of levels: what runs together stands together."""
-    lines = [str(workflow.name)]
+    """The workflow as a tree in the order of its levels, each step with what it waits for."""
+    lines = [" ".join(str(workflow.name).split())]
 
     def draw(graph: _Graph, indent: str) -> None:
         ordered = [node for level in _levels(graph) for node in level]
         for node in ordered:
             last = node is ordered[-1]
             after = f" <- {', '.join(node.dependencies)}" if node.dependencies else ""
-            marks = f"{' for each' if node.for_each else ''}{' if ' + node.condition.source if node.condition else ''}"
-            lines.append(f"{indent}{'└── ' if last else '├── '}{node.id} ({node.type}{marks}){after}")
-            for inner in node.graphs():
-                draw(inner, indent + ("    " if last else "│   "))
+            condition = f" if {' '.join(node.condition.source.split())}" if node.condition else ""
+            lines.append(f"{indent}{'└── ' if last else '├── '}{node.id} ({_step_kind(node)}{condition}){after}")
+            for title, inner in _groups(node):
+                deeper = indent + ("    " if last else "│   ")
+                lines.extend([f"{deeper}[{' '.join(title.split())}]"] if title else [])
+                draw(inner, deeper)
 
     draw(workflow._plan().graph, "")
     return "\n".join(lines) + "\n"

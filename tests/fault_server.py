@@ -3,9 +3,10 @@
     with FaultServer([reply(b'{"ok": 1}'), [reply(status=503)], [b"HTTP/1.1 200 OK\\r\\n", RESET]]) as server:
         ...  # server.url; server.requests
 
-The script has one entry a request, over all connections in the order of arrival; the last entry serves all that follow. An
-entry is bytes or a list of what to do: bytes are sent, a number is waited for (seconds), RESET, CLOSE and STALL do what
-they say; a function of the Request returns an entry. After an entry the connection waits for its next request.
+The script has one entry a request, over all connections in the order of arrival; the last entry serves all that
+follow. An entry is bytes or a list of what to do: bytes are sent, a number is waited for (seconds), RESET, CLOSE and
+STALL do what they say; a function of the Request returns an entry. After an entry the connection waits for its next
+request.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ Script = list[Union[bytes, list[Any], Callable[[Request], Any]]]
 
 def reply(body: bytes = b"{}", status: int = 200, headers: dict[str, str] | None = None) -> bytes:
     """A correct answer with a content length."""
-    lines = [f"HTTP/1.1 {status} Status", f"Content-Length: {len(body)}", *(f"{k}: {v}" for k, v in (headers or {}).items())]
+    lines = [
+        f"HTTP/1.1 {status} Status",
+        f"Content-Length: {len(body)}",
+        *(f"{k}: {v}" for k, v in (headers or {}).items()),
+    ]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
@@ -58,14 +63,19 @@ def sse(*events: Any) -> bytes:
 
 
 class FaultServer:
-    """See above. `certificate`: TLS with tests/certificates/NAME.pem. `greeting`: done on each new connection before anything
-    is read. `relay` (another FaultServer): CONNECT answered with a 200 by the script leads there, whatever host is asked for.
+    """See above. `certificate`: TLS with tests/certificates/NAME.pem. `greeting`: done on each new connection before
+    anything is read. `relay` (another FaultServer): a CONNECT that the script answers with 200 leads there, whatever
+    host it asks for.
     """
 
     def __init__(
-        self, script: Script, *, certificate: str | None = None, greeting: list[Any] | None = None,
+        self,
+        script: Script,
+        *,
+        certificate: str | None = None,
+        greeting: list[Any] | None = None,
         relay: FaultServer | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.script, self.greeting, self.relay, self.requests = script, greeting or [], relay, list[Request]()
         self.connections, self.lock, self.stopped = 0, threading.Lock(), threading.Event()
         self.sockets: list[socket.socket] = []

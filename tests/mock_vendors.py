@@ -13,7 +13,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple
 
 KEY = "sk-mock-0123456789abcdef"
 
@@ -22,7 +22,7 @@ class Answer(NamedTuple):
     """What the model says, in no vendor's words; `finish` is stop, length, tools or filter."""
 
     text: str = "Grüße, 世界 🌍!"
-    tool_calls: Tuple[Tuple[str, str, Dict[str, Any]], ...] = ()  # (id, name, arguments)
+    tool_calls: tuple[tuple[str, str, dict[str, Any]], ...] = ()  # (id, name, arguments)
     finish: str = "stop"
     input_tokens: int = 11
     output_tokens: int = 7
@@ -32,22 +32,22 @@ class Reply(NamedTuple):
     """A raw reply: `pieces` are written one by one, then the connection is closed; `whole` gives a content length."""
 
     status: int = 200
-    headers: Tuple[Tuple[str, str], ...] = (("content-type", "application/json"),)
-    pieces: Tuple[bytes, ...] = ()
+    headers: tuple[tuple[str, str], ...] = (("content-type", "application/json"),)
+    pieces: tuple[bytes, ...] = ()
     whole: bool = True
 
 
 class Request(NamedTuple):
     vendor: str
     path: str
-    headers: Dict[str, str]
+    headers: dict[str, str]
     body: Any
 
 
-Event = Tuple[str, str]  # (name or "", data)
+Event = tuple[str, str]  # (name or "", data)
 
 
-def pieces_of(text: str) -> List[str]:
+def pieces_of(text: str) -> list[str]:
     """A text in pieces of up to three characters."""
     return [text[start : start + 3] for start in range(0, len(text), 3)]
 
@@ -59,7 +59,7 @@ def compact(value: Any) -> str:
 # ---- checks: what is wrong with a request, or nothing ---------------------------------------------------------------
 
 
-def fields(body: Any, allowed: Dict[str, Any], required: Tuple[str, ...]) -> Optional[str]:
+def fields(body: Any, allowed: dict[str, Any], required: tuple[str, ...]) -> str | None:
     """The first thing that is wrong with the fields of a map: unknown, of another type, or missing."""
     if not isinstance(body, dict):
         return "the body is no object"
@@ -74,44 +74,99 @@ def fields(body: Any, allowed: Dict[str, Any], required: Tuple[str, ...]) -> Opt
 
 NUMBER = (int, float)
 CHAT = {
-    "model": str, "messages": list, "temperature": NUMBER, "top_p": NUMBER, "stop": (list, str), "tools": list,
-    "frequency_penalty": NUMBER, "presence_penalty": NUMBER, "response_format": dict, "stream": bool,
-}  # fmt: skip
-OPENAI_CHAT = {**CHAT, "max_tokens": int, "max_completion_tokens": int, "seed": int, "stream_options": dict, "tool_choice": object}
+    "model": str,
+    "messages": list,
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "stop": (list, str),
+    "tools": list,
+    "frequency_penalty": NUMBER,
+    "presence_penalty": NUMBER,
+    "response_format": dict,
+    "stream": bool,
+}
+OPENAI_CHAT = {
+    **CHAT,
+    "max_tokens": int,
+    "max_completion_tokens": int,
+    "seed": int,
+    "stream_options": dict,
+    "tool_choice": object,
+}
 COMPATIBLE_CHAT = {**OPENAI_CHAT, "top_k": int, "provider": dict}
 MISTRAL_CHAT = {**CHAT, "max_tokens": int, "random_seed": int}
 COHERE_CHAT = {
-    **{name: kind for name, kind in CHAT.items() if name not in ("top_p", "stop")}, "max_tokens": int, "seed": int, "p": NUMBER,
-    "k": int, "stop_sequences": list,
-}  # fmt: skip
+    **{name: kind for name, kind in CHAT.items() if name not in ("top_p", "stop")},
+    "max_tokens": int,
+    "seed": int,
+    "p": NUMBER,
+    "k": int,
+    "stop_sequences": list,
+}
 OLLAMA_CHAT = {
-    "model": str, "messages": list, "tools": list, "format": (dict, str), "options": dict, "stream": bool, "keep_alive": object,
+    "model": str,
+    "messages": list,
+    "tools": list,
+    "format": (dict, str),
+    "options": dict,
+    "stream": bool,
+    "keep_alive": object,
     "think": object,
-}  # fmt: skip
+}
 RESPONSES = {
-    "model": str, "input": list, "instructions": str, "max_output_tokens": int, "temperature": NUMBER, "top_p": NUMBER,
-    "text": dict, "tools": list, "stream": bool,
-}  # fmt: skip
+    "model": str,
+    "input": list,
+    "instructions": str,
+    "max_output_tokens": int,
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "text": dict,
+    "tools": list,
+    "stream": bool,
+}
 ANTHROPIC = {
-    "model": str, "messages": list, "max_tokens": int, "system": (str, list), "temperature": NUMBER, "top_p": NUMBER,
-    "top_k": int, "stop_sequences": list, "tools": list, "tool_choice": dict, "output_config": dict, "stream": bool,
-    "thinking": dict, "metadata": dict,
-}  # fmt: skip
+    "model": str,
+    "messages": list,
+    "max_tokens": int,
+    "system": (str, list),
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "top_k": int,
+    "stop_sequences": list,
+    "tools": list,
+    "tool_choice": dict,
+    "output_config": dict,
+    "stream": bool,
+    "thinking": dict,
+    "metadata": dict,
+}
 GEMINI = {
-    "contents": list, "systemInstruction": dict, "generationConfig": dict, "tools": list, "toolConfig": dict,
+    "contents": list,
+    "systemInstruction": dict,
+    "generationConfig": dict,
+    "tools": list,
+    "toolConfig": dict,
     "safetySettings": list,
-}  # fmt: skip
+}
 GEMINI_CONFIG = {
-    "temperature": NUMBER, "topP": NUMBER, "topK": NUMBER, "maxOutputTokens": int, "stopSequences": list, "seed": int,
-    "frequencyPenalty": NUMBER, "presencePenalty": NUMBER, "responseMimeType": str, "responseJsonSchema": dict,
+    "temperature": NUMBER,
+    "topP": NUMBER,
+    "topK": NUMBER,
+    "maxOutputTokens": int,
+    "stopSequences": list,
+    "seed": int,
+    "frequencyPenalty": NUMBER,
+    "presencePenalty": NUMBER,
+    "responseMimeType": str,
+    "responseJsonSchema": dict,
     "thinkingConfig": dict,
-}  # fmt: skip
+}
 
 
-def check_chat(body: Any, allowed: Dict[str, Any] = OPENAI_CHAT, object_arguments: bool = False) -> Optional[str]:
+def check_chat(body: Any, allowed: dict[str, Any] = OPENAI_CHAT, object_arguments: bool = False) -> str | None:
     """Chat Completions: roles, tool calls that are answered, tools and schemas of the right shape."""
     fault = fields(body, allowed, ("model", "messages"))
-    waiting: List[str] = []
+    waiting: list[str] = []
     for message in body["messages"] if not fault else ():
         role, calls = message.get("role"), message.get("tool_calls") or []
         if role not in ("system", "user", "assistant", "tool"):
@@ -142,22 +197,24 @@ def check_chat(body: Any, allowed: Dict[str, Any] = OPENAI_CHAT, object_argument
     return fault
 
 
-def check_openai(body: Any) -> Optional[str]:
+def check_openai(body: Any) -> str | None:
     fault = check_chat(body)
     new = not fault and re.match(r"o\d|gpt-5", body["model"])
     if new and "max_tokens" in body:
-        return "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        return (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        )
     shape = body.get("response_format", {}).get("json_schema") if not fault else None
     if shape and shape["schema"].get("type") != "object":
         return "Invalid schema for response_format: schema must be a JSON Schema of 'type: \"object\"'"
     return fault
 
 
-def check_responses(body: Any) -> Optional[str]:
+def check_responses(body: Any) -> str | None:
     return fields(body, RESPONSES, ("model", "input"))
 
 
-def check_anthropic(body: Any) -> Optional[str]:
+def check_anthropic(body: Any) -> str | None:
     """Messages: roles user and assistant only, tool results right after their calls in one message."""
     fault, asked = fields(body, ANTHROPIC, ("model", "messages", "max_tokens")), []  # type: Tuple[Optional[str], List[str]]
     for message in body["messages"] if not fault else ():
@@ -176,7 +233,7 @@ def check_anthropic(body: Any) -> Optional[str]:
     return fault
 
 
-def check_gemini(body: Any) -> Optional[str]:
+def check_gemini(body: Any) -> str | None:
     fault = fields(body, GEMINI, ("contents",)) or fields(body.get("generationConfig", {}), GEMINI_CONFIG, ())
     for content in body["contents"] if not fault else ():
         if content.get("role") not in ("user", "model") or not content.get("parts"):
@@ -189,14 +246,14 @@ def check_gemini(body: Any) -> Optional[str]:
     return fault
 
 
-def check_embeddings(allowed: Dict[str, Any], required: Tuple[str, ...]) -> Callable[[Any], Optional[str]]:
+def check_embeddings(allowed: dict[str, Any], required: tuple[str, ...]) -> Callable[[Any], str | None]:
     return lambda body: fields(body, {"model": str, **allowed}, required)
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
 
 
-def openai_calls(answer: Answer) -> List[Dict[str, Any]]:
+def openai_calls(answer: Answer) -> list[dict[str, Any]]:
     return [
         {"id": id, "type": "function", "function": {"name": name, "arguments": compact(arguments)}}
         for id, name, arguments in answer.tool_calls
@@ -206,13 +263,13 @@ def openai_calls(answer: Answer) -> List[Dict[str, Any]]:
 OPENAI_FINISH = {"stop": "stop", "length": "length", "tools": "tool_calls", "filter": "content_filter"}
 
 
-def openai_usage(answer: Answer) -> Dict[str, int]:
+def openai_usage(answer: Answer) -> dict[str, int]:
     total = answer.input_tokens + answer.output_tokens
     return {"prompt_tokens": answer.input_tokens, "completion_tokens": answer.output_tokens, "total_tokens": total}
 
 
 def openai_plain(answer: Answer, model: str) -> Any:
-    message: Dict[str, Any] = {"role": "assistant", "content": answer.text or None, "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text or None, "refusal": None}
     if answer.tool_calls:
         message["tool_calls"] = openai_calls(answer)
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": OPENAI_FINISH[answer.finish]}
@@ -220,17 +277,24 @@ def openai_plain(answer: Answer, model: str) -> Any:
     return {**whole, "choices": [choice], "usage": openai_usage(answer)}
 
 
-def openai_events(answer: Answer, model: str, mistral: bool = False) -> List[Event]:
+def openai_events(answer: Answer, model: str, mistral: bool = False) -> list[Event]:
     whole = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1764000000, "model": model}
-    deltas: List[Any] = [{"role": "assistant", "content": ""}, *({"content": piece} for piece in pieces_of(answer.text))]
+    deltas: list[Any] = [
+        {"role": "assistant", "content": ""},
+        *({"content": piece} for piece in pieces_of(answer.text)),
+    ]
     for index, call in enumerate(openai_calls(answer)):
         arguments = call["function"]["arguments"]
         if mistral:  # in one piece
             deltas.append({"tool_calls": [{**call, "index": index}]})
             continue
         deltas.append({"tool_calls": [{**call, "index": index, "function": {**call["function"], "arguments": ""}}]})
-        deltas += [{"tool_calls": [{"index": index, "function": {"arguments": piece}}]} for piece in pieces_of(arguments)]
-    chunks = [{**whole, "choices": [{"index": 0, "delta": delta, "finish_reason": None}], "usage": None} for delta in deltas]
+        deltas += [
+            {"tool_calls": [{"index": index, "function": {"arguments": piece}}]} for piece in pieces_of(arguments)
+        ]
+    chunks = [
+        {**whole, "choices": [{"index": 0, "delta": delta, "finish_reason": None}], "usage": None} for delta in deltas
+    ]
     last = {**whole, "choices": [{"index": 0, "delta": {}, "finish_reason": OPENAI_FINISH[answer.finish]}]}
     if not mistral:
         chunks += [{**last, "usage": None}, {**whole, "choices": [], "usage": openai_usage(answer)}]
@@ -239,17 +303,24 @@ def openai_events(answer: Answer, model: str, mistral: bool = False) -> List[Eve
     return [("", compact(chunk)) for chunk in chunks] + [("", "[DONE]")]
 
 
-def mistral_events(answer: Answer, model: str) -> List[Event]:
+def mistral_events(answer: Answer, model: str) -> list[Event]:
     return openai_events(answer, model, mistral=True)
 
 
 def responses_plain(answer: Answer, model: str) -> Any:
-    output: List[Any] = [{"id": "rs_1", "type": "reasoning", "summary": []}]
+    output: list[Any] = [{"id": "rs_1", "type": "reasoning", "summary": []}]
     if answer.text:
         part = {"type": "output_text", "text": answer.text, "annotations": [], "logprobs": []}
         output.append({"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [part]})
     output += [
-        {"id": f"fc_{id}", "type": "function_call", "call_id": id, "name": name, "arguments": compact(arguments), "status": "completed"}
+        {
+            "id": f"fc_{id}",
+            "type": "function_call",
+            "call_id": id,
+            "name": name,
+            "arguments": compact(arguments),
+            "status": "completed",
+        }
         for id, name, arguments in answer.tool_calls
     ]
     total = answer.input_tokens + answer.output_tokens
@@ -257,14 +328,26 @@ def responses_plain(answer: Answer, model: str) -> Any:
     details = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
     cut = answer.finish == "length"
     return {
-        "id": "resp_1", "object": "response", "created_at": 1764000000, "model": model, "output": output, "error": None,
-        "status": "incomplete" if cut else "completed", "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "usage": {**usage, **details}, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "metadata": {},
-        "instructions": None, "temperature": 1.0, "top_p": 1.0,
-    }  # fmt: skip
+        "id": "resp_1",
+        "object": "response",
+        "created_at": 1764000000,
+        "model": model,
+        "output": output,
+        "error": None,
+        "status": "incomplete" if cut else "completed",
+        "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+        "usage": {**usage, **details},
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+        "metadata": {},
+        "instructions": None,
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
 
 
-def responses_events(answer: Answer, model: str) -> List[Event]:
+def responses_events(answer: Answer, model: str) -> list[Event]:
     plain = responses_plain(answer, model)
     begun = {"type": "response.created", "response": {**plain, "status": "in_progress", "output": [], "usage": None}}
     place = {"item_id": "msg_1", "output_index": 1, "content_index": 0, "logprobs": []}
@@ -277,19 +360,27 @@ ANTHROPIC_FINISH = {"stop": "end_turn", "length": "max_tokens", "tools": "tool_u
 
 
 def anthropic_plain(answer: Answer, model: str) -> Any:
-    blocks: List[Any] = [{"type": "text", "text": answer.text, "citations": None}] if answer.text else []
-    blocks += [{"type": "tool_use", "id": id, "name": name, "input": arguments} for id, name, arguments in answer.tool_calls]
+    blocks: list[Any] = [{"type": "text", "text": answer.text, "citations": None}] if answer.text else []
+    blocks += [
+        {"type": "tool_use", "id": id, "name": name, "input": arguments} for id, name, arguments in answer.tool_calls
+    ]
     usage = {"input_tokens": answer.input_tokens - 5, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 2}
     return {
-        "id": "msg_1", "type": "message", "role": "assistant", "model": model, "content": blocks, "stop_sequence": None,
-        "stop_reason": ANTHROPIC_FINISH[answer.finish], "usage": {**usage, "output_tokens": answer.output_tokens},
-    }  # fmt: skip
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": blocks,
+        "stop_sequence": None,
+        "stop_reason": ANTHROPIC_FINISH[answer.finish],
+        "usage": {**usage, "output_tokens": answer.output_tokens},
+    }
 
 
-def anthropic_events(answer: Answer, model: str) -> List[Event]:
+def anthropic_events(answer: Answer, model: str) -> list[Event]:
     plain = anthropic_plain(answer, model)
     begun = {**plain, "content": [], "stop_reason": None, "usage": {**plain["usage"], "output_tokens": 1}}
-    events: List[Any] = [{"type": "message_start", "message": begun}, {"type": "ping"}]
+    events: list[Any] = [{"type": "message_start", "message": begun}, {"type": "ping"}]
     for index, block in enumerate(plain["content"]):
         empty = {**block, "text": ""} if block["type"] == "text" else {**block, "input": {}}
         field, kind, text = "text", "text_delta", block.get("text", "")
@@ -308,19 +399,27 @@ def anthropic_events(answer: Answer, model: str) -> List[Event]:
 GEMINI_FINISH = {"stop": "STOP", "length": "MAX_TOKENS", "tools": "STOP", "filter": "SAFETY"}
 
 
-def gemini_parts(answer: Answer) -> List[Any]:
+def gemini_parts(answer: Answer) -> list[Any]:
     calls = [{"functionCall": {"id": id, "name": name, "args": arguments}} for id, name, arguments in answer.tool_calls]
     return ([{"text": answer.text}] if answer.text else []) + calls
 
 
 def gemini_plain(answer: Answer, model: str) -> Any:
-    candidate = {"content": {"parts": gemini_parts(answer), "role": "model"}, "finishReason": GEMINI_FINISH[answer.finish], "index": 0}
-    usage = {"promptTokenCount": answer.input_tokens, "candidatesTokenCount": answer.output_tokens - 2, "thoughtsTokenCount": 2}
+    candidate = {
+        "content": {"parts": gemini_parts(answer), "role": "model"},
+        "finishReason": GEMINI_FINISH[answer.finish],
+        "index": 0,
+    }
+    usage = {
+        "promptTokenCount": answer.input_tokens,
+        "candidatesTokenCount": answer.output_tokens - 2,
+        "thoughtsTokenCount": 2,
+    }
     usage["totalTokenCount"] = answer.input_tokens + answer.output_tokens
     return {"candidates": [candidate], "usageMetadata": usage, "modelVersion": model, "responseId": "gem-1"}
 
 
-def gemini_events(answer: Answer, model: str) -> List[Event]:
+def gemini_events(answer: Answer, model: str) -> list[Event]:
     plain, events = gemini_plain(answer, model), []
     parts = [{"text": piece} for piece in pieces_of(answer.text)] + gemini_parts(Answer("", answer.tool_calls))
     for number, part in enumerate(parts or [{"text": ""}]):
@@ -335,7 +434,7 @@ COHERE_FINISH = {"stop": "COMPLETE", "length": "MAX_TOKENS", "tools": "TOOL_CALL
 
 
 def cohere_plain(answer: Answer, model: str) -> Any:
-    message: Dict[str, Any] = {"role": "assistant"}
+    message: dict[str, Any] = {"role": "assistant"}
     if answer.text:
         message["content"] = [{"type": "text", "text": answer.text}]
     if answer.tool_calls:
@@ -345,10 +444,10 @@ def cohere_plain(answer: Answer, model: str) -> Any:
     return {"id": "coh-1", "finish_reason": COHERE_FINISH[answer.finish], "message": message, "usage": usage}
 
 
-def cohere_events(answer: Answer, model: str) -> List[Event]:
+def cohere_events(answer: Answer, model: str) -> list[Event]:
     plain = cohere_plain(answer, model)
     empty = {"role": "assistant", "content": [], "tool_plan": "", "tool_calls": [], "citations": []}
-    events: List[Any] = [{"type": "message-start", "id": "coh-1", "delta": {"message": empty}}]
+    events: list[Any] = [{"type": "message-start", "id": "coh-1", "delta": {"message": empty}}]
     if answer.text:
         start = {"message": {"content": {"type": "text", "text": ""}}}
         events.append({"type": "content-start", "index": 0, "delta": start})
@@ -371,18 +470,22 @@ OLLAMA_FINISH = {"stop": "stop", "length": "length", "tools": "stop", "filter": 
 
 
 def ollama_plain(answer: Answer, model: str) -> Any:
-    message: Dict[str, Any] = {"role": "assistant", "content": answer.text}
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text}
     if answer.tool_calls:
-        message["tool_calls"] = [{"function": {"name": name, "arguments": values}} for _, name, values in answer.tool_calls]
+        message["tool_calls"] = [
+            {"function": {"name": name, "arguments": values}} for _, name, values in answer.tool_calls
+        ]
     counts = {"prompt_eval_count": answer.input_tokens, "eval_count": answer.output_tokens, "total_duration": 5}
     whole = {"model": model, "created_at": "2026-11-25T00:00:00Z", "message": message, "done": True}
     return {**whole, "done_reason": OLLAMA_FINISH[answer.finish], **counts}
 
 
-def ollama_events(answer: Answer, model: str) -> List[Event]:
+def ollama_events(answer: Answer, model: str) -> list[Event]:
     plain = ollama_plain(answer, model)
-    pieces: List[Any] = [{"role": "assistant", "content": piece} for piece in pieces_of(answer.text)]
-    pieces += [{"role": "assistant", "content": "", "tool_calls": [call]} for call in plain["message"].get("tool_calls", ())]
+    pieces: list[Any] = [{"role": "assistant", "content": piece} for piece in pieces_of(answer.text)]
+    pieces += [
+        {"role": "assistant", "content": "", "tool_calls": [call]} for call in plain["message"].get("tool_calls", ())
+    ]
     begun = {"model": model, "created_at": "2026-11-25T00:00:00Z", "done": False}
     lines = [{**begun, "message": piece} for piece in pieces]
     return [("", compact(line)) for line in [*lines, {**plain, "message": {"role": "assistant", "content": ""}}]]
@@ -391,13 +494,16 @@ def ollama_events(answer: Answer, model: str) -> List[Event]:
 # ---- embeddings: the vector of a text is its length and its place ---------------------------------------------------
 
 
-def vectors_of(texts: List[str], size: int) -> List[List[float]]:
+def vectors_of(texts: list[str], size: int) -> list[list[float]]:
     return [[float(len(text)), float(number), *([0.5] * (size - 2))] for number, text in enumerate(texts)]
 
 
 def openai_embeddings(body: Any) -> Any:
     size = body.get("dimensions") or body.get("output_dimension") or 4
-    rows = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(vectors_of(body["input"], size))]
+    rows = [
+        {"object": "embedding", "index": index, "embedding": row}
+        for index, row in enumerate(vectors_of(body["input"], size))
+    ]
     usage = {"prompt_tokens": 5, "total_tokens": 5}
     return {"object": "list", "data": rows[::-1], "model": body["model"], "usage": usage}
 
@@ -409,7 +515,13 @@ def voyage_embeddings(body: Any) -> Any:
 def cohere_embeddings(body: Any) -> Any:
     vectors = vectors_of(body["texts"], body.get("output_dimension") or 4)
     meta = {"api_version": {"version": "2"}, "billed_units": {"input_tokens": 5}}
-    return {"id": "e", "embeddings": {"float": vectors}, "texts": body["texts"], "meta": meta, "response_type": "embeddings_by_type"}
+    return {
+        "id": "e",
+        "embeddings": {"float": vectors},
+        "texts": body["texts"],
+        "meta": meta,
+        "response_type": "embeddings_by_type",
+    }
 
 
 def gemini_embeddings(body: Any) -> Any:
@@ -420,69 +532,125 @@ def gemini_embeddings(body: Any) -> Any:
 
 def ollama_embeddings(body: Any) -> Any:
     vectors = vectors_of(body["input"], body.get("dimensions") or 4)
-    return {"model": body["model"], "embeddings": vectors, "total_duration": 1, "load_duration": 1, "prompt_eval_count": 5}
+    return {
+        "model": body["model"],
+        "embeddings": vectors,
+        "total_duration": 1,
+        "load_duration": 1,
+        "prompt_eval_count": 5,
+    }
 
 
 EMBED = {"input": list, "dimensions": int, "encoding_format": str}
-VOYAGE = {"input": list, "input_type": (str, type(None)), "output_dimension": int, "truncation": bool, "encoding_format": str, "output_dtype": object}
+VOYAGE = {
+    "input": list,
+    "input_type": (str, type(None)),
+    "output_dimension": int,
+    "truncation": bool,
+    "encoding_format": str,
+    "output_dtype": object,
+}
 
 
 class Route(NamedTuple):
     """One call of one vendor: its method is POST; `header` is (name, what it has to hold)."""
 
     path: str
-    header: Tuple[str, str]
-    check: Callable[[Any], Optional[str]]
+    header: tuple[str, str]
+    check: Callable[[Any], str | None]
     plain: Callable[..., Any]
-    events: Optional[Callable[..., List[Event]]] = None
+    events: Callable[..., list[Event]] | None = None
     stream: str = "sse"
 
 
 BEARER = ("authorization", f"Bearer {KEY}")
 MISTRAL_EMBED = {"input": list, "output_dimension": int, "output_dtype": str, "encoding_format": str}
 COHERE_EMBED = {"texts": list, "input_type": str, "embedding_types": list, "output_dimension": int, "truncate": str}
-ROUTES: Dict[str, Tuple[Route, ...]] = {
+ROUTES: dict[str, tuple[Route, ...]] = {
     "openai": (
         Route(r"/v1/chat/completions", BEARER, check_openai, openai_plain, openai_events),
         Route(r"/v1/responses", BEARER, check_responses, responses_plain, responses_events),
         Route(r"/v1/embeddings", BEARER, check_embeddings(EMBED, ("input",)), openai_embeddings),
     ),
     "azure": (
-        Route(r"/openai/deployments/[\w.-]+/chat/completions\?api-version=[\w-]+", ("api-key", KEY), check_openai,
-              openai_plain, openai_events),
+        Route(
+            r"/openai/deployments/[\w.-]+/chat/completions\?api-version=[\w-]+",
+            ("api-key", KEY),
+            check_openai,
+            openai_plain,
+            openai_events,
+        ),
         Route(r"/openai/v1/chat/completions", ("api-key", KEY), check_openai, openai_plain, openai_events),
-        Route(r"/openai/responses\?api-version=[\w-]+", ("api-key", KEY), check_responses, responses_plain, responses_events),
-        Route(r"/openai/(deployments/[\w.-]+|v1)/embeddings(\?api-version=[\w-]+)?", ("api-key", KEY),
-              check_embeddings(EMBED, ("input",)), openai_embeddings),
+        Route(
+            r"/openai/responses\?api-version=[\w-]+",
+            ("api-key", KEY),
+            check_responses,
+            responses_plain,
+            responses_events,
+        ),
+        Route(
+            r"/openai/(deployments/[\w.-]+|v1)/embeddings(\?api-version=[\w-]+)?",
+            ("api-key", KEY),
+            check_embeddings(EMBED, ("input",)),
+            openai_embeddings,
+        ),
     ),
     "openai_compatible": (
-        Route(r"/v1/chat/completions", BEARER, lambda body: check_chat(body, COMPATIBLE_CHAT), openai_plain, openai_events),
+        Route(
+            r"/v1/chat/completions", BEARER, lambda body: check_chat(body, COMPATIBLE_CHAT), openai_plain, openai_events
+        ),
         Route(r"/v1/embeddings", BEARER, check_embeddings(EMBED, ("input",)), openai_embeddings),
     ),
     "mistral": (
-        Route(r"/v1/chat/completions", BEARER, lambda body: check_chat(body, MISTRAL_CHAT), openai_plain, mistral_events),
+        Route(
+            r"/v1/chat/completions", BEARER, lambda body: check_chat(body, MISTRAL_CHAT), openai_plain, mistral_events
+        ),
         Route(r"/v1/embeddings", BEARER, check_embeddings(MISTRAL_EMBED, ("input",)), openai_embeddings),
     ),
     "cohere": (
         Route(r"/v2/chat", BEARER, lambda body: check_chat(body, COHERE_CHAT), cohere_plain, cohere_events),
-        Route(r"/v2/embed", BEARER, check_embeddings(COHERE_EMBED, ("texts", "input_type", "embedding_types")), cohere_embeddings),
+        Route(
+            r"/v2/embed",
+            BEARER,
+            check_embeddings(COHERE_EMBED, ("texts", "input_type", "embedding_types")),
+            cohere_embeddings,
+        ),
     ),
     "ollama": (
-        Route(r"/api/chat", ("content-type", "application/json"), lambda body: check_chat(body, OLLAMA_CHAT, True), ollama_plain,
-              ollama_events, "lines"),
-        Route(r"/api/embed", ("content-type", "application/json"), check_embeddings({"input": list, "dimensions": int}, ("input",)),
-              ollama_embeddings),
+        Route(
+            r"/api/chat",
+            ("content-type", "application/json"),
+            lambda body: check_chat(body, OLLAMA_CHAT, True),
+            ollama_plain,
+            ollama_events,
+            "lines",
+        ),
+        Route(
+            r"/api/embed",
+            ("content-type", "application/json"),
+            check_embeddings({"input": list, "dimensions": int}, ("input",)),
+            ollama_embeddings,
+        ),
     ),
     "voyage": (Route(r"/v1/embeddings", BEARER, check_embeddings(VOYAGE, ("input",)), voyage_embeddings),),
     "anthropic": (Route(r"/v1/messages", ("x-api-key", KEY), check_anthropic, anthropic_plain, anthropic_events),),
     "gemini": (
         Route(r"/v1(beta)?/models/[\w.-]+:generateContent", ("x-goog-api-key", KEY), check_gemini, gemini_plain),
-        Route(r"/v1(beta)?/models/[\w.-]+:streamGenerateContent\?alt=sse", ("x-goog-api-key", KEY), check_gemini, gemini_plain,
-              gemini_events),
-        Route(r"/v1(beta)?/models/[\w.-]+:batchEmbedContents", ("x-goog-api-key", KEY),
-              lambda body: fields(body, {"requests": list}, ("requests",)), gemini_embeddings),
+        Route(
+            r"/v1(beta)?/models/[\w.-]+:streamGenerateContent\?alt=sse",
+            ("x-goog-api-key", KEY),
+            check_gemini,
+            gemini_plain,
+            gemini_events,
+        ),
+        Route(
+            r"/v1(beta)?/models/[\w.-]+:batchEmbedContents",
+            ("x-goog-api-key", KEY),
+            lambda body: fields(body, {"requests": list}, ("requests",)),
+            gemini_embeddings,
+        ),
     ),
-}  # fmt: skip
+}
 
 
 def error_body(vendor: str, status: int, message: str) -> Any:
@@ -500,12 +668,14 @@ def error_body(vendor: str, status: int, message: str) -> Any:
     return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
 
 
-def stream_bytes(events: List[Event], kind: str = "sse", line_end: str = "\n", comments: bool = False) -> bytes:
+def stream_bytes(events: list[Event], kind: str = "sse", line_end: str = "\n", comments: bool = False) -> bytes:
     """Events as they are on the wire: server-sent events, or lines of JSON."""
     if kind == "lines":
         return "".join(data + line_end for _, data in events).encode()
     note = f": OPENROUTER PROCESSING{line_end}{line_end}" if comments else ""
-    named = [f"{note}{f'event: {name}{line_end}' if name else ''}data: {data}{line_end}{line_end}" for name, data in events]
+    named = [
+        f"{note}{f'event: {name}{line_end}' if name else ''}data: {data}{line_end}{line_end}" for name, data in events
+    ]
     return "".join(named).encode()
 
 
@@ -513,9 +683,9 @@ class MockVendors:
     """The server. `requests` has what came in; `answer` or `reply` is what goes out. Use as a context."""
 
     def __init__(self) -> None:
-        self.requests: List[Request] = []
+        self.requests: list[Request] = []
         self.answer = Answer()
-        self.reply: Optional[Callable[[Request], Optional[Reply]]] = None
+        self.reply: Callable[[Request], Reply | None] | None = None
         self.server = _Server(("127.0.0.1", 0), _handler(self))
 
     def url(self, vendor: str, suffix: str = "") -> str:
@@ -553,8 +723,15 @@ class MockVendors:
             return Reply(pieces=(compact(route.plain(body)).encode(),))
         model = str(body.get("model") or request.path.rpartition("/")[2].partition(":")[0])
         if route.events and (body.get("stream", request.vendor in ("ollama", "gemini"))):
-            events, kind = route.events(self.answer, model), "application/x-ndjson" if route.stream == "lines" else "text/event-stream"
-            if request.vendor in ("openai", "azure") and not body.get("stream_options") and route.events is openai_events:
+            events, kind = (
+                route.events(self.answer, model),
+                "application/x-ndjson" if route.stream == "lines" else "text/event-stream",
+            )
+            if (
+                request.vendor in ("openai", "azure")
+                and not body.get("stream_options")
+                and route.events is openai_events
+            ):
                 events = [event for event in events if '"choices":[],' not in event[1]]
             return Reply(headers=(("content-type", kind),), pieces=(stream_bytes(events, route.stream),), whole=False)
         return Reply(pieces=(compact(route.plain(self.answer, model)).encode(),))
@@ -595,8 +772,10 @@ def _handler(vendors: MockVendors) -> Any:
             self.send_response(reply.status)
             for name, value in reply.headers:
                 self.send_header(name, value)
-            self.send_header("content-length" if reply.whole else "transfer-encoding",
-                             str(sum(map(len, reply.pieces))) if reply.whole else "chunked")  # fmt: skip
+            self.send_header(
+                "content-length" if reply.whole else "transfer-encoding",
+                str(sum(map(len, reply.pieces))) if reply.whole else "chunked",
+            )
             self.end_headers()
             for piece in reply.pieces:
                 self.wfile.write(piece if reply.whole else b"%x\r\n%s\r\n" % (len(piece), piece))
