@@ -1077,8 +1077,8 @@ _MAX_NESTING = 100
 _NAME = r"""[^\s!"#%-,./;->@\[-^`{-~]+"""
 _STEP = rf"(?:{_NAME}|\[[^\]\\]*(?:\\\]?[^\]\\]*)*\])"
 _PATH = rf"@?(?:(?:\.\.?/)*{_STEP}(?:[./]{_STEP}|\[\d+\])*|\.\.?(?:/\.\.?)*)"
-_QUOTED = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
-_TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))")
+_QUOTED_TEXT = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
+_TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED_TEXT})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))")
 _STEPS = re.compile(rf"\.\.?(?=/|\Z)|{_STEP}")
 _WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)[A-Za-z_][\w-]*(?:\.[\w-]+)*)"
 _SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?) ?{_WORDS}(?: {_WORDS})? ?(?(1)>>|\}}\}}(?!\}}))")
@@ -4797,7 +4797,7 @@ class _RestClient:
         self.http.close()
 
 
-_LINE_END = re.compile(b"\r\n|\n|\r")
+_EVENT_LINE_END = re.compile(b"\r\n|\n|\r")
 
 
 class _Events:
@@ -4813,7 +4813,7 @@ class _Events:
         """The data of each event that the piece completes. Raises UnicodeDecodeError."""
         piece = piece[1:] if self.after_return and piece.startswith(b"\n") else piece
         self.after_return = piece.endswith(b"\r")
-        first, *others = _LINE_END.split(piece)
+        first, *others = _EVENT_LINE_END.split(piece)
         self.rest.append(first)
         for following in others:
             yield from self.end_line()
