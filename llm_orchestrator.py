@@ -3331,6 +3331,9 @@ class _Plan:
             self.misshape(path, "output gives one name twice")
         if len(given) > most:
             self.misshape(path, f"{node.type} has {most} output{'s' * (most > 1)}, but {len(given)} are named")
+        if len(set(names)) < len(names):  # a branch's child `branch`, a loop's child `iterations`
+            double = next(name for name in names if names.count(name) > 1)
+            self.problem(node.path, f"a child of a {node.type} cannot be called {double!r}: an output has that name")
         node.output_names = tuple(given or names)
 
     def value(self, node: _Node, key: str, value: Any) -> None:
@@ -3480,6 +3483,9 @@ class _Plan:
             (self.misshape if isinstance(error, ParseError) else self.problem)(path, f"workflow: {error}")
         if node.workflow is None:
             return
+        if node.workflow.budget:
+            message = "workflow: the budget of a called workflow does not apply, only that of the workflow that is run"
+            self.problem(path, message, "warning")
         self.check_call(node, node.workflow, document.get("inputs") or {})
         outputs, ids = node.workflow.outputs, [step.id for step in node.workflow.steps if isinstance(step, Step)]
         names = [name for name in (outputs if isinstance(outputs, dict) and outputs else ids) if isinstance(name, str)]
@@ -6923,8 +6929,6 @@ def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[s
     messages = values.get("messages")
     if messages is None:
         messages = [{"role": "user", "content": values["prompt"]}]
-    texts = [content if isinstance(content := m["content"], (str, list)) else _to_text(content) for m in messages]
-    messages = [{**message, "content": text} for message, text in zip(messages, texts)]
     names = ("model", "system", *_SAMPLING_KEYS, "params")
     given = {name: values[name] for name in names if values.get(name) is not None}
     request = CompletionRequest(messages=messages, stream=call.streams(values), **given)
@@ -6940,6 +6944,12 @@ def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[s
     if request.stream:
         request.on_text = call.on_text
     return request
+
+
+def _with_text(message: Any) -> Any:
+    """A message whose content is text, or a list of parts, whatever its template gave."""
+    content = message.get("content", "") if isinstance(message, Mapping) else ""
+    return message if isinstance(content, (str, list)) else {**message, "content": _to_text(content)}
 
 
 async def _tool_round(
@@ -7199,11 +7209,14 @@ async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
 
 
 async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    import asyncio
+
     node, previous = call.node, None  # type: _Node, Mapping[str, Any] | None
     assert node.children is not None and node.until is not None
     for iteration in range(values["max_iterations"]):
         local = {"iteration": iteration, "previous": previous}
         children = await call.run_children(node.children, local, segment=str(iteration), order=iteration)
+        await asyncio.sleep(0)  # where no step ever waits, the loop would keep deadlines and cancellation waiting
         outputs = (*children.firsts(), iteration + 1)
         if node.until.evaluate(children.context):
             return outputs
@@ -7257,6 +7270,7 @@ _HANDLERS: dict[str, Callable[[_StepRun, dict[str, Any]], Awaitable[tuple[Any, .
 
 _DEFAULT_CONCURRENCY = 4
 _PROVIDER_TYPES = frozenset(("llm", "embed", "vector_search", "vector_upsert"))
+_PATIENCE_SECONDS = 0.5  # after which what did not heed its cancellation is cancelled again
 _SLICE_SECONDS = 0.004  # how long steps that never wait may keep the event loop to themselves
 _USAGE = ("input_tokens", "output_tokens", "total_tokens", "calls")
 
@@ -7289,6 +7303,11 @@ class StepResult:
 
     def fail(self, error: BaseException) -> None:
         self.status, self.exception, self.error = "failed", error, _error_summary(error)
+
+    def failure_text(self) -> str:
+        """The error after the id of the step that it is from: this one, or the child that it names."""
+        message = str((self.error or {}).get("message", "failed"))
+        return message if message.startswith(f"{self.step_id}.") else f"{self.step_id}: {message}"
 
     def to_dict(self) -> dict[str, Any]:
         """The step's entry in the JSON result; keys that mean nothing for it are left out."""
@@ -7626,7 +7645,9 @@ class _GraphRun:
         finally:
             while self.tasks:
                 with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait(list(self.tasks))
+                    await asyncio.wait(list(self.tasks), timeout=_PATIENCE_SECONDS if self.cancelled else None)
+                if self.cancelled:
+                    self.abort()
             self.close()
         if self.crash is not None:
             raise self.crash
@@ -7635,13 +7656,14 @@ class _GraphRun:
 
     def is_over(self) -> bool:
         idle = not self.tasks and not self.draining
-        return not self.unfinished or self.crash is not None or (idle and (self.cancelled or self.paused))
+        return not self.unfinished or self.crash is not None or self.cancelled or (idle and self.paused)
 
     def abort(self) -> None:
         """Cancels what runs; what has not begun will not."""
         self.cancelled = True
         for task in list(self.tasks):
             task.cancel()
+        self.wake()
 
     def close(self) -> None:
         """Gives every step that never began its final state; in a paused run it has none yet."""
@@ -7784,9 +7806,8 @@ class _GraphRun:
         if failures:
             first = failures[0]
             more = f" (and {len(failures) - 1} more of {len(self.results)})" if len(failures) > 1 else ""
-            reason = first.error["message"] if first.error else "failed"
             transient = first.exception is not None and _is_transient(first.exception)
-            error = ExecutionError(f"{first.step_id}: {reason}{more}", first.step_id, retryable=transient)
+            error = ExecutionError(first.failure_text() + more, first.step_id, retryable=transient)
             raise error from first.exception
 
 
@@ -7945,6 +7966,7 @@ class _StepRun:
 
         node = self.node
         self.result.attempts += 1
+        self.expired = False
         if self.result.attempts > 1 and _STEP_TYPES[node.type].container:
             for step_id in [known for known in self.run.results if known.startswith(f"{self.id}.")]:
                 del self.run.results[step_id]  # this attempt may not come as far as the last one
@@ -7958,8 +7980,7 @@ class _StepRun:
         except asyncio.CancelledError:
             if not self.expired or self.siblings.cancelled:
                 raise
-            self.expired = False
-            if self.task is not None and hasattr(self.task, "uncancel"):
+            while self.task is not None and hasattr(self.task, "cancelling") and self.task.cancelling():
                 self.task.uncancel()
             if node.type in _PROVIDER_TYPES:
                 provider = str(values.get("provider") or values.get("database"))
@@ -7973,6 +7994,8 @@ class _StepRun:
             value, check = render(self.context), row.keys.get(key)
             if check is _text or (check is _texts and value is not None and not isinstance(value, list)):
                 value = _to_text(value)  # where text is wanted, one {{expression}} alone gives text too
+            elif key == "messages":
+                value = [_with_text(message) for message in value] if isinstance(value, list) else value
             values[key] = value
             if check is not None and value is not None and (fault := check(value)):
                 raise ExecutionError(f"{key} {fault}", self.id)
@@ -8228,6 +8251,7 @@ class _Clock:
         self.step.expired = True
         if self.step.task is not None:
             self.step.task.cancel()
+            self.timer = self.step.run.loop.call_later(_PATIENCE_SECONDS, self.expire)
 
 
 class CircuitOpenError(ProviderError):
@@ -8471,7 +8495,7 @@ class _Run:
             result.exception = ExecutionError("the run was cancelled")
         elif failures:
             first = failures[0]
-            error = ExecutionError(f"{first.step_id}: {first.error['message'] if first.error else ''}", first.step_id)
+            error = ExecutionError(first.failure_text(), first.step_id)
             error.__cause__ = first.exception
             result.exception, result.error = error, {**(first.error or {}), "step_id": first.step_id}
         elif self.budget.error is not None:  # also where continue_on_error hides it: the run is not complete
@@ -8542,7 +8566,9 @@ class _Run:
         for listener in self.listeners:
             try:
                 listener(event)
-            except Exception as error:  # a listener's fault is not the run's
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a listener's fault is not the run's
                 _logger().warning("on_event raised %r", error)
         if self.logger is not None:
             _log_event(self.logger, event)
@@ -8745,20 +8771,23 @@ class WorkflowExecutor:
         except RuntimeError:
             return asyncio.run(execute())  # type: ignore[no-any-return]
         outcome: list[Any] = []
+        ended, caller = threading.Event(), asyncio.current_task()
 
         def in_thread() -> None:
             try:
                 outcome.append(asyncio.run(execute()))
             except BaseException as error:
                 outcome.append(error)
+            ended.set()
 
-        thread = threading.Thread(target=in_thread, name="llm_orchestrator-run", daemon=True)
-        thread.start()
+        threading.Thread(target=in_thread, name="llm_orchestrator-run", daemon=True).start()
         try:
-            thread.join()
+            while not ended.wait(0.1):  # Ctrl-C in asyncio.run raises nothing here: it asks for the task's cancellation
+                if caller is not None and hasattr(caller, "cancelling") and caller.cancelling():
+                    self.cancel()
         except BaseException:
             self.cancel()
-            thread.join(1)
+            ended.wait(1)
             raise
         if isinstance(outcome[0], BaseException):
             raise outcome[0]
