@@ -45,14 +45,14 @@ __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022
     "AnthropicProvider", "AuthenticationError", "AzureOpenAIProvider", "BadResponseError", "BudgetExceededError",
-    "Cassette", "ChromaStore", "CircuitOpenError", "CohereProvider", "CompletionRequest", "CompletionResponse", "Condition",
-    "ConditionError", "ContextLengthError", "DagError", "EchoProvider", "EmbeddingRequest", "EmbeddingResponse",
-    "ExecutionError", "GeminiProvider", "load_yaml", "LocalVectorStore", "MistralProvider", "OllamaProvider",
-    "OpenAICompatibleProvider", "OpenAIProvider", "OrchestratorError", "ParseError", "PineconeStore", "Problem",
-    "Provider", "ProviderConnectionError", "ProviderError", "PROVIDERS", "ProviderTimeoutError", "QdrantStore",
-    "QuotaExceededError", "RateLimitError", "ResponseCache", "RetryPolicy", "RunResult", "RunTimeoutError",
-    "SQLiteStore", "Step", "StepResult", "Store", "Template", "TemplateError", "ValidationError", "VECTOR_STORES",
-    "VectorStore", "VoyageProvider", "WeaviateStore", "Workflow", "WorkflowDAG", "WorkflowExecutor",
+    "Cassette", "ChromaStore", "CircuitOpenError", "CohereProvider", "CompletionRequest", "CompletionResponse",
+    "Condition", "ConditionError", "ContextLengthError", "DagError", "EchoProvider", "EmbeddingRequest",
+    "EmbeddingResponse", "ExecutionError", "GeminiProvider", "load_yaml", "LocalVectorStore", "MistralProvider",
+    "OllamaProvider", "OpenAICompatibleProvider", "OpenAIProvider", "OrchestratorError", "ParseError", "PineconeStore",
+    "Problem", "Provider", "ProviderConnectionError", "ProviderError", "PROVIDERS", "ProviderTimeoutError",
+    "QdrantStore", "QuotaExceededError", "RateLimitError", "ResponseCache", "RetryPolicy", "RunResult",
+    "RunTimeoutError", "SQLiteStore", "Step", "StepResult", "Store", "Template", "TemplateError", "ValidationError",
+    "VECTOR_STORES", "VectorStore", "VoyageProvider", "WeaviateStore", "Workflow", "WorkflowDAG", "WorkflowExecutor",
 ]
 
 TYPE_CHECKING = False  # the name is enough for type checkers, and `typing` is slow to import
@@ -1082,7 +1082,9 @@ _NAME = r"""[^\s!"#%-,./;->@\[-^`{-~]+"""
 _STEP = rf"(?:{_NAME}|\[[^\]\\]*(?:\\\]?[^\]\\]*)*\])"
 _PATH = rf"@?(?:(?:\.\.?/)*{_STEP}(?:[./]{_STEP}|\[\d+\])*|\.\.?(?:/\.\.?)*)"
 _QUOTED_TEXT = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
-_TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED_TEXT})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))")
+_TOKEN = re.compile(
+    rf"\s*(?:(?P<text>{_QUOTED_TEXT})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))"
+)
 _STEPS = re.compile(rf"\.\.?(?=/|\Z)|{_STEP}")
 _WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)@?[A-Za-z_][\w-]*(?:\.(?!this\b)[\w-]+)*)"
 _SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?) ?{_WORDS}(?: {_WORDS})? ?(?(1)>>|\}}\}}(?!\}}))")
@@ -7146,7 +7148,7 @@ async def _vector_search_step(call: _StepRun, values: dict[str, Any]) -> tuple[A
     store = call.run.vector_store(values["database"])
     results = await call.custom(store.search, functools.partial(store.search, values["index"], query, top_k, **options))
     if not isinstance(results, list):
-        raise ExecutionError(f"the vector store {values['database']!r} answered {_type_name(results)}, not a list of results")
+        raise ExecutionError(f"the vector store {values['database']!r} answered {_type_name(results)}, not results")
     metadata = {"count": len(results), "top_k": top_k, "database": values["database"], "index": values["index"]}
     return results, metadata
 
@@ -7158,7 +7160,7 @@ async def _vector_upsert_step(call: _StepRun, values: dict[str, Any]) -> tuple[A
     if documents is not None:
         if not values.get("embed"):
             raise ExecutionError("documents need embed: {provider, model} to make vectors of them")
-        entries = [_document_record(document) for document in ([documents] if isinstance(documents, str) else documents)]
+        entries = list(map(_document_record, _as_list(documents)))
         texts = [entry["metadata"]["text"] for entry in entries]
         vectors = (await call.embed({"input_type": "document", **values["embed"]}, texts))[0]
         records = [{**entry, "vector": vector} for entry, vector in zip(entries, vectors)]
@@ -7948,7 +7950,7 @@ class _StepRun:
             await asyncio.sleep(delay)
 
     def retry_delay(self, error: Exception, policy: RetryPolicy, failures: int) -> float | None:
-        """Seconds until the next attempt, or None if there is none. A container is retried for what its child raised."""
+        """Seconds until the next attempt, or None. A container is retried for what its child raised."""
         while type(error) is ExecutionError and isinstance(error.__cause__, Exception):
             error = error.__cause__
         known = isinstance(error, OrchestratorError) or hasattr(error, "retryable")
@@ -8097,7 +8099,7 @@ class _StepRun:
                 return answer
         with run.budget.reserved(request.model, _estimated_tokens(request)):
             try:
-                answer = await self.gated(name, provider, functools.partial(self.call, name, provider, call, request), request)
+                answer = await self.gated(name, provider, call, request)
             except ProviderError as error:
                 answer = error
             if run.journal is not None:
@@ -8109,17 +8111,17 @@ class _StepRun:
             self.count(request, answer)
         return answer
 
-    async def gated(self, name: str, provider: Any, call: Callable[[], Any], request: Any) -> Any:
+    async def gated(self, name: str, provider: Any, call: Any, request: Any) -> Any:
         """A call in a slot, past the provider's gate: the wait there holds no slot."""
         gate, tokens = self.run.executor.gate(name, provider, self.siblings.workflow), sum(_estimated_tokens(request))
         state = gate.breaker and gate.breaker.state
-        await gate.enter(name, tokens, self.node.retry.max_delay_seconds)
+        permit = await gate.enter(name, tokens, self.node.retry.max_delay_seconds)
         try:
-            answer = await self.working(call)
-            gate.leave(tokens, answer)
+            answer = await self.working(functools.partial(self.call, name, provider, call, request))
+            gate.leave(tokens, answer, permit)
             return answer
         except BaseException as error:
-            gate.leave(tokens, error, self.expired)
+            gate.leave(tokens, error, permit, self.expired)
             raise
         finally:
             if gate.breaker is not None and gate.breaker.state != state:
@@ -8174,7 +8176,8 @@ class _StepRun:
     ) -> _GraphRun:  # fmt: skip
         """The children of a container, in a scope in front of the container's own; an error if one fails for good."""
         steps = _Layer(self.context["steps"])
-        context = {**self.context, **(local or {}), "steps": steps, "outputs": _OutputNames(steps, graph, self.context["outputs"])}
+        outputs = _OutputNames(steps, graph, self.context["outputs"])
+        context = {**self.context, **(local or {}), "steps": steps, "outputs": outputs}
         prefix = f"{self.id}.{segment}." if segment else f"{self.id}."
         outer = self.siblings
         children = _GraphRun(
@@ -8259,7 +8262,7 @@ class CircuitOpenError(ProviderError):
 
 
 class _Gate:
-    """What stands before a provider's calls, for all executors that share it: rate limits, pauses, a circuit breaker."""
+    """What stands before a provider's calls, for all who share the provider: limits, pauses, a circuit breaker."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.limit = _RateLimit.from_dict(settings.get("rate_limit") or {})
@@ -8267,34 +8270,41 @@ class _Gate:
         self.breaker = None if breaker is None else _CircuitBreaker.from_dict(breaker)
         self.is_open = not (settings.get("rate_limit") or breaker is not None)  # nothing but a pause holds calls up
 
-    async def enter(self, name: str, tokens: int, patience_seconds: float) -> None:
-        """Waits for a call's turn. Raises CircuitOpenError, and RateLimitError for a pause beyond patience."""
+    async def enter(self, name: str, tokens: int, patience_seconds: float) -> int:
+        """Waits for a call's turn; returns what `leave` is told. Raises CircuitOpenError, and RateLimitError for a
+        pause beyond patience."""
         pause = self.limit.blocked_seconds()
         if pause > patience_seconds:
             raise RateLimitError("asked all its callers to wait", provider=name, status=429, retry_after=pause)
-        if self.breaker is not None and not self.breaker.allow():
+        permit = 1 if self.breaker is None else self.breaker.allow()
+        if self.breaker is not None and not permit:
             wait = self.breaker.retry_after_seconds
             reason = f"its circuit is open: it failed too often; the next try is in {wait:.1f} s"
             raise CircuitOpenError(reason, provider=name, retry_after=wait)
         try:
             if pause or not self.is_open:
                 await self.limit.start(tokens)
+                if self.is_open:
+                    self.limit.leave()
         except BaseException:
             if self.breaker is not None:
-                self.breaker.record(None)
+                self.breaker.record(None, permit)
             raise
+        return permit
 
-    def leave(self, tokens: int, outcome: Any, expired: bool = False) -> None:
+    def leave(self, tokens: int, outcome: Any, permit: int, expired: bool = False) -> None:
         """Tells how the call ended: its answer, or its error."""
         if not self.is_open:
             self.limit.leave()
             self.limit.settle(tokens, tokens if isinstance(outcome, BaseException) else sum(_used_tokens(outcome)))
-        if isinstance(outcome, RateLimitError) and outcome.retry_after:
+        limited = isinstance(outcome, RateLimitError)
+        if limited and outcome.retry_after:
             self.limit.pause(outcome.retry_after)
         if self.breaker is not None:
-            failed = not isinstance(outcome, ProviderError) or (outcome.retryable and not isinstance(outcome, RateLimitError))
-            unknown = isinstance(outcome, BaseException) and not isinstance(outcome, Exception) and not expired
-            self.breaker.record(None if unknown else not (isinstance(outcome, BaseException) and failed))
+            failed = isinstance(outcome, Exception) or expired
+            refused = isinstance(outcome, ProviderError) and (limited or not outcome.retryable)  # it does work
+            unknown = isinstance(outcome, BaseException) and not failed
+            self.breaker.record(None if unknown else not failed or refused, permit)
 
 
 def _used_tokens(answer: Any) -> tuple[int, int]:
@@ -8925,7 +8935,7 @@ def _as_error(problem: Problem) -> Problem:
 
 
 def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapping[str, Any], replayed: bool) -> Any:
-    """A provider from its entry in a workflow's `providers`, or from its name alone; one that is `replayed` has no key."""
+    """A provider from its entry in a workflow's `providers`, or from its name alone; a `replayed` one has no key."""
     settings = dict(configured or {})
     kind = settings.pop("type", None) or name
     if kind not in PROVIDERS:
@@ -10037,7 +10047,8 @@ def _graph_text(workflow: Workflow) -> str:
             last = node is ordered[-1]
             after = f" <- {', '.join(node.dependencies)}" if node.dependencies else ""
             condition = f" if {' '.join(node.condition.source.split())}" if node.condition else ""
-            lines.append(f"{indent}{'└── ' if last else '├── '}{node.id} ({_step_kind(node)}{condition}){after}")
+            branch = "└── " if last else "├── "
+            lines.append(f"{indent}{branch}{node.id} ({_step_kind(node)}{condition}){after}")
             for title, inner in _groups(node):
                 deeper = indent + ("    " if last else "│   ")
                 lines.extend([f"{deeper}[{' '.join(title.split())}]"] if title else [])
@@ -10082,7 +10093,7 @@ _RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--cache", {"metavar": "FILE", "help": "answer repeated calls from this SQLite file, and keep new answers there"}),
     ("--record", {"metavar": "FILE", "help": "write the calls of providers and their answers to this file"}),
     ("--replay", {"metavar": "FILE", "help": "answer the calls of providers from a file that --record wrote"}),
-    ("--batch", {"metavar": "FILE", "help": "run once for each line of inputs (JSON objects); --out takes the results"}),
+    ("--batch", {"metavar": "FILE", "help": "run once a line, a JSON object of inputs; --out takes the results"}),
     ("--keep-going", {"action": "store_true", "help": "batch: report lines that are no valid inputs, and go on"}),
     ("--output-dir", {"default": "output", "metavar": "DIR", "help": "where write_file writes (default: output)"}),
 )  # fmt: skip
@@ -10099,7 +10110,7 @@ _COMMAND_LINE: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]
         ("--failed", {"action": "store_true", "help": "resume every run that failed or was interrupted"}),
         ("--from", {"dest": "from_step", "metavar": "STEP", "help": "run this step and all that follows it again"}),
         ("--force", {"action": "store_true", "help": "go on although the workflow has changed"}),
-        ("--approve", {"action": "append", "default": [], "metavar": "STEP", "help": "approve a step that waits for it"}),
+        ("--approve", {"action": "append", "default": [], "metavar": "STEP", "help": "approve a step that waits"}),
         ("--reject", {"action": "append", "default": [], "metavar": "STEP", "help": "let a step that waits fail"}),
         *_RUN_OPTIONS[1:],
     )),
@@ -10248,15 +10259,17 @@ def _execute(
         _complain(f"{result.status}: {result.error['type']}: {result.error['message']}")
     for step_id, step in result.items() if result.status == "paused" else ():
         if step.reason == "approval":
-            _complain(f"paused: {step_id} waits: {_PROGRAM} resume {result.run_id} --approve {step_id} --store {store.name}")
+            again = f"{_PROGRAM} resume {result.run_id} --store {store.name} --approve {step_id}"
+            _complain(f"paused: {step_id} waits for approval: {again}")
     if received or result.status == "cancelled":
         return 128 + received[0] if received else _EXIT_INTERRUPTED
     return _EXIT_COMPLETED if result.status in ("completed", "paused") else _EXIT_FAILED
 
 
 def _make_executor(
-    options: argparse.Namespace, workflow: Workflow, inputs: Any, store: Any, opened: contextlib.ExitStack, on_event: Any
-) -> WorkflowExecutor:
+    options: argparse.Namespace, workflow: Workflow, inputs: Any, store: Any, opened: contextlib.ExitStack,
+    on_event: Any,
+) -> WorkflowExecutor:  # fmt: skip
     """An executor under the options of the command line; what it keeps open is closed with `opened`."""
     if options.record and options.replay:
         raise OrchestratorError("--record and --replay exclude each other")
@@ -10322,19 +10335,21 @@ def _resume_run(options: argparse.Namespace, store: Any, run_id: str, opened: co
         workflow = Workflow.from_yaml(recorded["workflow_text"].split("\n# ---- called\n")[0])
         workflow.source, workflow.folder = source or workflow.source, os.path.dirname(source) if source else None
     values = _read_inputs(None, options.set, {})
-    decisions = {step_id: (True, values) for step_id in options.approve}
-    decisions.update({step_id: (False, {}) for step_id in options.reject})
+    decisions: dict[str, tuple[bool, dict[str, Any]]] = dict.fromkeys(options.approve, (True, values))
+    decisions.update(dict.fromkeys(options.reject, (False, {})))
     waiting = recorded.get("waiting") or []
     for step_id in decisions:
         if step_id not in waiting:
-            raise OrchestratorError(f"run {run_id}: no step {step_id!r} waits for approval{_suggestion(step_id, waiting)}")
+            near = _suggestion(step_id, waiting)
+            raise OrchestratorError(f"run {run_id}: no step {step_id!r} waits for approval{near}")
     again = {"run_id": run_id, "from_step": options.from_step, "force": options.force, "decisions": decisions}
     return _execute(options, workflow, recorded.get("inputs"), store, opened, **again)
 
 
 def _runs_command(options: argparse.Namespace) -> int:
     if (options.run_id is None) == (options.action in ("show", "audit", "export", "delete")):
-        raise OrchestratorError(f"runs {options.action} takes {'the id of a run' if options.run_id is None else 'no run'}")
+        wanted = "the id of a run" if options.run_id is None else "no run"
+        raise OrchestratorError(f"runs {options.action} takes {wanted}")
     if (options.action == "prune") != bool(options.older_than):
         raise OrchestratorError("runs prune needs --older-than, such as 30d; other actions take none")
     with contextlib.ExitStack() as opened:
@@ -10371,7 +10386,9 @@ _RUNS_COLUMNS = {
     "failures": ("run_id", "workflow", "step_id", "attempts", "error"),
     "audit": ("number", "time", "kind", "details"),
 }
-_NOTHING = {"list": "no runs", "failures": "no failures", "audit": "the audit trail is whole", "prune": "nothing to delete"}
+_NOTHING = {
+    "list": "no runs", "failures": "no failures", "audit": "the audit trail is whole", "prune": "nothing to delete",
+}  # fmt: skip
 
 
 def _cell(name: str, value: Any) -> str:
