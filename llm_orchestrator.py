@@ -7983,7 +7983,7 @@ class _StepRun:
             if not self.expired or self.siblings.cancelled:
                 raise
             while self.task is not None and hasattr(self.task, "cancelling") and self.task.cancelling():
-                self.task.uncancel()
+                self.task.uncancel()  # type: ignore[attr-defined]
             if node.type in _PROVIDER_TYPES:
                 provider = str(values.get("provider") or values.get("database"))
                 raise ProviderTimeoutError(f"no answer within {timeout:g} s", provider=provider) from None
