@@ -279,7 +279,7 @@ def test_filters_look_at_the_metadata(wanted: Any, expected: str) -> None:
         ({"$or": []}, r"\$or takes a list of filters, at least one"),
         ({"age": None}, "not null"), ({"age": {"$in": 3}}, "a list of text"),
         ({"age": {"$in": [[]]}}, "a list of text"),
-        ({"age": {"$gt": True}}, "text or a number, not True"), ({"age": {"$eq": float("nan")}}, "text or a number"),
+        ({"age": {"$gt": True}}, "text or a number, not true"), ({"age": {"$eq": float("nan")}}, "text or a number"),
         ({"age": {"$lt": [1]}}, "text or a number"), ({3: 1}, "unknown filter operator 3"), (["age"], "must be a map"),
     ],
     ids=str,
