@@ -40,7 +40,6 @@ import time
 from bisect import bisect_right
 from collections import ChainMap
 from collections.abc import Mapping
-from types import SimpleNamespace
 
 __version__ = "0.1.0"
 
@@ -124,11 +123,16 @@ class ConditionError(TemplateError):
 
 def _nearest(word: Any, known: Iterable[Any]) -> list[str]:
     """The one of the known words that the word is probably meant to be, if there is one."""
+    word, words = str(word)[:100].lower(), tuple(map(str, known))
+    if len(words) > 300:  # comparing takes long
+        words = tuple(one for one in words if one[:3].lower() == word[:3] or one[-3:].lower() == word[-3:])[:300]
+    return _closest(word, words)
+
+
+@functools.lru_cache(maxsize=1000)
+def _closest(word: str, words: tuple[str, ...]) -> list[str]:
     import difflib
 
-    word, words = str(word)[:100].lower(), list(map(str, known))
-    if len(words) > 300:  # comparing takes long
-        words = [one for one in words if one[:3].lower() == word[:3] or one[-3:].lower() == word[-3:]][:300]
     lowered = {one.lower(): one for one in words}
     return [lowered[one] for one in difflib.get_close_matches(word, lowered, n=1)]
 
@@ -1061,32 +1065,32 @@ def _finite(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Templates: text -> compiled closures -> text or a value. Handlebars without HTML escaping, in two spellings, {{x}} and
-# <<x>>. The source is scanned into texts and tags, the lines of stand-alone tags are taken out, and each tag becomes a
-# closure `read(this, frame)`. Linear in the source; paths reach keys and indexes only; values are never rendered again.
+# 4. Templates: text -> compiled closures -> text or a value. Handlebars without HTML escaping, in two spellings, {{x}}
+# and <<x>>. The source is scanned into texts and tags, the lines of stand-alone tags are taken out, each tag becomes
+# a closure `read(this, frame)`. Linear in the source; paths reach keys and indexes only; no value is rendered again.
 # ---------------------------------------------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
     _Frame = dict[str, Any]  # what a tag sees besides `this`, see _root_frame
     _Read = Callable[[Any, Any], Any]  # (this, frame) -> value
-    _Node = tuple[str, Any, str, int]  # kind ("literal", "path", "key", "call"), content, text, position
+    _Expression = tuple[str, Any, str, int]  # kind ("literal", "path", "key", "call"), content, text, position
     _Helpers = Mapping[str, Callable[..., Any]]
     Reference = tuple[tuple[str, ...], bool, int]  # segments, required, position
 
-_MAX_NESTING = 100
+_MAX_NESTING, _MAX_ITEMS, _MAX_ARGUMENTS = 100, 400_000, 1000  # of blocks and calls; texts and tags; in a tag
 _NAME = r"""[^\s!"#%-,./;->@\[-^`{-~]+"""
 _STEP = rf"(?:{_NAME}|\[[^\]\\]*(?:\\\]?[^\]\\]*)*\])"
 _PATH = rf"@?(?:(?:\.\.?/)*{_STEP}(?:[./]{_STEP}|\[\d+\])*|\.\.?(?:/\.\.?)*)"
-_QUOTED = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
-_TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))")
+_QUOTED_TEXT = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
+_TOKEN = re.compile(rf"\s*(?:(?P<text>{_QUOTED_TEXT})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))")
 _STEPS = re.compile(rf"\.\.?(?=/|\Z)|{_STEP}")
-_WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)[A-Za-z_][\w-]*(?:\.[\w-]+)*)"
+_WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)@?[A-Za-z_][\w-]*(?:\.(?!this\b)[\w-]+)*)"
 _SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?) ?{_WORDS}(?: {_WORDS})? ?(?(1)>>|\}}\}}(?!\}}))")
-_OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
+_OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<(?=(?:[^<\n]|<(?!<))*>>)"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
 _TAG = re.compile(r"(\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
 _TAG_ENDS = {
-    "{{": r"\s*(?:()\}\}(?!\})|(~)\}\})", "{{{": r"\s*\}(~?)\}\}", "{{!": r"(~?)\}\}",
-    "{{!--": r"--(~?)\}\}", "<<": r"\s*(~?)>>", "<<<": r"\s*>(~?)>>", "<<!": "(~?)>>", "<<!--": "--(~?)>>", "(": r"\s*()\)",
+    "{{": r"\s*(?:\}\}(?!\})|~\}\})", "{{{": r"\s*\}~?\}\}", "{{!": r"~?\}\}",
+    "{{!--": r"--~?\}\}", "<<": r"\s*~?>>", "<<<": r"\s*>~?>>", "<<!": "~?>>", "<<!--": "--~?>>", "(": r"\s*\)",
 }  # fmt: skip
 _BLOCK_PARAMETERS, _RAW_BLOCK = rf"\s+\|\s*({_NAME}(?:\s+{_NAME})*)\s*\|", r"\{{4}raw\}{4}(.*?)\{{4}/raw\}{4}"
 _STANDALONE = frozenset(("#", "^", "/", "else", ">", "#>", "#*", "!"))
@@ -1100,13 +1104,13 @@ class _Malformed(Exception):
 class _Tag:
     """One tag: its sign ("" for a value), what it calls with what, block parameters, and `~` on either side."""
 
-    arguments: Sequence[_Node] = ()
-    named: Mapping[str, _Node] = {}
+    arguments: Sequence[_Expression] = ()
+    named: Mapping[str, _Expression] = {}
     names: Sequence[str] = ()
     left = right = False
     indent = ""
 
-    def __init__(self, sign: str, position: int, end: int = 0, head: _Node | None = None) -> None:
+    def __init__(self, sign: str, position: int, end: int = 0, head: _Expression | None = None) -> None:
         self.sign, self.position, self.end, self.head = sign, position, end, head
 
     @property
@@ -1131,6 +1135,8 @@ def _scan(source: str) -> list[str | _Tag]:
                 raise TemplateError(error.args[0], source, error.args[1]) from None
             search = position + 1
             continue
+        if len(items) > _MAX_ITEMS:
+            raise TemplateError(f"more than {_MAX_ITEMS} texts and tags in one template", source, position)
         if start < position - escaped:
             items.append(source[start : position - escaped])
         start, search = position, position + 2
@@ -1149,10 +1155,10 @@ def _read_tag(source: str, position: int) -> _Tag:
         return _Tag("else", position, position + 8)
     simple = _SIMPLE_TAG.match(source, position)
     if simple:
-        _, sign, head, argument = simple.groups()
-        tag = _Tag(sign, position, simple.end(), ("path", (0, head.split("."), False), head, simple.start(3)))
-        if argument:
-            tag.arguments = (("path", (0, argument.split("."), False), argument, simple.start(4)),)
+        found = [(simple[group], simple.start(group)) for group in (3, 4) if simple[group]]
+        head, *arguments = [("path", (0, text.lstrip("@").split("."), False), text, start) for text, start in found]
+        tag = _Tag(simple[2], position, simple.end(), head)
+        tag.arguments = arguments
         return tag
     match = _TAG.match(source, position)
     assert match
@@ -1185,21 +1191,28 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
     """Reads head, arguments, named arguments and block parameters into the tag; returns the match of its end."""
     if depth > _MAX_NESTING:
         raise _Malformed(f"sub-expressions nested deeper than {_MAX_NESTING}", position)
-    ending, nodes, named = re.compile(_TAG_ENDS[opener]), [], {}
+    nodes: list[_Expression] = []
+    named: dict[str, _Expression] = {}
+    ending = re.compile(_TAG_ENDS[opener])
     while not (end := ending.match(source, position, limit)):
         token, key = _TOKEN.match(source, position, limit), ""
-        if token and nodes and token["path"] == "as" and not tag.names:
-            if names := re.compile(_BLOCK_PARAMETERS).match(source, token.end(), limit):
-                tag.names, position = names[1].split(), names.end()
-                continue
+        parameters = re.compile(_BLOCK_PARAMETERS)
+        if token and nodes and token["path"] == "as" and (names := parameters.match(source, token.end(), limit)):
+            tag.names, position = names[1].split(), names.end()
+            continue
         if token and nodes and (equals := re.compile(r"\s*=").match(source, token.end(), limit)):
             key = token["path"] or ""
             token = _TOKEN.match(source, equals.end(), limit) if re.fullmatch(_STEP, key) else None
+        if len(nodes) + len(named) > _MAX_ARGUMENTS:
+            raise _Malformed(f"a tag has at most {_MAX_ARGUMENTS} arguments", position)
         if not token or (not key and named) or tag.names:
-            rest = source[position : min(limit, position + 60)].lstrip()
+            space = re.compile(r"\s*").match(source, position, limit)
+            position = space.end() if space else position
+            rest = source[position : min(limit, position + 60)]
             if opener == "{{" and rest.startswith("}}}"):
                 raise _Malformed("'}}}' closes only '{{{': put a space before a brace that is text", position)
-            raise _Malformed(f"unexpected {rest.split()[0]!r} in a tag" if rest else f"{opener!r} is never closed", position)
+            word = re.split(r"[\s})>]", rest)[0] or rest[:1]
+            raise _Malformed(f"unexpected {word!r} in a tag" if rest else f"{opener!r} is never closed", position)
         node, position = _read_operand(source, token, limit, depth)
         if key:
             named[_unbracketed(key)] = node
@@ -1210,7 +1223,7 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
     return end
 
 
-def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> tuple[_Node, int]:
+def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> tuple[_Expression, int]:
     """The node that a token opens (a path, a literal or a sub-expression) and where it ends."""
     kind = token.lastgroup or ""
     text, start, end = token[kind], token.start(kind), token.end()
@@ -1272,7 +1285,7 @@ def _strip_lines(items: list[str | _Tag]) -> list[Any]:
 # ---- Values: lookup, truth, text, comparison -------------------------------------------------------------------------
 
 _MISSING: Any = object()
-_PLAIN = frozenset((str, int, float, bool, list, dict, tuple))  # what a path may end at as it is; null goes the slow way
+_PLAIN = frozenset((str, int, float, bool, list, dict, tuple))  # what a path may end at as it is
 _ATOMS, _NUMBERS = frozenset((str, int, float, bool)), frozenset((int, float))
 _KINDS: tuple[tuple[Any, str], ...] = (
     (type(None), "null"), (bool, "a boolean"), ((int, float), "a number"), (str, "text"), ((list, tuple), "a list"),
@@ -1601,7 +1614,7 @@ def _if_block(read: _Read, body: _Read, inverse: _Read, zero: _Read) -> _Read:
 
 
 def _scope_block(
-    kind: str, read: _Read, body: _Read, inverse: _Read, names: Sequence[str], framed: bool, refuse: Callable[[Any], None]
+    kind: str, read: _Read, body: _Read, inverse: _Read, names: Sequence[str], framed: bool, refuse: Callable[..., None]
 ) -> _Read:
     """each: the body for each item; with: once, the value as `this`; a section ("") does as the value asks for."""
     loop, (looped, skipped) = _loop(body, names, framed), _SCOPES[kind]
@@ -1653,9 +1666,9 @@ class _TemplateCompiler:
         self.next = self.nesting = 0
         self.end = _Tag("", 0)  # the tag that ended the program compiled last
         self.inlines: dict[str, _Read] = {}  # and its inline partials
-        self.scopes: list[bool | None] = [True]  # is `this` the root, level by level? None: depends on a value
+        self.scopes: tuple[bool | None, ...] = (True,)  # is `this` the root, level by level? None: depends on a value
         self.names: dict[str, int] = {}  # block parameters: how many scopes there are where each is `this`; 0: never
-        self.guards: list[Sequence[str]] = []  # the paths that the #if and #unless around ask for
+        self.guards: list[tuple[str, ...]] = []  # the paths that the #if and #unless around ask for
         self.references: list[tuple[tuple[str, ...], bool, int, bool]] = []  # the last: starts at @root
         self.calls: list[tuple[str, bool, set[str], int]] = []  # partials: name, context is the root, keys, position
         self.framed = False  # whether what was compiled last looks at its frame
@@ -1663,14 +1676,14 @@ class _TemplateCompiler:
     def error(self, reason: str, position: int) -> TemplateError:
         return TemplateError(reason + (f" in partial {self.name!r}" if self.name else ""), self.source, position)
 
-    def program(self, opener: _Tag | None, scope: Sequence[bool | None] = (), names: Sequence[str] = ()) -> _Read:
+    def program(self, opener: _Tag | None, scope: tuple[bool | None, ...] = (), names: Sequence[str] = ()) -> _Read:
         """Compiles up to the tag that ends the opener's body, or to the end of the source."""
         parts: list[Any] = []
         inlines: dict[str, _Read] = {}
-        outer_scopes, outer_names, end = len(self.scopes), self.names, _Tag("", 0)
+        outer, end = (self.scopes, self.names), _Tag("", 0)
         self.scopes += scope
         if names:
-            self.names = {**outer_names, **dict.fromkeys(names, 0), names[0]: len(self.scopes) if scope == (False,) else 0}
+            self.names = {**self.names, **dict.fromkeys(names, 0), names[0]: scope == (False,) and len(self.scopes)}
         self.nesting += 1
         if self.nesting > _MAX_NESTING + 1:
             raise self.error(f"blocks nested deeper than {_MAX_NESTING}", opener.position if opener else 0)
@@ -1691,10 +1704,8 @@ class _TemplateCompiler:
             raise self.error(f"block '{opener.sign}{opener.name}' is never closed", opener.position)
         if end.sign and not opener:
             raise self.error(f"'{end.sign}{end.name}' outside of a block", end.position)
-        del self.scopes[outer_scopes:]
-        self.names = outer_names
+        (self.scopes, self.names), self.end, self.inlines, program = outer, end, inlines, _joined(parts)
         self.nesting -= 1
-        self.end, self.inlines, program = end, inlines, _joined(parts)
         if not inlines:
             return program
 
@@ -1713,12 +1724,10 @@ class _TemplateCompiler:
             ending = f"'/{self.end.name}'" if self.end.sign == "/" else "a second else"
             raise self.error(f"{ending} does not close '{opener.sign}{opener.name}' of line {line}", self.end.position)
 
-    def bodies(self, tag: _Tag, scope: Sequence[bool | None], chained: bool) -> tuple[_Read, _Read]:
+    def bodies(self, tag: _Tag, scope: tuple[bool | None, ...], chained: bool) -> tuple[_Read, _Read]:
         """The body and the inverse of a block. A chained one (`else if`) leaves its end to the block it is in."""
-        first: tuple[Any, ...] = (scope, tag.names)
-        second: tuple[Any, ...] = ((), ())
-        if tag.sign == "^":
-            first, second = second, first
+        inside: list[Any] = [(scope, tag.names), ((), ())]  # what the body sees, and the inverse
+        first, second = reversed(inside) if tag.sign == "^" else inside
         body, inverse = self.program(tag, *first), _nothing
         if self.end.sign == "else" and self.end.head:
             self.end.sign = "#"
@@ -1742,7 +1751,8 @@ class _TemplateCompiler:
 
     def block(self, tag: _Tag, chained: bool = False) -> _Read:
         """A block: if, unless, each, with, or a section over the value of the tag."""
-        kind = tag.name if tag.name in _BLOCKS and tag.name not in self.helpers and tag.head and tag.head[0] == "path" else ""
+        assert tag.head
+        kind = tag.name if tag.name in _BLOCKS and tag.name not in self.helpers and tag.head[0] == "path" else ""
         if kind and len(tag.arguments) != 1:
             raise self.error(f"#{kind} takes one argument", tag.position)
         tests, seen, guarded, around = kind in _LENIENT, len(self.references), len(self.guards), self.framed
@@ -1766,9 +1776,9 @@ class _TemplateCompiler:
         return _scope_block(kind, read, body, inverse, tag.names, framed, refuse)
 
     def value(self, tag: _Tag) -> _Read:
-        """`{{head arguments}}`: a helper's value if arguments or a helper of the caller's ask for one, else a path's."""
+        """`{{head arguments}}`: a helper's value if there are arguments or a helper of the caller's, else a path's."""
         assert tag.head
-        kind, content, text, position = tag.head
+        kind, _, text, position = tag.head
         if kind != "call" and (tag.arguments or tag.named or text in self.helpers):
             return self.call(tag, False)
         if tag.arguments or tag.named or (tag.names and not tag.sign):
@@ -1786,7 +1796,8 @@ class _TemplateCompiler:
         named, strict = self.named(tag, lenient), self.strict and not lenient
 
         def read(this: Any, frame: Any) -> Any:
-            values, keywords = [read(this, frame) for read in reads], {key: read(this, frame) for key, read in named.items()}
+            values = [read(this, frame) for read in reads]
+            keywords = {key: read(this, frame) for key, read in named.items()}
             try:
                 value = function(*values, **keywords)
             except RecursionError:
@@ -1803,7 +1814,7 @@ class _TemplateCompiler:
     def named(self, tag: _Tag, lenient: bool = False) -> dict[str, _Read]:
         return {key: self.expression(node, lenient) for key, node in tag.named.items()}
 
-    def expression(self, node: _Node, lenient: bool = False, raw: bool = False) -> _Read:
+    def expression(self, node: _Expression, lenient: bool = False, raw: bool = False) -> _Read:
         """The closure of a node. Lenient: a missing value is null. Raw: a view at the end of a path stays a view."""
         kind, content, text, position = node
         if kind == "literal":
@@ -1833,11 +1844,12 @@ class _TemplateCompiler:
 
     def refer(self, steps: Sequence[str], lenient: bool, position: int, absolute: bool) -> None:
         if steps:
-            required = not lenient and not any(steps[: len(guard)] == guard for guard in self.guards)
-            self.references.append((tuple(steps), required, position, absolute))
+            segments = tuple(steps)
+            required = not lenient and not any(segments[: len(guard)] == guard for guard in self.guards)
+            self.references.append((segments, required, position, absolute))
 
     def missing(self, text: str, steps: Sequence[str], start: _Read | None, position: int) -> _Read:
-        """Raises the error for a missing value: what there is instead, and how a name outside of the block is written."""
+        """Raises the error for a missing value: what there is instead, and how to write a name outside of the block."""
         hint = f"; outside of the block: ../{text} or @root.{text}" if len(self.scopes) > 1 and not start else ""
 
         def fail(this: Any, frame: Any) -> Any:
@@ -1873,7 +1885,7 @@ class _TemplateCompiler:
         def render(this: Any, frame: _Frame) -> str:
             known = _to_text(name_of(this, frame)) if name_of else name
             if frame["level"] >= _MAX_NESTING:
-                raise self.error(f"partial recursion: {known!r} is more than {_MAX_NESTING} partials deep", tag.position)
+                raise self.error(f"partial recursion: {known!r} is over {_MAX_NESTING} partials deep", tag.position)
             value = context(this, frame) if context else this
             if named:
                 values = {key: read(this, frame) for key, read in named.items()}
@@ -1892,7 +1904,7 @@ class _TemplateCompiler:
                 inner["partial-block"] = (block, frame) if block else frame["partial-block"]
             if defined:
                 inner["partials"] = {**inner["partials"], **{key: (body, frame) for key, body in defined.items()}}
-            text = program(value, inner)
+            text = program(value, inner)  # type: ignore[misc]
             return re.sub(r"^(?!\Z)", indent, text, flags=re.M) if indent else str(text)
 
         return render
@@ -1917,7 +1929,9 @@ class Template:
     `\\{{x}}` and `\\<<x>>` are text too. Numbers that JSON cannot write (nan, infinity) are refused.
     """
 
-    __slots__ = ("_calls", "_constant", "_framed", "_partials", "_program", "_references", "_value", "is_expression", "source")
+    __slots__ = (
+        "_calls", "_constant", "_framed", "_partials", "_program", "_references", "_value", "is_expression", "source"
+    )  # fmt: skip
 
     def __init__(
         self, source: str, strict: bool = True, partials: Mapping[str, Any] | None = None,
@@ -1951,31 +1965,41 @@ class Template:
 
     @property
     def references(self) -> tuple[Reference, ...]:
-        """Every path read from the root: (segments, required, position). Required: it raises if missing and strict."""
-        return tuple(reference[:3] for reference in self._root_references(()))
+        """Every path read from the root: (segments, required, position). Required: it raises if missing and strict.
 
-    def _root_references(self, active: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool, int, bool]]:
-        found = list(self._references)
-        for name, at_root, keys, position in self._calls:
-            partial = self._partials.template(name) if name not in active else None
-            for steps, required, _, absolute in partial._root_references((*active, name)) if partial else ():
-                if absolute or (at_root and steps[0] not in keys):
-                    found.append((steps, required, position, absolute))
-        return found
+        What a partial reads counts at the position of the tag that calls it; names that the tag sets are hidden."""
+        found: list[Reference] = []
+        waiting: list[Any] = [(self, True, frozenset(), None)]  # template, is its context the root, hidden names, place
+        seen = set()
+        while waiting:
+            template, at_root, hidden, place = waiting.pop(0)
+            for steps, required, position, absolute in template._references:
+                if absolute or (at_root and steps[0] not in hidden):
+                    found.append((steps, required, position if place is None else place))
+            for name, same, keys, position in template._calls:
+                call = (name, at_root and same, hidden | keys)
+                partial = None if call in seen else self._partials.template(name)
+                seen.add(call)
+                if partial:
+                    waiting.append((partial, *call[1:], position if place is None else place))
+        return tuple(found)
 
 
 def _compile_value(
-    value: Any, strict: bool = True, partials: Mapping[str, Any] | None = None, helpers: _Helpers | None = None, depth: int = 0
-) -> tuple[Callable[[Any], Any], tuple[Reference, ...]]:
+    value: Any, strict: bool = True, partials: Mapping[str, Any] | None = None, helpers: _Helpers | None = None,
+    depth: int = 0,
+) -> tuple[Callable[[Any], Any], tuple[Reference, ...]]:  # fmt: skip
     """(context -> value, references) for a JSON-like value whose texts, keys aside, are templates."""
     if depth > _MAX_NESTING:
         raise TemplateError(f"values nested deeper than {_MAX_NESTING}")
     if isinstance(value, str) and ("{{" in value or "<<" in value):
         template = Template(value, strict, partials, helpers)
-        return (template.evaluate, template.references) if not template._constant else (_constant(template.render({})), ())
+        evaluate = _constant(template.render({})) if template._constant else template.evaluate
+        return evaluate, template.references
     items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
     compiled = [_compile_value(item, strict, partials, helpers, depth + 1) for item in items]
-    results, references = [evaluate for evaluate, _ in compiled], tuple(found for _, inner in compiled for found in inner)
+    results = [evaluate for evaluate, _ in compiled]
+    references = tuple(found for _, inner in compiled for found in inner)
     if all(getattr(evaluate, "constant", _MISSING) is item for evaluate, item in zip(results, items)):
         return _constant(value), ()
     if isinstance(value, dict):
@@ -1985,8 +2009,8 @@ def _compile_value(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Conditions: text -> compiled predicate. A parser of its own (never `eval`); a reference or a tag is an operand, so that
-# no value can change the expression. Regular expressions pass a guard that bounds what backtracking may cost.
+# 5. Conditions: text -> compiled predicate. A parser of its own (never `eval`); a reference or a tag is an operand, so
+# that no value can change the expression. Regular expressions pass a guard that bounds what backtracking may cost.
 # ---------------------------------------------------------------------------------------------------------------------
 
 _CONDITION_TOKEN = re.compile(
@@ -2014,7 +2038,9 @@ def _contains(container: Any, item: Any) -> bool:
         return False
     if not isinstance(item, (str, int, float)) or not isinstance(container, (str, Mapping)):
         raise TypeError(f"cannot look for {_kind(item)} in {_kind(container)}")
-    return _to_text(item) in container if isinstance(container, str) else _child(container, _to_text(item)) is not _MISSING
+    if isinstance(container, str):
+        return _to_text(item) in container
+    return _child(container, _to_text(item)) is not _MISSING
 
 
 def _on_texts(test: Callable[[str, str], bool]) -> Callable[[Any, Any], bool]:
@@ -2051,7 +2077,7 @@ class _ConditionParser:
         self.advance()
 
     def advance(self) -> None:
-        """To the next token: its kind (None for none), its text and where it starts; `mark` is an operator's spelling."""
+        """To the next token: its kind (None for none), text and start; `mark` is the spelling of an operator."""
         match = _CONDITION_TOKEN.match(self.source, self.end)
         self.kind = match.lastgroup if match else None
         self.word, self.start = (match[self.kind], match.start(self.kind)) if match and self.kind else ("", self.end)
@@ -2066,7 +2092,8 @@ class _ConditionParser:
         if not rest:
             return self.error("the condition ends too early", self.start)
         hints = {"=": ": use '=='", "'": ": this text is never closed", '"': ": this text is never closed"}
-        return self.error(f"unexpected {rest[1][:40]!r}{hints.get(rest[1][0], '') if not self.word else ''}", rest.start(1))
+        hint = "" if self.word else hints.get(rest[1][0], "")
+        return self.error(f"unexpected {rest[1][:40]!r}{hint}", rest.start(1))
 
     def expect(self, mark: str) -> None:
         if self.mark != mark:
@@ -2093,7 +2120,7 @@ class _ConditionParser:
         return left
 
     def junction(self, terms: list[_Read], decisive: bool) -> _Read:
-        """`or` (an operand that holds decides) or `and` (one that does not); its value is that of the deciding operand."""
+        """`or` (an operand that holds decides) or `and` (one that does not): the value of the deciding operand."""
 
         def read(this: Any, frame: Any) -> Any:
             value = None
@@ -2187,7 +2214,8 @@ class _ConditionParser:
         if text.lower() in _CONSTANTS:
             return _constant(_CONSTANTS[text.lower()])
         if self.mark != "(":
-            steps = tuple(step.strip("[]'\"") if step[0] == "[" else step for step in re.findall(r"\[[^\]]*\]|[\w-]+", text))
+            found = re.findall(r"\[[^\]]*\]|[\w-]+", text)
+            steps = tuple(step.strip("[]'\"") if step[0] == "[" else step for step in found)
             self.references.append((steps, False, start))
             return _path_reader(steps)
         function = _FUNCTIONS.get(text.lower())
@@ -2214,10 +2242,10 @@ class Condition:
     Operators, loosest first: or ||, and &&, not !, then == != < <= > >= in, not in, contains, matches (regular
     expression), startswith, endswith. What is missing is null.
 
-    Equality: a text equals the number that it spells and, in any case, the boolean; booleans and numbers are never equal
-    (`true == 1` is false); lists and maps are equal item by item. Order: numbers, or texts by code point; a text that
-    spells a number orders with numbers; null orders with nothing (false). Truth: Handlebars', with the texts "false",
-    "no" and "0" false too. `or` and `and` give the value of the operand that decides, as in Python.
+    Equality: a text equals the number that it spells and, in any case, the boolean; booleans and numbers are never
+    equal (`true == 1` is false); lists and maps are equal item by item. Order: numbers, or texts by code point; a text
+    that spells a number orders with numbers; null orders with nothing (false). Truth: Handlebars', with the texts
+    "false", "no" and "0" false too. `or` and `and` give the value of the operand that decides, as in Python.
     """
 
     __slots__ = ("_read", "references", "source")
@@ -2268,16 +2296,17 @@ def _compile_regex(pattern: str) -> re.Pattern[str]:
 
 def _guarded(pattern: re.Pattern[str], text: str) -> re.Pattern[str]:
     """The pattern; ConditionError if to search this text with it could take more than a second or two."""
-    if _regex_cost(pattern.pattern).steps(text) > _MAX_STEPS:
-        raise ConditionError("this regular expression can take forever on this text; simplify or anchor it", pattern.pattern)
+    cost = _regex_cost(pattern.pattern)
+    if len(text) > cost.safe_length and cost.steps(text) > _MAX_STEPS:
+        raise ConditionError("this regular expression can take forever on this text; anchor it", pattern.pattern)
     return pattern
 
 
 def _guarded_search(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     """pattern.search(text), or ConditionError as in _guarded; a pattern that begins with a run takes less here."""
     cost = _regex_cost(pattern.pattern)
-    if cost.by_runs and cost.steps(text, by_runs=True) <= _MAX_STEPS:
-        return cost.by_runs.search(text)  # type: ignore[no-any-return]
+    if len(text) > cost.safe_length and cost.by_runs and cost.steps(text, by_runs=True) <= _MAX_STEPS:
+        return cost.by_runs.search(text)
     return _guarded(pattern, text).search(text)
 
 
@@ -2312,7 +2341,10 @@ class _RegexCost:
         self.anchored = begins == "AT_BEGINNING_STRING" or (begins == "AT_BEGINNING" and not tree.state.flags & re.M)
         self.mark = "\n" if begins == "AT_BEGINNING" else self.literal(nodes)
         self.entry, self.by_runs = self.literal(nodes[1:]), self.started_by_runs(nodes)
-        if self.total(self.products, 1 if self.anchored else 50, dict.fromkeys(self.runs, 50)) > _MAX_STEPS:
+        self.safe_length = 25  # of texts that need no closer look
+        while self.safe_length < 1e7 and self.total(self.products, self.safe_length * 2) <= _MAX_STEPS:
+            self.safe_length *= 2
+        if self.safe_length < 50:
             raise ConditionError("this regular expression can take forever on some texts", pattern)
 
     def literal(self, nodes: Any) -> str:
@@ -2333,19 +2365,17 @@ class _RegexCost:
         guard = (_regex_parser.ASSERT_NOT, (-1, self.tree(*repeated)))
         return _regex_compiler.compile(self.tree(guard, *nodes))  # type: ignore[no-any-return]
 
-    def total(self, products: Any, starts: int, lengths: Mapping[str, int]) -> int:
-        return self.ways * starts * sum(math.prod(lengths[run] + 1 for run in runs) for runs in products)
+    def total(self, products: Any, length: int, starts: int = 0, runs: Mapping[str, int] | None = None) -> int:
+        """The steps for a text of some length, for the places where a search may start, and for its longest runs."""
+        longest = runs or dict.fromkeys(self.runs, length)
+        each = sum(math.prod(longest[run] + 1 for run in product) for product in products)
+        return int(length + self.ways * (1 if self.anchored else starts or length) * each)
 
     def steps(self, text: str, by_runs: bool = False) -> int:
-        """At most how many steps a search of the text takes; runs are measured only if that matters."""
-        starts = text.count(self.entry if by_runs else self.mark) + 1
-        products, lengths = self.rest if by_runs else self.products, dict.fromkeys(self.runs, len(text))
-        most = self.total(products, 1 if self.anchored else starts, lengths)
-        if most > _MAX_STEPS:
-            for key, run in self.runs.items():
-                lengths[key] = max((len(found[0]) for found in run.finditer(text)), default=0)
-            most = self.total(products, 1 if self.anchored else starts, lengths)
-        return most + len(text)
+        """At most how many steps a search of the text takes."""
+        starts, products = text.count(self.entry if by_runs else self.mark) + 1, self.rest if by_runs else self.products
+        runs = {key: max((len(found[0]) for found in run.finditer(text)), default=0) for key, run in self.runs.items()}
+        return self.total(products, len(text), starts, runs)
 
     def sequence(self, nodes: Any, state: Any, depth: int) -> Any:
         for operation, argument in reversed(list(nodes)):
@@ -2364,7 +2394,8 @@ class _RegexCost:
     def characters(self, node: Any) -> frozenset[str]:
         """The sample characters that a node takes."""
         if repr(node) not in self.known:
-            self.known[repr(node)] = frozenset(filter(_regex_compiler.compile(self.tree(node), self.flags).match, self.samples))
+            single = _regex_compiler.compile(self.tree(node), self.flags)
+            self.known[repr(node)] = frozenset(filter(single.match, self.samples))
         return self.known[repr(node)]  # type: ignore[no-any-return]
 
     def node(self, operation: Any, argument: Any, state: Any, depth: int) -> Any:
@@ -2426,27 +2457,25 @@ _regex_cost = functools.lru_cache(maxsize=256)(_RegexCost)
 # `validate` shows all of them. What is compiled here (templates, conditions, defaults) is never parsed again by a run.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]+\Z").match
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(ms|s|m|h)?\Z").match
+_ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_LONGEST_SECONDS = 1e9  # that a clock, a lock and a socket all take
+_LONGEST_SECONDS = 1e9  # that a clock, a lock and a socket all take; longer durations mean this
 _MAX_WORKFLOW_DEPTH = 16
 if TYPE_CHECKING:
     _Path = tuple[Any, ...]  # of keys and indexes, from the top of the document
     _Check = Callable[[Any], str | None]
     _Render = Callable[[Any], Any]
-    Reference = tuple[tuple[str, ...], bool, int]  # segments, whether it is required, position in the source
 
 
 def _seconds(value: Any, bare_unit: str) -> float | None:
     """A duration in seconds from a number (in `bare_unit`) or a text such as "1.5s" or "200ms"; None if it is none."""
     seconds = -1.0
     if isinstance(value, str) and len(value) < 40:
-        match = _DURATION(value.strip())
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(ms|s|m|h)?", value.strip())
         seconds = float(match[1]) * _UNIT_SECONDS[match[2] or bare_unit] if match else seconds
     elif _is_number(value):
         seconds = value * _UNIT_SECONDS[bare_unit]
-    return seconds if 0 <= seconds <= _LONGEST_SECONDS else None
+    return min(seconds, _LONGEST_SECONDS) if 0 <= seconds < 1e12 else None
 
 
 def _type_name(value: Any) -> str:
@@ -2525,6 +2554,10 @@ def _texts(value: Any) -> str | None:
     return f"must be text or a list of texts; an item {_text(wrong[0])}" if wrong else None
 
 
+def _is_identifier(value: str) -> bool:
+    return bool(value) and _ID_CHARACTERS.issuperset(value)
+
+
 def _is_vector(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_number, value))
 
@@ -2592,11 +2625,10 @@ class _List:
 
 def _faults(check: _Check, value: Any, key: Any, name: str) -> Iterator[tuple[_Path, str]]:
     """What a check finds wrong with the value of a key, under the path and the name of that key."""
-    if isinstance(check, (_Map, _List)):
-        for path, inner in check.faults(value):
-            yield (key, *path), f"{name}{' ' if inner.startswith('must ') else ': '}{inner}"
-    elif fault := check(value):
-        yield (key,), f"{name} {fault}"
+    nested = isinstance(check, (_Map, _List))
+    for path, fault in check.faults(value) if nested else [((), check(value))]:  # type: ignore[attr-defined]
+        if fault:
+            yield (key, *path), f"{name}{' ' if fault.startswith('must ') else ': '}{fault}"
 
 
 _text = _must_be_text("text", lambda value: True)
@@ -2618,7 +2650,7 @@ _message = _Map(
 )  # fmt: skip
 
 _COMMON_KEYS: dict[str, _Check] = {
-    "id": _must_be_text("letters, digits, _ or -", _IDENTIFIER), "type": lambda value: _one_of(*_STEP_TYPES)(value),
+    "id": _must_be_text("letters, digits, _ or -", _is_identifier), "type": lambda value: _one_of(*_STEP_TYPES)(value),
     "description": _text, "depends_on": _texts, "condition": _condition, "output": _texts, "timeout_seconds": _timeout,
     "retry": _mapping, "continue_on_error": _boolean,
     "trigger_rule": _one_of("none_failed_min_one_success", "all_success", "one_success", "all_done", "one_failed"),
@@ -2738,8 +2770,8 @@ _INPUT = _Map({
 })  # fmt: skip
 _PROVIDER = _Map({
     "type": lambda value: _one_of(*PROVIDERS)(value), "base_url": _text, "api_key_env": _name, "headers": _mapping,
-    "timeout_seconds": _timeout, "rate_limit": _mapping, "circuit_breaker": _mapping, "proxy": _text,
-    "options": _mapping,
+    "timeout_seconds": _timeout, "rate_limit": lambda value: _Map(_RATE_LIMIT_KEYS)(value), "proxy": _text,
+    "circuit_breaker": lambda value: _Map(_CIRCUIT_BREAKER_KEYS)(value), "options": _mapping,
 })  # fmt: skip
 _WORKFLOW_KEYS: dict[str, _Check] = {
     "name": _name, "version": _must("text or a number", lambda value: isinstance(value, str) or _is_number(value)),
@@ -3098,8 +3130,8 @@ class _Graph:
             yield graph
             graph = graph.outer
 
-    def visible(self) -> list[str]:
-        return [step_id for graph in self.around() for step_id in graph.by_id]
+    def visible(self) -> Iterator[str]:
+        return (step_id for graph in self.around() for step_id in graph.by_id)
 
     def link(self) -> None:
         """Fills in dependents, counts and roots once every node knows its dependencies."""
@@ -3186,9 +3218,9 @@ class _Plan:
         self.misshapen = True
         self.problem(path, message, inside=inside)
 
-    def near(self, name: str, graph: _Graph) -> str:
-        """A suggestion for the id of a step, unless many have been made: looking through long lists takes long."""
-        return _suggestion(name, graph.visible()) if len(self.found) < _MOST_SUGGESTIONS else ""
+    def near(self, name: str, known: Iterable[str]) -> str:
+        """A suggestion, unless many have been made: looking through long lists takes long."""
+        return _suggestion(name, known) if len(self.found) < _MOST_SUGGESTIONS else ""
 
     def check(self, shape: _Map, mapping: Any, path: _Path, defaults: Mapping[str, Any] | None = None) -> None:
         for inner, fault in shape.faults(mapping, defaults):
@@ -3257,11 +3289,10 @@ class _Plan:
             self.condition(node, document)
         if row.arity or row is _UNKNOWN_TYPE:  # a container's are named by its children
             self.name_outputs(node, ("output",) if row.arity else (), row.arity or 100)
-        if len(document) > 4:  # most steps have none of these
-            node.timeout = _seconds(document.get("timeout_seconds"), "s")
-            node.continue_on_error = document.get("continue_on_error") is True
-            node.rule = document.get("trigger_rule") or node.rule
-            node.limit = document.get("max_concurrency")
+        node.timeout = _seconds(document.get("timeout_seconds"), "s")
+        node.continue_on_error = document.get("continue_on_error") is True
+        node.rule = document.get("trigger_rule") or node.rule
+        node.limit = document.get("max_concurrency")
         if "max_concurrency" in document and not (node.for_each or node.type == "parallel" or node.defaulted):
             self.problem((*node.path, "max_concurrency"), "max_concurrency belongs to for_each and the type parallel")
         if not row.container:
@@ -3294,12 +3325,15 @@ class _Plan:
         given = [name for name in _as_list(node.document.get("output")) if isinstance(name, str)]
         path = (*node.path, "output")
         for name in given:
-            if not _IDENTIFIER(name):
+            if not _is_identifier(name):
                 self.misshape(path, f"output {_shown(name)} must be letters, digits, _ or -")
         if len(set(given)) < len(given):
             self.misshape(path, "output gives one name twice")
         if len(given) > most:
             self.misshape(path, f"{node.type} has {most} output{'s' * (most > 1)}, but {len(given)} are named")
+        if len(set(names)) < len(names):  # a branch's child `branch`, a loop's child `iterations`
+            double = next(name for name in names if names.count(name) > 1)
+            self.problem(node.path, f"a child of a {node.type} cannot be called {double!r}: an output has that name")
         node.output_names = tuple(given or names)
 
     def value(self, node: _Node, key: str, value: Any) -> None:
@@ -3361,7 +3395,9 @@ class _Plan:
         query, documents = document.get("query"), document.get("documents")
         if isinstance(document.get("embed"), Mapping):
             self.check(_Map(_EMBED_KEYS, ("provider", "model")), document["embed"], (*node.path, "embed"))
-        elif documents is not None or (isinstance(query, str) and not re.fullmatch(r"\s*(\{\{.*\}\}|<<.*>>)\s*", query, re.S)):
+        elif documents is not None or (
+            isinstance(query, str) and not re.fullmatch(r"(?s)\s*(\{\{.*\}\}|<<.*>>)\s*", query)
+        ):
             needed = "documents need" if documents is not None else "query is text and needs"
             self.misshape(node.path, f"{needed} embed: {{provider, model}} to become vectors")
         if isinstance(document.get("filter"), Mapping) and not _holds_tag(document["filter"]):
@@ -3447,6 +3483,9 @@ class _Plan:
             (self.misshape if isinstance(error, ParseError) else self.problem)(path, f"workflow: {error}")
         if node.workflow is None:
             return
+        if node.workflow.budget:
+            message = "workflow: the budget of a called workflow does not apply, only that of the workflow that is run"
+            self.problem(path, message, "warning")
         self.check_call(node, node.workflow, document.get("inputs") or {})
         outputs, ids = node.workflow.outputs, [step.id for step in node.workflow.steps if isinstance(step, Step)]
         names = [name for name in (outputs if isinstance(outputs, dict) and outputs else ids) if isinstance(name, str)]
@@ -3457,16 +3496,16 @@ class _Plan:
         path, declared = self.place(node, "inputs"), called.inputs
         if not isinstance(declared, dict) or not isinstance(given, dict):
             return
-        for name, value in given.items():
-            entry = declared.get(name) or {}
+        for name in given:
             if name not in declared:
-                near = _suggestion(name, declared)
+                near = self.near(name, declared)
                 self.problem((*path, name), f"inputs: the workflow has no input {_shown(name)}{near}")
+        for name, entry in declared.items():
+            value, entry = given.get(name), entry if isinstance(entry, dict) else {}
+            if value is None and entry.get("required") and entry.get("default") is None:
+                self.problem(path, f"inputs: the workflow needs the input {_shown(name)}")
             elif value is not None and not _holds_tag(value) and (fault := _input_fault(value, entry)):
                 self.problem((*path, name), f"inputs: {name} {fault}")
-        for name in _required_inputs(declared):
-            if given.get(name) is None:
-                self.problem(path, f"inputs: the workflow needs the input {_shown(name)}")
 
     def child_steps(
         self, node: _Node, steps: Any, path: _Path, graph: _Graph, local: frozenset[str] = frozenset()
@@ -3481,7 +3520,7 @@ class _Plan:
         for index, step_id in enumerate(_as_list(listed) if listed else ()):
             path = (*node.path, "depends_on", index) if isinstance(listed, list) else (*node.path, "depends_on")
             if isinstance(step_id, str) and not self.depend(node, step_id, graph, path, ("depends_on", step_id)):
-                near = self.near(step_id, graph)
+                near = self.near(step_id, graph.visible())
                 self.problem(path, f"depends_on: there is no step {_shown(step_id)}{near}")
         for (reference, key), place in zip(node.references, node.places):
             self.resolve(node, reference, key, place, graph)
@@ -3510,7 +3549,7 @@ class _Plan:
         """Checks one reference and makes the node wait for the step that it names."""
         segments = reference[0]
         root = segments[0] if segments else ""
-        if not root or root in graph.local or root in node.local or root in ("workflow", "run"):
+        if not root or root in graph.local or root in ("workflow", "run") or (root in node.local and key != "for_each"):
             return
         if root not in ("steps", "outputs"):
             fault = self.missing_input(segments, graph)
@@ -3533,7 +3572,7 @@ class _Plan:
             return ""
         step = name if name in graph.by_id else "".join(graph.named.get(name, ())[:1])
         path = f"steps.{name}" if step == name else f"steps.{step}.{name}"
-        near = f", did you mean {path!r}?" if step else _suggestion(name, graph.inputs)
+        near = f", did you mean {path!r}?" if step else self.near(name, graph.inputs)
         return f": there is no input {_shown(name)}{near}"
 
     def missing_output(self, node: _Node, segments: tuple[str, ...], path: _Path, key: str, graph: _Graph) -> str:
@@ -3547,12 +3586,12 @@ class _Plan:
             step_id, rest = (ids[0], ()) if ids else (step_id, rest)
         target = self.depend(node, step_id, graph, path, (key, ".".join(segments)))
         if target is None:
-            return f": there is no step {_shown(step_id)}{self.near(step_id, graph)}"
+            return f": there is no step {_shown(step_id)}{self.near(step_id, graph.visible())}"
         while rest and target is not None and (names := target.names()) and rest[0] not in _STEP_FACTS:
             if rest[0] not in names:
                 if target.workflow is not None and target.workflow._compiled is None:
                     break  # it is calling itself, and not all of its steps are known yet
-                near = _suggestion(rest[0], names) or f"; it has {_shorten(', '.join(names), 200)}"
+                near = self.near(rest[0], names) or f"; it has {', '.join(itertools.islice(names, 20))}"
                 return f": step {target.id!r} has no output {_shown(rest[0])}{near}"
             target, rest = None if target.for_each else names[rest[0]], rest[1:]
         return ""
@@ -3572,16 +3611,15 @@ class _Plan:
             rendered[key] = self.compiled(node, "inputs", text, path) or _constant(text)
             for (reference, name), where in zip(node.references[known:], node.places[known:]):
                 self.resolve(node, reference, name, where, graph)
-        for key, source in entries:
-            name = key if isinstance(inputs, dict) else source
-            node.inputs = [*node.inputs, (name if isinstance(name, str) else _shown(name), rendered[key])]
+        titles = [(key, key if isinstance(inputs, dict) else source) for key, source in entries]
+        node.inputs = [(name if isinstance(name, str) else _shown(name), rendered[key]) for key, name in titles]
 
     def input_path(self, node: _Node, name: str, path: _Path, graph: _Graph) -> str:
         """What an input's name stands for: an item, an output of a dependency, a dependency, a workflow input."""
         root = name.split(".", 1)[0]
         if root in graph.local or root in node.local:
             return name
-        found = [step_id for step_id in node.dependencies if root in graph.by_id[step_id].output_names]
+        found = [step_id for step_id in graph.named.get(root, ()) if step_id in node.dependencies]
         if len(found) > 1:
             where = " or ".join(f"steps.{step_id}.{root}" for step_id in found)
             self.problem(path, f"inputs: {_shown(name)} is an output of several dependencies; write {where}")
@@ -3597,7 +3635,7 @@ class _Plan:
             return  # every step stands below its dependencies
         import graphlib
 
-        for _ in range(_MOST_SUGGESTIONS):
+        for _ in range(10):
             try:
                 graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
                 break
@@ -3649,12 +3687,6 @@ def _read_document(path: str) -> Any:
     except ParseError as error:
         error.source = path
         raise
-
-
-def _required_inputs(declared: Mapping[str, Any]) -> list[str]:
-    """The declared inputs that must be given: required (without a default)."""
-    entries = ((name, entry) for name, entry in declared.items() if isinstance(entry, dict))
-    return [name for name, entry in entries if entry.get("required") and entry.get("default") is None]
 
 
 def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:
@@ -3733,8 +3765,10 @@ _RETRY_KEYS: dict[str, Callable[[Any], str | None]] = {
 }
 _RETRY_ALIASES = {"backoff": "strategy", "initial_delay_ms": "initial_delay", "max_delay_ms": "max_delay"}
 _above_zero = _must("a number above 0", lambda value: _is_number(value) and value > 0)
-_RATE_LIMIT_KEYS = {"requests_per_minute": _above_zero, "tokens_per_minute": _above_zero, "max_concurrent": _integer(1)}
-_CIRCUIT_BREAKER_KEYS = {
+_RATE_LIMIT_KEYS: dict[str, _Check] = {
+    "requests_per_minute": _above_zero, "tokens_per_minute": _above_zero, "max_concurrent": _integer(1)
+}  # fmt: skip
+_CIRCUIT_BREAKER_KEYS: dict[str, _Check] = {
     "failure_rate": _must("above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1),
     "window": _integer(1, 1000), "min_calls": _integer(1, 1000),
     "open_seconds": _must("seconds, or a text such as 30s", lambda value: _seconds(value, "s") is not None),
@@ -3750,9 +3784,9 @@ def _checked_settings(
     given: dict[str, Any] = {}
     faults: list[tuple[Any, str | None]] = []
     for key, value in document.items():
-        known = aliases.get(str(key), str(key))
+        known = aliases.get(key, key) if isinstance(key, str) else _shown(key)
         if known not in checks:
-            faults.append((key, f"unknown key {key!r}{_suggestion(known, (*checks, *aliases))}"))
+            faults.append((key, f"unknown key {_shown(key)}{_suggestion(known, (*checks, *aliases))}"))
         elif known in given:
             faults.append((key, f"{key} and {known} are two names of one value"))
         elif value is not None:
@@ -3945,7 +3979,7 @@ class _RateLimit(_Places):
 
 
 class _CircuitBreaker:
-    """Whether a provider is worth calling: `allow()` before a call, `record(ok)` after it, in any thread.
+    """Whether a provider is worth calling: `permit = allow()` before a call, `record(ok, permit)` after it; any thread.
 
     Closed, it opens when of the last `window` calls at least `min_calls` are known and a share of `failure_rate` of
     them failed. Open, it lets nobody pass for `open_seconds`. Half open, it lets one probe pass at a time: a success
@@ -3958,8 +3992,8 @@ class _CircuitBreaker:
     ) -> None:  # fmt: skip
         self.failure_rate, self.min_calls = failure_rate, min(min_calls or 10, window)
         self.open_seconds, self.clock = _seconds(open_seconds, "s") or 0.0, clock
-        self.on_change, self.lock = on_change, threading.Lock()
-        self.state, self.opened, self.probing = "closed", 0.0, False
+        self.on_change, self.lock = on_change, threading.RLock()  # on_change may look at the state
+        self.state, self.opened, self.probing, self.changes = "closed", 0.0, False, 1
         self.outcomes: collections.deque[bool] = collections.deque(maxlen=window)
 
     @classmethod
@@ -3972,34 +4006,38 @@ class _CircuitBreaker:
         """How long nobody passes; 0.0 if the next caller may, or the outcome of a probe decides."""
         return max(0.0, self.opened + self.open_seconds - self.clock()) if self.state == "open" else 0.0
 
-    def allow(self) -> bool:
-        """Whether to make a call now. The outcome of every call that it has let pass must be recorded."""
+    def allow(self) -> int:
+        """Whether to make a call now: 0, or a permit whose outcome must be recorded."""
         with self.lock:
-            state = "half_open" if self.state == "open" and not self.retry_after_seconds else self.state
-            allowed = state == "closed" or (state == "half_open" and not self.probing)
-            self.probing = state == "half_open"
-            old, self.state = self.state, state
-        self.changed(old, state)
-        return allowed
+            if self.state == "open" and not self.retry_after_seconds:
+                self.change("half_open")
+            if self.state == "open" or self.probing:
+                return 0
+            self.probing = self.state == "half_open"
+            return self.changes
 
-    def record(self, ok: bool | None) -> None:
-        """The outcome of a call that was let pass; None if there is none, as when it was cancelled."""
+    def record(self, ok: bool | None, permit: int | None = None) -> None:
+        """The outcome of a call; None if there is none, as when it was cancelled. What was permitted before the last
+        change of state tells nothing about the present one, and is ignored."""
         with self.lock:
-            old = state = self.state
-            if old == "half_open":
-                self.probing, state = False, {True: "closed", False: "open", None: old}[ok]
-            elif old == "closed" and ok is not None:
+            if permit not in (None, self.changes) or self.state == "open":
+                return
+            self.probing = False
+            if ok is not None:
                 self.outcomes.append(ok)
-                failures, calls = self.outcomes.count(False), len(self.outcomes)
-                state = "open" if calls >= self.min_calls and failures >= self.failure_rate * calls else old
-            if state != old:
-                self.state, self.opened = state, self.clock()
-                self.outcomes.clear()
-        self.changed(old, state)
+            failures, calls = self.outcomes.count(False), len(self.outcomes)
+            if self.state == "half_open" and ok is not None:
+                self.change("closed" if ok else "open")
+            elif calls >= self.min_calls and failures >= self.failure_rate * calls:
+                self.change("open")
 
-    def changed(self, old: str, new: str) -> None:
-        if new != old and self.on_change:
-            self.on_change(old, new)
+    def change(self, state: str) -> None:
+        old, self.state, self.opened = self.state, state, self.clock()
+        self.changes += 1
+        self.probing = False
+        self.outcomes.clear()
+        if self.on_change:
+            self.on_change(old, state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4018,7 +4056,7 @@ _RETRIED_STATUSES = frozenset((408, 409, 425, 429, *range(500, 600)))
 _CALL = threading.local()  # .scope: the _CancelScope of the call that this thread makes
 
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) +([1-9][0-9][0-9])(?: .*)?").fullmatch
-_HEAD_END, _LINE_END = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r\n").search  # of chunks: no other end
+_HEAD_END, _CRLF = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r\n").search  # of chunks: no other end
 _FOLD = re.compile(r"\r?\n[ \t]+").sub
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?").fullmatch
 _METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
@@ -4153,12 +4191,12 @@ class _Connection:
             self.lives = self.lives and length is None
             size = -1
             while size:
-                found = _CHUNK_SIZE(self.until(_LINE_END))
+                found = _CHUNK_SIZE(self.until(_CRLF))
                 if not found:
                     raise BadResponseError("a chunk without its size", retryable=True)
                 size = int(found[1], 16)
                 yield from self.exactly(size)
-                while self.until(_LINE_END):  # trailers, if this was the last chunk
+                while self.until(_CRLF):  # trailers, if this was the last chunk
                     if size:
                         raise BadResponseError("a chunk longer than it says", retryable=True)
         elif length is None:
@@ -4181,8 +4219,13 @@ class _Connection:
             yield piece
 
 
-def _inflated(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """gzip (of any number of members) or zlib unpacked, in steps that stay small whatever was packed."""
+def _uncompressed(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
+    """A body without its encoding: gzip (any number of members) or zlib, unpacked in steps that stay small."""
+    if coding in ("", "identity"):
+        yield from pieces
+        return
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise BadResponseError(f"in the encoding {coding[:12]!r}, which was not asked for")
     import zlib
 
     unpack = None
@@ -4287,7 +4330,7 @@ class _Exchange:
     def __init__(
         self, client: _HttpClient, method: str, url: str, headers: Mapping[str, str], body: bytes | None
     ) -> None:
-        self.client, self.has_body = client, method != "HEAD"
+        self.client, self.method, self.status = client, method, None  # type: _HttpClient, str, int | None
         scope: _CancelScope | None = getattr(_CALL, "scope", None)
         self.scope = scope or _CancelScope()
         self.seconds = client.timeout_seconds or (math.inf if scope else _CALL_SECONDS)
@@ -4305,17 +4348,14 @@ class _Exchange:
         connection, done = None, False
         try:
             connection, response = self.open()
+            self.status = response.status
             if 300 <= response.status < 400 and response.status != 304:
                 place = _shorten(re.split("[?#]", response.headers.get("location", ""))[0], 200)
-                raise BadResponseError(f"{response.status}, a redirect, which is not followed, to {place!r}")
+                raise BadResponseError(f"{response.status}, a redirect to {place!r}, which is not followed")
             yield response
-            coding, size = response.headers.get("content-encoding", "identity").lower(), 0
-            pieces = connection.body(response) if self.has_body and response.status not in (204, 304) else ()
-            if coding not in ("identity", ""):
-                if coding not in ("gzip", "x-gzip", "deflate"):
-                    raise BadResponseError(f"in the encoding {coding[:12]!r}, which was not asked for")
-                pieces = _inflated(pieces)
-            for piece in pieces:
+            size, has_body = 0, self.method != "HEAD" and response.status not in (204, 304)
+            coding = response.headers.get("content-encoding", "").lower()
+            for piece in _uncompressed(connection.body(response), coding) if has_body else ():
                 size += len(piece)
                 if size > _MAX_BODY_BYTES:
                     raise BadResponseError(f"more than {_MAX_BODY_BYTES >> 20} MiB")
@@ -4340,7 +4380,9 @@ class _Exchange:
             connection = connection or self.connect()
             try:
                 connection.begin(self.scope, self.deadline)
-                return connection, self.ask(connection)
+                with contextlib.suppress(ConnectionError):  # an answer may come before all is sent, as 413 does
+                    connection.send(self.message)
+                return connection, connection.head()
             except BaseException as error:
                 self.scope.attach(None)
                 connection.socket.close()
@@ -4348,16 +4390,6 @@ class _Exchange:
                 if not died or self.scope.cancelled:
                     raise
                 connection = None
-
-    def ask(self, connection: _Connection) -> _Response:
-        """Sends the request and reads the head of the answer, which may come before all is sent (as 413 does)."""
-        try:
-            connection.send(self.message)
-        except ConnectionError as error:
-            with contextlib.suppress(ConnectionError):
-                return connection.head()
-            raise error
-        return connection.head()
 
     def connect(self) -> _Connection:
         """A new connection, to the first address that takes one. Each but the last has half of the time left."""
@@ -4410,19 +4442,18 @@ class _Exchange:
     def fault(self, error: Exception) -> ProviderError:
         """What an exception means. Of the address only the host is named: a path or a query may hold a secret."""
         place = self.target.host_port + (f" through the proxy {self.target.proxy[0]}" if self.target.proxy else "")
-        kind: type[ProviderError]
+        name = self.client.name
         if self.scope.cancelled:
-            kind, retryable, reason = ProviderConnectionError, False, "the call was cancelled"
-        elif isinstance(error, BadResponseError):
-            kind, retryable, reason = BadResponseError, error.retryable, f"{place} answered {error}"
-        elif time.monotonic() >= self.deadline:
-            kind, retryable, reason = ProviderTimeoutError, True, f"no answer from {place} within {self.seconds:g} s"
-        else:
-            base = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _FAULTS)
-            text = getattr(error, "verify_message", "") or str(error) or base
-            kind, retryable, reason = _FAULTS[base]
-            reason = reason.format(place=place, text=text, limit=_CONNECT_SECONDS)
-        return kind(reason, provider=self.client.name, retryable=retryable)
+            return ProviderConnectionError("the call was cancelled", provider=name, retryable=False)
+        if isinstance(error, BadResponseError):
+            reason, retryable = f"{place} answered {error}", error.retryable
+            return BadResponseError(reason, provider=name, retryable=retryable, status=self.status)
+        if time.monotonic() >= self.deadline:
+            return ProviderTimeoutError(f"no answer from {place} within {self.seconds:g} s", provider=name)
+        base = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _FAULTS)
+        text = getattr(error, "verify_message", "") or str(error) or base
+        kind, retryable, reason = _FAULTS[base]
+        return kind(reason.format(place=place, text=text, limit=_CONNECT_SECONDS), provider=name, retryable=retryable)
 
 
 @functools.lru_cache(maxsize=8)
@@ -4500,22 +4531,17 @@ def _proxy_for(scheme: str, host: str, port: int) -> str | None:
     proxy = next((os.environ[name] for name in names if os.environ.get(name)), None)
     exceptions = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     for entry in exceptions.lower().replace(",", " ").split() if proxy else ():
+        from ipaddress import ip_address, ip_network
+
         place = re.fullmatch(r"(\[.*\]|[^:]*):([0-9]+)", entry)
         name = (place[1] if place else entry).strip("[]")
         name = name if name == "*" else name.lstrip("*.")
-        within = name in ("*", host) or host.endswith(f".{name}") or ("/" in name and _in_network(host, name))
+        within = name in ("*", host) or host.endswith(f".{name}")
+        with contextlib.suppress(ValueError):  # one of them is a name
+            within = within or ip_address(host) in ip_network(name, strict=False)
         if name and within and (not place or int(place[2]) == port):
             return None
     return proxy
-
-
-def _in_network(host: str, network: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False)
-    except ValueError:
-        return False
 
 
 def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
@@ -4626,11 +4652,12 @@ def _joined_text(content: Any) -> str:
 
 def _dig(document: Any, place: str) -> Any:
     """The value at a place such as "choices.0.message"; None where there is none."""
-    with contextlib.suppress(*_SHAPE_ERRORS):
+    try:
         for key in place.split("."):
             document = document[int(key) if isinstance(document, list) else key]
         return document
-    return None
+    except _SHAPE_ERRORS:
+        return None
 
 
 def _total(document: Any, places: str) -> int | None:
@@ -4773,8 +4800,9 @@ class _RestClient:
         try:
             yield
         except _SHAPE_ERRORS:
-            shown = self.excerpt(answer if isinstance(answer, str) else _to_json(answer))
-            raise BadResponseError(f"answered something else than {what}: {shown}", provider=self.name) from None
+            text = answer.decode("utf-8", "replace") if isinstance(answer, bytes) else _as_text(answer)
+            reason = f"answered something else than {what}: {self.excerpt(text)}"
+            raise BadResponseError(reason, provider=self.name) from None
 
     def hide(self, text: str) -> str:
         for secret in self.secrets:
@@ -4791,7 +4819,7 @@ class _RestClient:
         self.http.close()
 
 
-_LINE_END = re.compile(b"\r\n|\n|\r")
+_EVENT_LINE_END = re.compile(b"\r\n|\n|\r")
 
 
 class _Events:
@@ -4807,7 +4835,7 @@ class _Events:
         """The data of each event that the piece completes. Raises UnicodeDecodeError."""
         piece = piece[1:] if self.after_return and piece.startswith(b"\n") else piece
         self.after_return = piece.endswith(b"\r")
-        first, *others = _LINE_END.split(piece)
+        first, *others = _EVENT_LINE_END.split(piece)
         self.rest.append(first)
         for following in others:
             yield from self.end_line()
@@ -4893,9 +4921,8 @@ class Provider:
         key, token = (str(secret or "").strip() for secret in (api_key, options.get(self.TOKEN_OPTION)))
         own = {"Authorization": f"Bearer {token}"} if token and not key else {}
         own = {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key} if key else own
-        self.base_url, prefix = self.address((base_url or self.KEY_URLS.get(key[:3], self.BASE_URL)).rstrip("/"))
-        headers = {**own, **self.extra_headers(), **(headers or {})}
-        url = self.base_url + prefix
+        self.base_url = self.address((base_url or self.KEY_URLS.get(key[:3], self.BASE_URL)).rstrip("/"))
+        url, headers = self.base_url + self.PREFIX, {**own, **self.extra_headers(), **(headers or {})}
         self._rest = _RestClient(self.name, url, headers, timeout_seconds=timeout_seconds, proxy=proxy)
 
     @classmethod
@@ -4908,19 +4935,22 @@ class Provider:
         for option, variable in cls.OPTIONS.items():
             if variable and (option != cls.TOKEN_OPTION or not given.get("api_key")):
                 given.setdefault(option, _variable(variable))
-        missing = () if given["base_url"] or cls.BASE_URL else cls.URL_VARIABLES
-        if not missing and cls.NEEDS_KEY and not given.get("api_key") and not given.get(cls.TOKEN_OPTION):
-            missing = cls.KEY_VARIABLES
+        missing = cls.missing_settings(given)
         if missing:
-            reason = f"set {' or '.join(missing)} in the environment"
-            raise AuthenticationError(reason, provider=given.get("name") or cls.TYPE)
+            raise AuthenticationError(f"set {missing} in the environment", provider=given.get("name") or cls.TYPE)
         return cls(**given)
 
-    def address(self, base_url: str) -> tuple[str, str]:
-        """(the base URL, the path below it where the calls lie) of a base URL, which may hold that path already."""
-        if self.PREFIX:
-            base_url = re.sub(rf"({re.escape(self.PREFIX)})?(/v\d\w*)?$", "", base_url, count=1)
-        return base_url, self.PREFIX
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        """Which variables have to be set, if any have to."""
+        keyed = settings.get("api_key") or settings.get(cls.TOKEN_OPTION) or not cls.NEEDS_KEY
+        placed = settings.get("base_url") or cls.BASE_URL
+        missing = () if placed else cls.URL_VARIABLES, () if keyed else cls.KEY_VARIABLES
+        return " and ".join(" or ".join(names) for names in missing if names)
+
+    def address(self, base_url: str) -> str:
+        """The base URL without the PREFIX, or another version, that it may end with."""
+        return re.sub(rf"({re.escape(self.PREFIX)})?(/v\d\w*)?$", "", base_url, count=1) if self.PREFIX else base_url
 
     def extra_headers(self) -> dict[str, str]:
         return {}
@@ -5000,7 +5030,7 @@ class Provider:
                     request.on_text(piece)
 
         def on_bytes(piece: bytes) -> bool:
-            with self._rest.reading("a stream in UTF-8", repr(piece)):
+            with self._rest.reading("a stream in UTF-8", piece):
                 texts = list(events.feed(piece))
             for text in texts:
                 if not document.get("done"):
@@ -5227,7 +5257,7 @@ class _ChatCompletions(Provider):
         if content is None and not (calls or refusal) and str(finish or "stop").lower() in _NORMAL_ENDS - _TRUNCATED:
             raise ValueError("no content, and no reason for it")
         marked = {"refusal": True} if refusal and not content else None
-        text, finish = _joined_text(content or refusal), finish and str(finish)
+        text, finish = _joined_text(content or refusal), str(finish) if finish else None
         return {"text": text, "tool_calls": calls, "finish_reason": finish, "metadata": marked}
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
@@ -5376,6 +5406,10 @@ class AzureOpenAIProvider(OpenAIProvider):
     }  # fmt: skip
     TOKEN_OPTION, KEY_HEADER = "ad_token", ("api-key", "")
 
+    @classmethod
+    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
+        return super().missing_settings(settings) if settings.get("base_url") else "AZURE_OPENAI_ENDPOINT"
+
     def place(self, path: str, model: str) -> str:
         version = str(self.options["api_version"] or "v1")
         if version in ("v1", "latest", "preview"):
@@ -5438,7 +5472,7 @@ class OllamaProvider(_ChatCompletions):
     VECTORS, EMBED_TOKENS = "embeddings", "prompt_eval_count"
     PLAIN_LINES, OBJECT_SCHEMAS = True, False
 
-    def address(self, base_url: str) -> tuple[str, str]:
+    def address(self, base_url: str) -> str:
         """OLLAMA_HOST is a host, host:port or URL; 0.0.0.0 is where a server listens, not where it is."""
         scheme, _, rest = base_url.rpartition("://")
         host, slash, path = rest.replace("0.0.0.0", "127.0.0.1", 1).partition("/")
@@ -5593,11 +5627,10 @@ class GeminiProvider(Provider):
     INPUT_TYPES: Mapping[str, str] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}
     VECTORS, OBJECT_SCHEMAS, max_batch = "embeddings", False, 100
 
-    def address(self, base_url: str) -> tuple[str, str]:
-        found, version = re.search(r"/v\d\w*$", base_url), str(self.options["api_version"] or "v1")
-        if found:
-            return base_url[: found.start()], found[0]
-        return base_url, "/v1beta" if version == "beta" else f"/{version}"
+    def address(self, base_url: str) -> str:
+        found, version = re.search(r"/v\d\w*$", base_url), self.options["api_version"] or "v1"
+        self.PREFIX = found[0] if found else "/v1beta" if version == "beta" else f"/{version}"
+        return base_url[: found.start()] if found else base_url
 
     def place(self, path: str, model: str) -> str:
         from urllib.parse import quote
@@ -5689,17 +5722,17 @@ class EchoProvider(Provider):
     DIMENSIONS = 256
 
     def complete(self, request: CompletionRequest) -> CompletionResponse:
-        text = f"echo: {request.prompt}"
-        if request.schema is not None:
-            try:
+        try:
+            text = f"echo: {request.prompt}"
+            if request.schema is not None:
                 text = _to_json(_smallest_value(request.schema, request.schema, iter(range(10_000))))
-            except (*_SHAPE_ERRORS, ArithmeticError, RecursionError, StopIteration) as error:
-                raise ValidationError(f"{self.name}: no answer that fits the schema is known: {error!r}") from None
-        on_text = request.on_text if request.stream else None
-        for piece in re.findall(r"\s*\S+\s*", text):
-            if on_text:
-                on_text(piece)
-        asked = [request.system or "", *(_joined_text(message.get("content")) for message in request.messages)]
+            asked = [request.system or "", *(_joined_text(message.get("content")) for message in request.messages)]
+        except (*_SHAPE_ERRORS, ArithmeticError, RecursionError, StopIteration) as error:
+            reason = f"the messages cannot be read, or no answer that fits the schema is known: {error!r}"
+            raise ValidationError(f"{self.name}: {reason}") from None
+        for piece in re.findall(r"\s*\S+\s*", text) if request.stream else ():
+            if request.on_text:
+                request.on_text(piece)
         words = sum(len(part.split()) for part in asked)
         return CompletionResponse(text, request.model, words, len(text.split()), "stop")
 
@@ -5777,7 +5810,9 @@ def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[s
     if kind == "array":
         return [_smallest_value(schema.get("items", {}), root, left, opened) for _ in range(schema.get("minItems", 0))]
     if kind == "string":
-        return "x" * sum(1 for _ in zip(range(schema.get("minLength", 0)), left))
+        if schema.get("minLength", 0) > 10_000:
+            raise ValueError("the smallest answer is too large")
+        return "x" * schema.get("minLength", 0)
     if kind in ("number", "integer"):
         return _smallest_number(schema, kind == "integer")
     return None if kind == "null" else False
@@ -6890,8 +6925,6 @@ def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[s
     messages = values.get("messages")
     if messages is None:
         messages = [{"role": "user", "content": values["prompt"]}]
-    texts = [content if isinstance(content := m["content"], (str, list)) else _to_text(content) for m in messages]
-    messages = [{**message, "content": text} for message, text in zip(messages, texts)]
     names = ("model", "system", *_SAMPLING_KEYS, "params")
     given = {name: values[name] for name in names if values.get(name) is not None}
     request = CompletionRequest(messages=messages, stream=call.streams(values), **given)
@@ -6907,6 +6940,12 @@ def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[s
     if request.stream:
         request.on_text = call.on_text
     return request
+
+
+def _with_text(message: Any) -> Any:
+    """A message whose content is text, or a list of parts, whatever its template gave."""
+    content = message.get("content", "") if isinstance(message, Mapping) else ""
+    return message if isinstance(content, (str, list)) else {**message, "content": _to_text(content)}
 
 
 async def _tool_round(
@@ -7166,11 +7205,14 @@ async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
 
 
 async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
+    import asyncio
+
     node, previous = call.node, None  # type: _Node, Mapping[str, Any] | None
     assert node.children is not None and node.until is not None
     for iteration in range(values["max_iterations"]):
         local = {"iteration": iteration, "previous": previous}
         children = await call.run_children(node.children, local, segment=str(iteration), order=iteration)
+        await asyncio.sleep(0)  # where no step ever waits, the loop would keep deadlines and cancellation waiting
         outputs = (*children.firsts(), iteration + 1)
         if node.until.evaluate(children.context):
             return outputs
@@ -7224,6 +7266,7 @@ _HANDLERS: dict[str, Callable[[_StepRun, dict[str, Any]], Awaitable[tuple[Any, .
 
 _DEFAULT_CONCURRENCY = 4
 _PROVIDER_TYPES = frozenset(("llm", "embed", "vector_search", "vector_upsert"))
+_PATIENCE_SECONDS = 0.5  # after which what did not heed its cancellation is cancelled again
 _SLICE_SECONDS = 0.004  # how long steps that never wait may keep the event loop to themselves
 _USAGE = ("input_tokens", "output_tokens", "total_tokens", "calls")
 
@@ -7256,6 +7299,11 @@ class StepResult:
 
     def fail(self, error: BaseException) -> None:
         self.status, self.exception, self.error = "failed", error, _error_summary(error)
+
+    def failure_text(self) -> str:
+        """The error after the id of the step that it is from: this one, or the child that it names."""
+        message = str((self.error or {}).get("message", "failed"))
+        return message if message.startswith(f"{self.step_id}.") else f"{self.step_id}: {message}"
 
     def to_dict(self) -> dict[str, Any]:
         """The step's entry in the JSON result; keys that mean nothing for it are left out."""
@@ -7593,7 +7641,9 @@ class _GraphRun:
         finally:
             while self.tasks:
                 with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait(list(self.tasks))
+                    await asyncio.wait(list(self.tasks), timeout=_PATIENCE_SECONDS if self.cancelled else None)
+                if self.cancelled:
+                    self.abort()
             self.close()
         if self.crash is not None:
             raise self.crash
@@ -7602,13 +7652,14 @@ class _GraphRun:
 
     def is_over(self) -> bool:
         idle = not self.tasks and not self.draining
-        return not self.unfinished or self.crash is not None or (idle and (self.cancelled or self.paused))
+        return not self.unfinished or self.crash is not None or self.cancelled or (idle and self.paused)
 
     def abort(self) -> None:
         """Cancels what runs; what has not begun will not."""
         self.cancelled = True
         for task in list(self.tasks):
             task.cancel()
+        self.wake()
 
     def close(self) -> None:
         """Gives every step that never began its final state; in a paused run it has none yet."""
@@ -7751,9 +7802,8 @@ class _GraphRun:
         if failures:
             first = failures[0]
             more = f" (and {len(failures) - 1} more of {len(self.results)})" if len(failures) > 1 else ""
-            reason = first.error["message"] if first.error else "failed"
             transient = first.exception is not None and _is_transient(first.exception)
-            error = ExecutionError(f"{first.step_id}: {reason}{more}", first.step_id, retryable=transient)
+            error = ExecutionError(first.failure_text() + more, first.step_id, retryable=transient)
             raise error from first.exception
 
 
@@ -7912,6 +7962,7 @@ class _StepRun:
 
         node = self.node
         self.result.attempts += 1
+        self.expired = False
         if self.result.attempts > 1 and _STEP_TYPES[node.type].container:
             for step_id in [known for known in self.run.results if known.startswith(f"{self.id}.")]:
                 del self.run.results[step_id]  # this attempt may not come as far as the last one
@@ -7925,8 +7976,7 @@ class _StepRun:
         except asyncio.CancelledError:
             if not self.expired or self.siblings.cancelled:
                 raise
-            self.expired = False
-            if self.task is not None and hasattr(self.task, "uncancel"):
+            while self.task is not None and hasattr(self.task, "cancelling") and self.task.cancelling():
                 self.task.uncancel()
             if node.type in _PROVIDER_TYPES:
                 provider = str(values.get("provider") or values.get("database"))
@@ -7940,6 +7990,8 @@ class _StepRun:
             value, check = render(self.context), row.keys.get(key)
             if check is _text or (check is _texts and value is not None and not isinstance(value, list)):
                 value = _to_text(value)  # where text is wanted, one {{expression}} alone gives text too
+            elif key == "messages":
+                value = [_with_text(message) for message in value] if isinstance(value, list) else value
             values[key] = value
             if check is not None and value is not None and (fault := check(value)):
                 raise ExecutionError(f"{key} {fault}", self.id)
@@ -8081,9 +8133,8 @@ class _StepRun:
     def count(self, request: Any, answer: Any) -> None:
         """Adds what an answer says that it used, and what that cost."""
         inputs, outputs = _used_tokens(answer)
-        total = getattr(answer, "total_tokens", None)
-        used = {"input_tokens": inputs, "output_tokens": outputs}
-        used["total_tokens"] = total if _is_integer(total) and total > 0 else inputs + outputs
+        total = _tokens(answer, "total_tokens") or inputs + outputs
+        used = {"input_tokens": inputs, "output_tokens": outputs, "total_tokens": total}
         cost = self.run.budget.cost(request.model, inputs, outputs)
         self.add_usage(used if cost is None else {**used, "cost": cost})
 
@@ -8196,6 +8247,7 @@ class _Clock:
         self.step.expired = True
         if self.step.task is not None:
             self.step.task.cancel()
+            self.timer = self.step.run.loop.call_later(_PATIENCE_SECONDS, self.expire)
 
 
 class CircuitOpenError(ProviderError):
@@ -8243,9 +8295,13 @@ class _Gate:
 
 def _used_tokens(answer: Any) -> tuple[int, int]:
     """(input, output) tokens that an answer says it used."""
-    counts = (getattr(answer, name, None) for name in ("input_tokens", "tokens", "output_tokens"))
-    inputs, texts, outputs = (max(count, 0) if _is_integer(count) else 0 for count in counts)
-    return inputs or texts, outputs
+    return _tokens(answer, "input_tokens") or _tokens(answer, "tokens"), _tokens(answer, "output_tokens")
+
+
+def _tokens(answer: Any, name: str) -> int:
+    """A count of an answer; 0 if it has none."""
+    count = getattr(answer, name, None)
+    return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0
 
 
 class BudgetExceededError(ExecutionError):
@@ -8435,7 +8491,7 @@ class _Run:
             result.exception = ExecutionError("the run was cancelled")
         elif failures:
             first = failures[0]
-            error = ExecutionError(f"{first.step_id}: {first.error['message'] if first.error else ''}", first.step_id)
+            error = ExecutionError(first.failure_text(), first.step_id)
             error.__cause__ = first.exception
             result.exception, result.error = error, {**(first.error or {}), "step_id": first.step_id}
         elif self.budget.error is not None:  # also where continue_on_error hides it: the run is not complete
@@ -8506,7 +8562,9 @@ class _Run:
         for listener in self.listeners:
             try:
                 listener(event)
-            except Exception as error:  # a listener's fault is not the run's
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a listener's fault is not the run's
                 _logger().warning("on_event raised %r", error)
         if self.logger is not None:
             _log_event(self.logger, event)
@@ -8709,20 +8767,23 @@ class WorkflowExecutor:
         except RuntimeError:
             return asyncio.run(execute())  # type: ignore[no-any-return]
         outcome: list[Any] = []
+        ended, caller = threading.Event(), asyncio.current_task()
 
         def in_thread() -> None:
             try:
                 outcome.append(asyncio.run(execute()))
             except BaseException as error:
                 outcome.append(error)
+            ended.set()
 
-        thread = threading.Thread(target=in_thread, name="llm_orchestrator-run", daemon=True)
-        thread.start()
+        threading.Thread(target=in_thread, name="llm_orchestrator-run", daemon=True).start()
         try:
-            thread.join()
+            while not ended.wait(0.1):  # Ctrl-C in asyncio.run raises nothing here: it asks for the task's cancellation
+                if caller is not None and hasattr(caller, "cancelling") and caller.cancelling():
+                    self.cancel()
         except BaseException:
             self.cancel()
-            thread.join(1)
+            ended.wait(1)
             raise
         if isinstance(outcome[0], BaseException):
             raise outcome[0]
@@ -8889,47 +8950,35 @@ def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapp
 # ---------------------------------------------------------------------------------------------------------------------
 
 _LEASE_SECONDS, _HEARTBEAT_SECONDS = 30.0, 10.0
-_PUT_TEXT = "INSERT INTO texts VALUES (?, ?) ON CONFLICT (hash) DO NOTHING"
-_PUT_EVENT = "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?)"
-_PUT_STEP = (
-    "INSERT INTO steps VALUES (?, ?, ?, ?)"
-    " ON CONFLICT (run_id, step_id) DO UPDATE SET status = excluded.status, state = excluded.state"
-)
-_FORGET_STEP = "DELETE FROM steps WHERE run_id = ? AND step_id = ?"
-_SET_RUN = "UPDATE runs SET status = COALESCE(?, status), text_hash = ?, document = ? WHERE run_id = ?"
-_RELEASE = "UPDATE runs SET holder = NULL, lease_until = NULL WHERE run_id = ?"
-_RENEW = (
-    "UPDATE runs SET audit_count = ?, audit_head = ?, updated_at = ?, lease_until = ? WHERE run_id = ? AND holder = ?"
-)
-_TAKE = (
-    "UPDATE runs SET holder = ?, lease_until = ? WHERE run_id = ? AND COALESCE(holder, '') = ?"
-    " AND COALESCE(lease_until, 0) = ?"
-)
-_LISTED = ("run_id", "workflow", "status", "started_at", "updated_at", "holder", "lease_until")
-_LISTED_SQL = f"SELECT {', '.join(_LISTED)} FROM runs"
-_stored_json = json.JSONEncoder(separators=(",", ":"), default=_unpacked).encode  # ASCII: any database holds it unchanged
-_sorted_json = json.JSONEncoder(separators=(",", ":"), default=_unpacked, sort_keys=True).encode
+_encoder = functools.partial(json.JSONEncoder, separators=(",", ":"), default=_unpacked)
+_encode = {False: _encoder().encode, True: _encoder(sort_keys=True).encode}
+
+
+def _stored_json(value: Any, sort_keys: bool = False) -> str:
+    """One line of JSON in ASCII, which every database keeps unchanged."""
+    try:
+        return _encode[sort_keys](value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise OrchestratorError(f"what was to be stored has no JSON form: {error}") from None
 
 
 def _digest(value: Any) -> str:
     """The SHA-256 of a text, or of a value as JSON with sorted keys, in hexadecimal."""
     import hashlib
 
-    text = value if isinstance(value, str) else _sorted_json(value)
+    text = value if isinstance(value, str) else _stored_json(value, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _workflow_hash(document: Mapping[str, Any]) -> str:
-    """Equal for documents that mean the same: comments, layout and the order of keys do not count."""
-    return _digest(document)
+_workflow_hash = _digest  # of the document: comments, layout and the order of keys do not count
 
 
 def _workflow_diff(recorded: str, current: str) -> str:
     """How two workflow texts differ, as a unified diff; "" if they do not."""
     import difflib
 
-    lines = difflib.unified_diff(recorded.splitlines(), current.splitlines(), "recorded", "current", lineterm="")
-    return "\n".join(lines)
+    texts = recorded.splitlines(), current.splitlines()
+    return "\n".join(difflib.unified_diff(*texts, "recorded", "current", lineterm=""))
 
 
 def _parse_age(text: str) -> float:
@@ -8940,103 +8989,119 @@ def _parse_age(text: str) -> float:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]
 
 
-# ---- Leases: who may write a run -------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=None)
-def _process_name(pid: int) -> str:
-    """host/scope:pid:random: this process, and no other that ever was; `scope` is the kernel within which pids count."""
+@functools.lru_cache(maxsize=64)
+def _process_name(pid: int) -> tuple[str, str, str]:
+    """(host/scope, pid, random): this process, and no other ever; `scope` is the kernel and container of its pid."""
     import platform
 
     scope = []
-    with contextlib.suppress(OSError):  # Linux: this boot, this container
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            scope = [file.read(), os.readlink("/proc/self/ns/pid")]
-    return f"{platform.node() or 'localhost'}/{_digest(scope)[:8]}:{pid}:{os.urandom(4).hex()}"
+    with contextlib.suppress(OSError, OrchestratorError):  # Linux
+        scope = [_read_file("/proc/sys/kernel/random/boot_id").decode(), os.readlink("/proc/self/ns/pid")]
+    return f"{platform.node() or 'localhost'}/{_digest(scope)[:8]}", str(pid), os.urandom(4).hex()
 
 
 def _whoami() -> str:
     """user@host (process id), for the audit."""
     user = next((os.environ[name] for name in ("USER", "LOGNAME", "USERNAME") if os.environ.get(name)), "unknown")
-    host, pid, _ = _process_name(os.getpid()).rsplit(":", 2)
-    return f"{user}@{host.partition('/')[0]} (process {pid})"
+    return f"{user}@{_process_name(os.getpid())[0].partition('/')[0]} (process {os.getpid()})"
 
 
-def _is_alive(holder: str, lease_until: float) -> bool:
-    """Whether a lease holds: it has not run out, and its process has not certainly ended (of other machines' nobody knows)."""
-    if not holder or lease_until <= time.time():
+def _is_alive(holder: str | None, lease_until: float | None) -> bool:
+    """Whether a lease holds: it has not run out, and its process is not known to have ended (here, one can know)."""
+    if not holder or (lease_until or 0) <= time.time():
         return False
-    host, pid, token = holder.rsplit(":", 2)
-    own_host, own_pid, own_token = _process_name(os.getpid()).rsplit(":", 2)
-    if host != own_host or os.name != "posix":  # on Windows, os.kill ends the process
+    host, pid, token = ["", "", *holder.rsplit(":", 2)][-3:]
+    own_host, own_pid, own_token = _process_name(os.getpid())
+    if host != own_host or os.name != "posix":  # on Windows, os.kill ends a process
         return True
     if pid == own_pid:
-        return token.startswith(own_token)  # or else an earlier process had this id
+        return token.startswith(own_token)  # or else an earlier process had our pid
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is someone else's
-        pass
+    except (OSError, ValueError, OverflowError) as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
-class _HeldRun:
-    """A run that a store may write: the end of its audit chain, its fields, and why it may be written no longer."""
-
-    def __init__(self, run_id: str, count: int = 0, head: str = "", text_hash: str = "") -> None:
-        self.run_id, self.count, self.head, self.text_hash = run_id, count, head or _digest(run_id), text_hash
-        self.fields: dict[str, Any] = {}
-        self.fault: OrchestratorError | None = None
-
-    def event(self, kind: str, details: Mapping[str, Any], now: float) -> tuple[Any, ...]:
-        """The row of the next event."""
-        text = _stored_json(details)
-        self.count, self.head = self.count + 1, _event_hash(self.head, self.count + 1, now, kind, text)
-        return self.run_id, self.count, now, kind, text, self.head
-
-    def change(self, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[tuple[str, str]]]:
-        """(document, what an event says of it, rows of texts) once these fields are set."""
-        self.fields.update(fields)
-        text = self.fields.pop("workflow_text", None)
-        texts = [] if text is None else [(_digest(text), _stored_json(text))]  # once for all runs of a workflow
-        self.text_hash = texts[0][0] if texts else self.text_hash
-        document = _stored_json(self.fields)
-        return document, {"document": _digest(document), "workflow_text": self.text_hash}, texts
-
-
-def _event_hash(head: str, number: int, moment: float, kind: str, details: str) -> str:
-    """An event's link in the chain: it covers the event and the hash of the one before."""
-    return _digest(f"{head}\n{number}\n{moment!r}\n{kind}\n{details}")
-
-
-# ---- Databases -------------------------------------------------------------------------------------------------------
-
-
 class _Database:
-    """One DB-API 2.0 connection, shared by threads, in which everything happens in transactions."""
+    """One connection to a database, shared by threads, in which everything happens in transactions.
 
-    SCHEMA: Sequence[str] = ()  # statements separated by semicolons, one script a version
-    name = "the store"
+    As it stands, it is a file of SQLite that many processes may use: WAL, mode 0600, a version with migrations. For
+    another database, override `connect`, `statement`, `begin_transaction` and `explain`; the SQL is portable.
+    `busy_timeout_seconds` is how long to wait while another process keeps the file locked.
+    """
 
-    def __init__(self) -> None:
+    SCHEMA: tuple[str, ...] = ()  # a script a version: statements separated by semicolons
+    APPLICATION_ID = 0  # tells our kinds of files from each other and from others'
+    SYNCHRONOUS = "NORMAL"
+
+    def __init__(self, path: str | os.PathLike[str], busy_timeout_seconds: float = 10.0) -> None:
+        self.name, self.busy_timeout_seconds = os.fspath(path), busy_timeout_seconds
         self._pid, self._lock, self._closed = os.getpid(), threading.RLock(), False
         self._connection: Any = None
+        with self._transaction(write=False):
+            pass  # what cannot be used is an error now
 
     def connect(self) -> Any:
-        """A new connection to a database that has the tables of `SCHEMA`."""
-        raise NotImplementedError
+        """A new DB-API 2.0 connection to a database with the tables of `SCHEMA`."""
+        try:
+            import sqlite3
+        except ImportError:
+            raise OrchestratorError("this Python has no sqlite3 module, which stores and caches need") from None
+        if self.name != ":memory:":
+            with contextlib.suppress(FileExistsError):  # SQLite gives -wal and -shm the mode of the file
+                os.close(os.open(self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        settings: dict[str, Any] = {"timeout": self.busy_timeout_seconds, "isolation_level": None}
+        connection = sqlite3.connect(self.name, check_same_thread=False, **settings)
+        try:
+            self._migrate(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _migrate(self, connection: Any) -> None:
+        """Brings the tables to this version; a newer or a strange file is refused."""
+
+        def pragma(text: str) -> Any:
+            return (connection.execute(f"PRAGMA {text}").fetchone() or [None])[0]
+
+        ours, deadline = (self.APPLICATION_ID, len(self.SCHEMA)), time.monotonic() + self.busy_timeout_seconds
+        pragma(f"synchronous = {self.SYNCHRONOUS}")
+        if (pragma("application_id"), pragma("user_version"), pragma("journal_mode")) == (*ours, "wal"):
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        kind, version = pragma("application_id"), pragma("user_version")
+        if kind != ours[0] and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+            raise OrchestratorError(f"{self.name} belongs to another program, or is another kind of file of this one")
+        if version > ours[1]:
+            raise OrchestratorError(f"{self.name} is of a newer version ({version}); this one knows {ours[1]}")
+        for statement in ";".join(self.SCHEMA[version:]).split(";"):
+            connection.execute(statement)
+        pragma(f"application_id = {ours[0]}")
+        pragma(f"user_version = {ours[1]}")
+        connection.execute("COMMIT")
+        while pragma("journal_mode") != "wal":
+            try:
+                if pragma("journal_mode = WAL") != "wal":
+                    return  # in memory, or where files cannot be shared so
+            except Exception:  # here SQLite itself does not wait for the others
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def statement(self, sql: str) -> str:
         """The SQL, written with `?` for parameters, as the driver wants it."""
         return sql
 
     def begin_transaction(self, cursor: Any, write: bool) -> None:
-        """Called first in each transaction; most drivers begin one by themselves."""
+        """Called first in each transaction; many drivers begin one by themselves."""
+        cursor.execute("BEGIN IMMEDIATE" if write else "BEGIN")
 
-    def explain(self, error: BaseException) -> str:
+    def explain(self, error: Exception) -> str:
         """A driver's error in words for the user."""
-        return str(error) or repr(error)
+        text = str(error)
+        return next((f"{reason} ({text})" for words, reason in _SQLITE_FAULTS.items() if words in text), text)
 
     @contextlib.contextmanager
     def _transaction(self, write: bool = True) -> Iterator[Callable[..., Any]]:
@@ -9044,8 +9109,7 @@ class _Database:
         with self._lock:
             self._check_open()
             try:
-                if self._connection is None:
-                    self._connection = self.connect()
+                self._connection = self._connection or self.connect()
                 with contextlib.closing(self._connection.cursor()) as cursor:
 
                     def execute(sql: str, parameters: Sequence[Any] = (), many: bool = False) -> Any:
@@ -9056,7 +9120,10 @@ class _Database:
                     yield execute
                     self._connection.commit()
             except BaseException as error:
-                self._undo()
+                try:
+                    _ = self._connection and self._connection.rollback()
+                except Exception:
+                    self._connection = None  # it is lost: the next transaction makes a new one
                 if isinstance(error, OrchestratorError) or not isinstance(error, Exception):
                     raise
                 raise OrchestratorError(f"{self.name}: {self.explain(error)}") from error
@@ -9066,25 +9133,15 @@ class _Database:
             reason = "is closed" if self._closed else "does not outlive a fork: open it in the new process"
             raise OrchestratorError(f"{self.name} {reason}")
 
-    def _undo(self) -> None:
-        """Rolls back; a connection that cannot is dropped, and the next transaction makes a new one."""
-        try:
-            if self._connection is not None:
-                self._connection.rollback()
-        except Exception:
-            self._disconnect()
-
-    def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None and self._pid == os.getpid():
-            with contextlib.suppress(Exception):
-                connection.close()
-
     def close(self) -> None:
         """Ends the connection; whatever is called afterwards is refused."""
+        if self._pid != os.getpid():
+            return  # the connection, and who knows which locks, are the parent's
         with self._lock:
-            self._closed = True
-            self._disconnect()
+            connection, self._connection, self._closed = self._connection, None, True
+            if connection is not None:
+                with contextlib.suppress(Exception):  # it was lost
+                    connection.close()
 
     def __enter__(self) -> Any:
         return self
@@ -9094,113 +9151,99 @@ class _Database:
 
 
 _SQLITE_FAULTS = {
-    "locked": "another process keeps it locked",
-    "full": "no room is left on the disk",
-    "malformed": "the file is damaged",
-    "not a database": "the file is damaged, or is no SQLite database",
-    "readonly": "it cannot be written",
-    "unable to open": "it cannot be opened",
-}
-
-
-class _SQLiteFile(_Database):
-    """A database in one SQLite file that many processes may use: WAL, mode 0600, versions with migrations."""
-
-    APPLICATION_ID = 0  # tells our kinds of files from each other and from others'
-    SYNCHRONOUS = "NORMAL"
-
-    def __init__(self, path: str | os.PathLike[str], busy_timeout_seconds: float = 10.0) -> None:
-        super().__init__()
-        self.name, self.busy_timeout_seconds = os.fspath(path), busy_timeout_seconds
-        with self._transaction(write=False):
-            pass  # a file that cannot be used is an error now
-
-    def begin_transaction(self, cursor: Any, write: bool) -> None:
-        cursor.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-
-    def explain(self, error: BaseException) -> str:
-        if isinstance(error, OSError):
-            return f"it cannot be opened: {error.strerror}"
-        return next((f"{reason} ({error})" for words, reason in _SQLITE_FAULTS.items() if words in str(error)), str(error))
-
-    def connect(self) -> Any:
-        try:
-            import sqlite3
-        except ImportError:
-            raise OrchestratorError("this Python has no sqlite3 module, which stores and caches need") from None
-        if self.name != ":memory:":
-            with contextlib.suppress(FileExistsError):  # SQLite gives -wal and -shm the mode of the file
-                os.close(os.open(self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        connection = sqlite3.connect(
-            self.name, timeout=self.busy_timeout_seconds, isolation_level=None, check_same_thread=False
-        )
-        try:
-            self._migrate(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _migrate(self, connection: Any) -> None:
-        """Sets the connection up and brings the tables to this version; a newer or a strange file is refused."""
-
-        def pragma(name: str) -> Any:
-            return connection.execute(f"PRAGMA {name}").fetchone()[0]
-
-        ours = (len(self.SCHEMA), self.APPLICATION_ID)
-        connection.execute(f"PRAGMA synchronous = {self.SYNCHRONOUS}")
-        if (pragma("user_version"), pragma("application_id")) == ours and pragma("journal_mode") == "wal":
-            return
-        connection.execute("BEGIN IMMEDIATE")
-        version = pragma("user_version")
-        if pragma("application_id") != ours[1] and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-            raise OrchestratorError(f"{self.name} belongs to another program, or is another kind of file of this one")
-        if version > ours[0]:
-            raise OrchestratorError(f"{self.name} is of a newer version ({version}); this one knows {ours[0]}")
-        for script in self.SCHEMA[version:]:
-            for sql in script.split(";"):
-                connection.execute(sql)
-        connection.execute(f"PRAGMA application_id = {ours[1]}")
-        connection.execute(f"PRAGMA user_version = {ours[0]}")
-        connection.execute("COMMIT")
-        deadline = time.monotonic() + self.busy_timeout_seconds
-        while True:  # here SQLite itself does not wait for the others
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                return
-            except Exception:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
+    "locked": "another process keeps it locked", "full": "no room is left on the disk", "malformed": "it is damaged",
+    "not a database": "it is damaged, or no SQLite database", "readonly": "it cannot be written",
+    "unable to open": "it cannot be opened", "[Errno": "it cannot be opened", "UNIQUE": "there is one already",
+}  # fmt: skip
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
+_WRITES = {  # what is done to one run in one commit, in this order
+    "begin": f"INSERT INTO runs VALUES ({', '.join('?' * 11)})",
+    "take": "UPDATE runs SET holder = ?, lease_until = ? WHERE run_id = ?"
+    " AND COALESCE(holder, '') = ? AND COALESCE(lease_until, 0) = ?",
+    "renew": "UPDATE runs SET audit_count = ?, audit_head = ?, updated_at = ?, lease_until = ?"
+    " WHERE run_id = ? AND holder = ?",
+    "text": "INSERT INTO texts VALUES (?, ?) ON CONFLICT (hash) DO NOTHING",
+    "change": "UPDATE runs SET status = COALESCE(?, status), text_hash = ?, document = ? WHERE run_id = ?",
+    "forget": "DELETE FROM steps WHERE run_id = ? AND step_id = ?",
+    "step": "INSERT INTO steps VALUES (?, ?, ?, ?)"
+    " ON CONFLICT (run_id, step_id) DO UPDATE SET status = excluded.status, state = excluded.state",
+    "event": "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?)",
+    "release": "UPDATE runs SET holder = NULL, lease_until = NULL WHERE run_id = ?",
+}
+_LISTED = ("run_id", "workflow", "status", "started_at", "updated_at", "holder", "lease_until")
+_LISTED_SQL = f"SELECT {', '.join(_LISTED)} FROM runs"
+_MAYBE_RUNNING = (
+    "run_id IN (SELECT run_id FROM runs WHERE status = ? UNION SELECT run_id FROM runs WHERE holder IS NOT NULL)"
+)
+_RUN_SQL = (
+    "SELECT document, audit_count, audit_head, text_hash, body, workflow, status"
+    " FROM runs LEFT JOIN texts ON hash = text_hash WHERE run_id = ?"
+)
+
+
+def _run_entry(row: Sequence[Any]) -> dict[str, Any]:
+    """A row of `_LISTED` as users see it: what a process holds is running, whatever became of it before."""
+    held_by = row[5] if _is_alive(*row[5:]) else None
+    status = "running" if held_by else "interrupted" if row[2] == "running" else row[2]
+    return {**dict(zip(_LISTED[:-2], row)), "status": status, "held_by": held_by}
+
+
+def _link(head: str, number: int, moment: float, kind: str, details: str) -> str:
+    """An event's hash in its chain: it covers the event and the hash of the one before."""
+    return _digest(f"{head}\n{number}\n{moment!r}\n{kind}\n{details}")
+
+
+class _HeldRun:
+    """A run that a store may write: the end of its audit chain, its fields, and why it may be written no longer."""
+
+    def __init__(self, run_id: str, count: int, head: str, text_hash: str, fields: dict[str, Any]) -> None:
+        self.run_id, self.count, self.head, self.text_hash, self.fields = run_id, count, head, text_hash, fields
+        self.fault: OrchestratorError | None = None
+
+    def event(self, kind: str, details: str, now: float) -> tuple[Any, ...]:
+        """The row of the next event."""
+        self.count, self.head = self.count + 1, _link(self.head, self.count + 1, now, kind, details)
+        return self.run_id, self.count, now, kind, details, self.head
+
+    def change(self, status: str | None, fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+        """(what an event says of it, rows for `_WRITES`) of a change of status and fields."""
+        changed: dict[str, Any] = {**self.fields, **fields}
+        text, rows = changed.pop("workflow_text", None), []
+        document, self.fields = _stored_json(changed), changed
+        if text is not None:  # kept once for all runs of a workflow
+            self.text_hash = _digest(text)
+            rows.append(("text", (self.text_hash, _stored_json(text))))
+        about = {"document": _digest(document), "workflow_text": self.text_hash}
+        return about, [*rows, ("change", (status, self.text_hash, document, self.run_id))]
+
 
 class Store(_Database):
-    """Where runs are kept: the protocol, and its implementation for any SQL database with a DB-API 2.0 driver.
+    """Where runs are kept: in one SQLite file, which many processes may use at once.
 
-    A subclass says how to `connect` and where its SQL differs (`statement`, `begin_transaction`, `explain`); a store of
-    another kind has the public methods below. To write a run takes its lease, which `begin` and `claim` get and which
-    the store renews by itself until `update(release=True)` or `close`. All methods may be called from any thread and
-    raise OrchestratorError. `record` and `note` return at once; the others have done their work when they return.
+    It is the protocol too: an executor calls `begin`, `claim`, `record`, `note`, `update`, `forget` and `load`. A
+    subclass that overrides what `_Database` names keeps runs in another SQL database. To write a run takes its lease,
+    which `begin` and `claim` get and the store renews by itself until `update(release=True)` or `close`. All methods
+    raise OrchestratorError and may be called from any thread. `record` and `note` return at once; what the others do is
+    durable when they return. A commit is on the disk before it is reported (synchronous = FULL): that costs a fraction
+    of a model call and survives a power failure.
     """
 
+    APPLICATION_ID, SYNCHRONOUS = 0x4C4C4D53, "FULL"
     SCHEMA = (
         """
         CREATE TABLE texts (hash TEXT PRIMARY KEY, body TEXT NOT NULL);
         CREATE TABLE runs (
             run_id TEXT PRIMARY KEY, workflow TEXT NOT NULL, status TEXT NOT NULL, started_at DOUBLE PRECISION NOT NULL,
             updated_at DOUBLE PRECISION NOT NULL, text_hash TEXT NOT NULL, document TEXT NOT NULL,
-            holder TEXT, lease_until DOUBLE PRECISION, audit_count INTEGER NOT NULL, audit_head TEXT NOT NULL
-        );
+            holder TEXT, lease_until DOUBLE PRECISION, audit_count INTEGER NOT NULL, audit_head TEXT NOT NULL);
         CREATE TABLE steps (
-            run_id TEXT, step_id TEXT, status TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY (run_id, step_id)
-        );
+            run_id TEXT, step_id TEXT, status TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY (run_id, step_id));
         CREATE TABLE audit (
             run_id TEXT, number INTEGER, time DOUBLE PRECISION NOT NULL, kind TEXT NOT NULL, details TEXT NOT NULL,
-            hash TEXT NOT NULL, PRIMARY KEY (run_id, number)
-        );
+            hash TEXT NOT NULL, PRIMARY KEY (run_id, number));
         CREATE INDEX runs_by_start ON runs (started_at);
         CREATE INDEX runs_by_status ON runs (status, started_at);
         CREATE INDEX runs_by_workflow ON runs (workflow, started_at);
@@ -9210,115 +9253,98 @@ class Store(_Database):
         """,
     )
 
-    def __init__(self) -> None:
+    def __init__(self, path: str | os.PathLike[str], busy_timeout_seconds: float = 10.0) -> None:
         import queue
 
-        super().__init__()
-        self.holder = f"{_process_name(os.getpid())}.{os.urandom(4).hex()}"
+        super().__init__(path, busy_timeout_seconds)
+        self.holder = ":".join(_process_name(os.getpid())) + f".{os.urandom(4).hex()}"
         self._held: dict[str, _HeldRun] = {}
-        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what `_submit` puts there, or None to end
         self._writer: threading.Thread | None = None
         self._next_heartbeat = 0.0
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """A new run: `run_id`, `workflow` (its name), `workflow_text`, and whatever else is JSON (inputs, hashes ...)."""
-        now, held = time.time(), _HeldRun(run["run_id"])
-        held.fields["started_at"] = now
-        with self._transaction() as execute:
-            if execute("SELECT 1 FROM runs WHERE run_id = ?", (held.run_id,)).fetchall():
-                raise OrchestratorError(f"{self.name} has a run {held.run_id} already")
-            document, about, texts = held.change(run)
-            event = held.event("run_started", {"by": _whoami(), "workflow": run["workflow"], **about}, now)
-            row = (held.run_id, run["workflow"], "running", held.fields["started_at"], now, held.text_hash, document)
-            lease = (self.holder, now + _LEASE_SECONDS, held.count, held.head)
-            execute(f"INSERT INTO runs VALUES ({', '.join('?' * 11)})", row + lease)
-            execute(_PUT_TEXT, texts, many=True)
-            execute(_PUT_EVENT, event)
-        self._held[held.run_id] = held
-        self._wake()
+        """A new run: `run_id`, `workflow` (its name), `workflow_text`, and whatever else is JSON (inputs ...)."""
+        run_id, workflow, now, head = run["run_id"], run["workflow"], time.time(), _digest(run["run_id"])
+        held, begun = _HeldRun(run_id, 0, head, "", {}), run.get("started_at", now)
+        details, rows = held.change(None, {"started_at": begun, **run})
+        row = (run_id, workflow, "running", begun, now, "", "", self.holder, now + _LEASE_SECONDS, 0, head)
+        self._take(held, "run_started", {"by": _whoami(), "workflow": workflow, **details}, [("begin", row), *rows])
 
     def claim(self, run_id: str) -> dict[str, Any]:
         """The run as `load` gives it, now held by this store; an error if another process, or this one, holds it."""
-        own, now = self._held.get(run_id), time.time()
-        with self._transaction() as execute:
+        with self._transaction(write=False) as execute:
             holder, lease_until = self._lease(execute, run_id)
-            if (own is not None and own.fault is None) if holder == self.holder else _is_alive(holder, lease_until):
-                ending = f"its lease ends in {lease_until - now:.0f} s unless renewed"
-                raise OrchestratorError(f"run {run_id} is held by a running process, {holder}; {ending}")
-            taken = execute(_TAKE, (self.holder, now + _LEASE_SECONDS, run_id, holder, lease_until))
-            if taken.rowcount != 1:
-                raise OrchestratorError(f"run {run_id} was taken by another process at this moment")
-            sql = "SELECT audit_count, audit_head, text_hash, document FROM runs WHERE run_id = ?"
-            *chain, document = execute(sql, (run_id,)).fetchone()
-        held = self._held[run_id] = _HeldRun(run_id, *chain)
-        held.fields = json.loads(document)
-        self._apply([(run_id, "run_claimed", {"by": _whoami(), "from": holder or None}, None, None, None)], raises=True)
-        self._wake()
+            document, count, head, text_hash, *_ = execute(_RUN_SQL, (run_id,)).fetchone()
+            held = _HeldRun(run_id, count, head, text_hash, json.loads(document))
+        known = self._held.get(run_id)
+        if (known is not None and known.fault is None) if holder == self.holder else _is_alive(holder, lease_until):
+            ending = f"its lease ends in {lease_until - time.time():.0f} s unless renewed"
+            raise OrchestratorError(f"run {run_id} is held by a running process, {holder}; {ending}")
+        self._held.pop(run_id, None)
+        row = (self.holder, time.time() + _LEASE_SECONDS, run_id, holder, lease_until)
+        self._take(held, "run_claimed", {"by": _whoami(), "from": holder}, [("take", row)])
         return self.load(run_id)
-
-    def journal(self, run_id: str, loop: asyncio.AbstractEventLoop) -> _Journal:
-        """What a run writes to."""
-        return _Journal(self, run_id, loop)
-
-    def difference(self, run: Mapping[str, Any], executor: WorkflowExecutor) -> str:
-        """How the workflow that a run (of `load`) was started with differs from an executor's; "" if it does not."""
-        return _workflow_diff(run["workflow_text"] or "", _workflow_text(executor))
 
     def record(
         self, run_id: str, step_id: str, state: Mapping[str, Any], on_durable: Callable[[Any], Any] | None = None
     ) -> None:
-        """The final state of a step (full id): JSON with at least `status`, not to be changed until it is durable.
+        """The final state of a step (full id): JSON with at least `status`.
 
-        `on_durable(error)` is called in the writer's thread: with None once this and all that was recorded before is
-        committed, or with the OrchestratorError that kept it out. After an error every later write of the run fails with
-        it too, until it is claimed again: what is stored is always an unbroken beginning of what was recorded.
+        `on_durable(error)` is called in the writer's thread, where it must not wait for the store: with None once this
+        and all before it is committed, or with the OrchestratorError that kept it out. After such an error every write
+        of the run is refused, until it is claimed again: what is stored is an unbroken beginning of what was recorded.
         """
-        self._enqueue((run_id, f"step_{state['status']}", None, (step_id, state), None, on_durable))
+        row = (run_id, step_id, state["status"], _stored_json(state))
+        self._submit(self._own(run_id), "steps", None, [("step", row)], on_durable)
 
     def note(self, run_id: str, kind: str, details: Mapping[str, Any]) -> None:
-        """An event for the audit trail, such as a provider call: JSON, with texts as their `_digest`."""
-        self._enqueue((run_id, kind, details, None, None, None))
+        """An event for the audit trail, such as `provider_call`: JSON, with texts as their `_digest`."""
+        self._submit(self._own(run_id), kind, details, [])
 
     def update(
         self, run_id: str, status: str | None = None, fields: Mapping[str, Any] | None = None, release: bool = False
     ) -> None:
         """Sets a run's status and fields (outputs, error, workflow_text ...); `release` gives its lease back."""
-        self.flush()
-        kind = f"run_{status}" if status else "run_changed" if fields else "run_released"
-        self._apply([(run_id, kind, None, None, (status, fields or {}, release), None)], raises=True)
+        held = self._own(run_id)
+        about, rows = held.change(status, fields or {})
+        rows += [("release", (run_id,))] if release else []
+        self._write_now(held, f"run_{status}" if status else "run_changed", about, rows)
+        if release:
+            self._held.pop(run_id, None)
 
     def forget(self, run_id: str, step_ids: Iterable[str]) -> None:
         """Deletes the states of steps (full ids), which are to run again."""
         self.flush()
-        self._apply([(run_id, "steps_forgotten", {"step_ids": list(step_ids)}, None, None, None)], raises=True)
+        gone = list(step_ids)
+        rows = [("forget", (run_id, step_id)) for step_id in gone]
+        self._write_now(self._own(run_id), "steps_forgotten", {"step_ids": gone}, rows)
 
     def flush(self) -> None:
         """Returns when everything recorded so far is committed or has failed."""
-        done = threading.Event()
-        self._enqueue((None, "", None, None, None, lambda error: done.set()))
-        done.wait()
+        self._write_now(None, "", None, [])
 
     def load(self, run_id: str) -> dict[str, Any]:
         """A run: all that `begin` and `update` were given, status, times, `held_by`, and `steps`: full id -> state."""
         with self._transaction(write=False) as execute:
             self._lease(execute, run_id)
             listed = execute(f"{_LISTED_SQL} WHERE run_id = ?", (run_id,)).fetchone()
-            sql = "SELECT document, audit_count, audit_head, body FROM runs LEFT JOIN texts ON hash = text_hash"
-            document, count, head, body = execute(f"{sql} WHERE run_id = ?", (run_id,)).fetchone()
+            document, count, head, _, body, *_ = execute(_RUN_SQL, (run_id,)).fetchone()
             steps = execute("SELECT step_id, state FROM steps WHERE run_id = ?", (run_id,)).fetchall()
-        about = {"audit_count": count, "audit_head": head, "workflow_text": json.loads(body) if body else None}
-        states = {step_id: json.loads(state) for step_id, state in steps}
-        return {**json.loads(document), **_run_entry(listed), **about, "steps": states}
+            about = {"audit_count": count, "audit_head": head, "workflow_text": json.loads(body) if body else None}
+            states = {step_id: json.loads(state) for step_id, state in steps}
+            return {**json.loads(document), **_run_entry(listed), **about, "steps": states}
 
     def runs(self, limit: int = 100, status: str | None = None, workflow: str | None = None) -> list[dict[str, Any]]:
         """Runs, newest first: run_id, workflow, status, started_at and updated_at (seconds since 1970), held_by.
 
         A run whose process ended without a word is shown, and found, as `interrupted`.
         """
-        stored = {"status": "running" if status == "interrupted" else status, "workflow": workflow}
-        where = {f"{name} = ?": value for name, value in stored.items() if value is not None} or {"1 = ?": 1}
-        most = "" if stored["status"] == "running" else f"LIMIT {int(limit)}"  # those are told apart below
-        sql = f"{_LISTED_SQL} WHERE {' AND '.join(where)} ORDER BY started_at DESC, run_id {most}"
+        unsure = status in ("running", "interrupted")  # which of both, the leases tell
+        asked = {"workflow = ?": workflow, _MAYBE_RUNNING if unsure else "status = ?": "running" if unsure else status}
+        where = {condition: value for condition, value in asked.items() if value is not None}
+        most = "" if unsure else f"LIMIT {int(limit)}"
+        sql = f"{_LISTED_SQL} WHERE {' AND '.join(['1 = 1', *where])} ORDER BY started_at DESC, run_id {most}"
         with self._transaction(write=False) as execute:
             entries = [_run_entry(row) for row in execute(sql, tuple(where.values())).fetchall()]
         return [entry for entry in entries if status in (None, entry["status"])][:limit]
@@ -9328,27 +9354,30 @@ class Store(_Database):
 
         Of a container and the children that made it fail, only the children.
         """
+        only = "" if run_id is None else "AND runs.run_id = ?"
         sql = (
-            "SELECT runs.run_id, workflow, started_at, document, step_id, state FROM steps JOIN runs"
-            f" ON runs.run_id = steps.run_id WHERE steps.status = 'failed' AND {'1' if run_id is None else 'runs.run_id'} = ?"
+            "SELECT runs.run_id, workflow, started_at, step_id, document, state FROM steps JOIN runs"
+            f" ON runs.run_id = steps.run_id WHERE steps.status = 'failed' {only}"
             f" ORDER BY started_at DESC, runs.run_id, step_id LIMIT {int(limit)}"
         )
         with self._transaction(write=False) as execute:
-            rows = execute(sql, (1 if run_id is None else run_id,)).fetchall()
-        outer = {(row[0], row[4][: dot.start()]) for row in rows for dot in re.finditer(r"\.", row[4])}
-        return [
-            {"run_id": run, "workflow": workflow, "started_at": started_at, "step_id": step_id,
-             "inputs": json.loads(document).get("inputs"), **json.loads(state)}
-            for run, workflow, started_at, document, step_id, state in rows if (run, step_id) not in outer
-        ]  # fmt: skip
+            rows = execute(sql, () if run_id is None else (run_id,)).fetchall()
+            outer = {(row[0], row[3][: dot.start()]) for row in rows for dot in re.finditer(r"\.", row[3])}
+            names = ("run_id", "workflow", "started_at", "step_id")
+            return [
+                {**dict(zip(names, row)), "inputs": json.loads(row[4]).get("inputs"), **json.loads(row[5])}
+                for row in rows if (row[0], row[3]) not in outer
+            ]  # fmt: skip
 
     def audit(self, run_id: str) -> list[dict[str, Any]]:
-        """A run's events in order: number (from 1), time, kind, details, hash."""
+        """A run's events in order: number (from 1), time, kind, details, hash.
+
+        The details of kind `steps` are the steps that ended: full id -> [status, hash of the state].
+        """
         names = ("number", "time", "kind", "details", "hash")
         with self._transaction(write=False) as execute:
-            sql = f"SELECT {', '.join(names)} FROM audit WHERE run_id = ? ORDER BY number"
-            events = [dict(zip(names, row)) for row in execute(sql, (run_id,)).fetchall()]
-        return [{**event, "details": json.loads(event["details"])} for event in events]
+            rows = self._events(execute, run_id)
+            return [{**dict(zip(names, row)), "details": json.loads(row[3])} for row in rows]
 
     def verify(self, run_id: str) -> list[str]:
         """What does not fit in a run's audit trail, step states and outcome: edits, deletions, insertions, reorderings.
@@ -9358,13 +9387,9 @@ class Store(_Database):
         """
         with self._transaction(write=False) as execute:
             self._lease(execute, run_id)
-            sql = "SELECT number, time, kind, details, hash FROM audit WHERE run_id = ? ORDER BY number"
-            events = execute(sql, (run_id,)).fetchall()
+            events, run = self._events(execute, run_id), execute(_RUN_SQL, (run_id,)).fetchone()
             steps = execute("SELECT step_id, status, state FROM steps WHERE run_id = ?", (run_id,)).fetchall()
-            columns = "audit_count, audit_head, workflow, status, document, text_hash, body"
-            joined = "FROM runs LEFT JOIN texts ON hash = text_hash WHERE run_id = ?"
-            run = execute(f"SELECT {columns} {joined}", (run_id,)).fetchone()
-        return [*_event_problems(run_id, events, *run[:2]), *_state_problems(events, steps, *run[2:])]
+            return list(_audit_problems(run_id, events, steps, *run))
 
     def export(self, run_id: str) -> dict[str, Any]:
         """All about a run: what `load` gives, and its `audit`."""
@@ -9380,35 +9405,48 @@ class Store(_Database):
 
     def prune(self, older_than_seconds: float) -> list[str]:
         """Deletes the ended runs that nothing was written to for so long and returns their ids; paused ones stay."""
+        sql = f"{_LISTED_SQL} WHERE updated_at < ? AND status <> 'paused' ORDER BY updated_at"
         with self._transaction(write=False) as execute:
-            sql = f"{_LISTED_SQL} WHERE updated_at < ? ORDER BY updated_at"
             entries = [_run_entry(row) for row in execute(sql, (time.time() - older_than_seconds,)).fetchall()]
-        old = [entry["run_id"] for entry in entries if entry["status"] not in ("running", "paused") and not entry["held_by"]]
+        old = [entry["run_id"] for entry in entries if not entry["held_by"]]
         for start in range(0, len(old), 100):  # short transactions: others write meanwhile
             with self._transaction() as execute:
                 self._delete(execute, old[start : start + 100])
         return old
 
+    def journal(self, run_id: str, loop: asyncio.AbstractEventLoop) -> _Journal:
+        """What a run writes to."""
+        return _Journal(self, run_id, loop)
+
+    def difference(self, run: Mapping[str, Any], executor: WorkflowExecutor) -> str:
+        """How the workflow that a run (of `load`) was started with differs from an executor's; "" if it does not."""
+        return _workflow_diff(run["workflow_text"] or "", _workflow_text(executor))
+
     def close(self) -> None:
         """Commits what was recorded, gives the leases back and ends the writer; later calls are refused."""
-        writer, self._writer = self._writer, None
-        if writer is not None and self._pid == os.getpid():
+        if self._closed or self._pid != os.getpid():
+            return
+        if self._writer is not None:
             self._jobs.put(None)
-            writer.join()
+            self._writer.join()
         with self._lock, contextlib.suppress(OrchestratorError):
             if self._held:
                 with self._transaction() as execute:
                     execute("UPDATE runs SET holder = NULL, lease_until = NULL WHERE holder = ?", (self.holder,))
             self._held.clear()
         super().close()
-        self._apply(self._waiting_jobs())  # of threads that came too late: they are told so
+        self._commit(self._waiting_jobs())  # of threads that came too late: they are told so
 
     def _lease(self, execute: Callable[..., Any], run_id: str) -> tuple[str, float]:
         """(holder or "", end of the lease) of a run; an error if there is no such run."""
         row = execute("SELECT holder, lease_until FROM runs WHERE run_id = ?", (run_id,)).fetchone()
         if row is None:
             raise OrchestratorError(f"{self.name} has no run {run_id!r}")
-        return row[0] or "", row[1] or 0.0
+        return str(row[0] or ""), float(row[1] or 0)
+
+    def _events(self, execute: Callable[..., Any], run_id: str) -> Any:
+        sql = "SELECT number, time, kind, details, hash FROM audit WHERE run_id = ? ORDER BY number"
+        return execute(sql, (run_id,)).fetchall()
 
     def _delete(self, execute: Callable[..., Any], run_ids: list[str]) -> None:
         for table in ("steps", "audit", "runs"):
@@ -9417,20 +9455,52 @@ class Store(_Database):
 
     # The writer
 
-    def _enqueue(self, job: tuple[Any, ...]) -> None:
+    def _own(self, run_id: str) -> _HeldRun:
         self._check_open()
-        self._jobs.put(job)
-        self._wake()
+        held = self._held.get(run_id)
+        if held is None or held.fault is not None:
+            raise (held and held.fault) or OrchestratorError(f"run {run_id} is not held: begin or claim it first")
+        return held
 
-    def _wake(self) -> None:
+    def _take(self, held: _HeldRun, kind: str, about: Mapping[str, Any], rows: list[Any]) -> None:
+        if self._held.setdefault(held.run_id, held) is not held:
+            raise OrchestratorError(f"run {held.run_id} is held by a running process, this one")
+        try:
+            self._write_now(held, kind, about, rows)
+        except OrchestratorError:
+            self._held.pop(held.run_id, None)
+            raise
+
+    def _submit(self, held: _HeldRun | None, kind: str, about: Any, rows: list[Any], on_durable: Any = None) -> None:
+        """Queues rows for `_WRITES`, and an event about them, for the next commit."""
+        self._check_open()
+        self._jobs.put((held, kind, about and _stored_json(about), rows, on_durable))
         if self._writer is None:
             with self._lock:
-                if self._writer is None and not self._closed:
+                if self._writer is None:
                     self._writer = threading.Thread(target=self._write, name="llm_orchestrator-store", daemon=True)
                     self._writer.start()
+        if self._closed:  # in this moment
+            self._commit(self._waiting_jobs())
+
+    def _write_now(self, held: _HeldRun | None, kind: str, about: Any, rows: list[Any]) -> None:
+        """Returns when this, and all before it, is durable."""
+        import queue
+
+        outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._submit(held, kind, about, rows, outcome.put)
+        error = outcome.get()
+        if error is not None:
+            raise error
 
     def _waiting_jobs(self) -> list[Any]:
-        return [self._jobs.get_nowait() for _ in range(min(self._jobs.qsize(), 1000))]
+        import queue
+
+        jobs: list[Any] = []
+        with contextlib.suppress(queue.Empty):
+            while len(jobs) < 1000:
+                jobs.append(self._jobs.get_nowait())
+        return jobs
 
     def _write(self) -> None:
         """The writer's thread: what gathers while one commit is made goes into the next."""
@@ -9441,137 +9511,101 @@ class Store(_Database):
             jobs = []
             with contextlib.suppress(queue.Empty):
                 jobs = [self._jobs.get(timeout=_HEARTBEAT_SECONDS), *self._waiting_jobs()]
-            self._apply([job for job in jobs if job is not None])
+            self._commit([job for job in jobs if job is not None])
 
-    def _apply(self, jobs: list[tuple[Any, ...]], raises: bool = False) -> None:
-        """One commit of jobs (run_id, kind, details, step, changes, on_durable), told to those who wait for it."""
-        by_run: dict[str, list[Any]] = {}
-        for job in jobs:
-            if job[0] is not None:
-                by_run.setdefault(job[0], []).append(job)
-        faults: dict[str, OrchestratorError] = {}
+    def _commit(self, jobs: list[Any]) -> None:
+        """Makes one commit of jobs and tells those who wait for them."""
         with self._lock:
+            runs = {job[0] for job in jobs if job[0] is not None and job[0].fault is None}
+            beating = [run_id for run_id, held in self._held.items() if held.fault is None]
+            if time.monotonic() < self._next_heartbeat:
+                beating = []
             try:
-                self._commit(by_run, faults)
+                if runs or beating:
+                    self._write_rows(_gathered(jobs), beating)
             except Exception as error:
                 fault = error if isinstance(error, OrchestratorError) else OrchestratorError(f"{self.name}: {error!r}")
-                faults = dict.fromkeys(by_run, fault)
-            for run_id in set(faults) & set(self._held):
-                self._held[run_id].fault = faults[run_id]
-        for run_id, *_, on_durable in jobs:
+                for held in runs:
+                    held.fault = fault
+        for held, _, _, _, on_durable in jobs:
             if on_durable is not None:
                 with contextlib.suppress(Exception):  # one listener's fault is not the others'
-                    on_durable(faults.get(run_id))
-        if raises and faults:
-            raise next(iter(faults.values()))
+                    on_durable(held and held.fault)
 
-    def _commit(self, by_run: Mapping[str, list[Any]], faults: dict[str, OrchestratorError]) -> None:
-        now, ready = time.time(), []
-        for run_id, jobs in by_run.items():
-            try:
-                ready.append(self._prepared(run_id, jobs, now))
-            except OrchestratorError as fault:
-                faults[run_id] = fault
-        beat = bool(self._held) and time.monotonic() >= self._next_heartbeat
-        if not (ready or beat):
-            return
+    def _write_rows(self, by_run: Mapping[_HeldRun, dict[str, list[Any]]], beating: list[str]) -> None:
+        now = time.time()
         with self._transaction() as execute:
-            for held, statements in ready:
-                values = (held.count, held.head, now, now + _LEASE_SECONDS, held.run_id, self.holder)
-                if execute(_RENEW, values).rowcount != 1:
-                    faults[held.run_id] = OrchestratorError(f"run {held.run_id} was deleted or taken by another process")
-                    continue
-                for sql, rows in statements.items():
-                    execute(sql, rows, many=True)
-            if beat:
-                execute("UPDATE runs SET lease_until = ? WHERE holder = ?", (now + _LEASE_SECONDS, self.holder))
+            for held, rows in by_run.items():
+                rows["renew"] = [(held.count, held.head, now, now + _LEASE_SECONDS, held.run_id, self.holder)]
+                for name, sql in _WRITES.items():
+                    if name in rows and execute(sql, rows[name], many=True).rowcount != 1 and name == "renew":
+                        held.fault = OrchestratorError(f"run {held.run_id} was deleted or taken by another process")
+                        break
+            if beating:
+                leases = [(now + _LEASE_SECONDS, run_id, self.holder) for run_id in beating]
+                execute("UPDATE runs SET lease_until = ? WHERE run_id = ? AND holder = ?", leases, many=True)
                 self._next_heartbeat = time.monotonic() + _HEARTBEAT_SECONDS
-        for held, statements in ready:
-            if _RELEASE in statements:
-                self._held.pop(held.run_id, None)
 
-    def _prepared(self, run_id: str, jobs: list[Any], now: float) -> tuple[_HeldRun, dict[str, list[Any]]]:
-        """The run and its statements: SQL -> rows of parameters."""
-        held = self._held.get(run_id)
+
+SQLiteStore = Store
+
+
+def _gathered(jobs: list[Any]) -> dict[_HeldRun, dict[str, list[Any]]]:
+    """The rows of jobs for `_WRITES` by run, with those of the events: one for all steps that follow each other."""
+    by_run: dict[_HeldRun, dict[str, list[Any]]] = {}
+    events: dict[_HeldRun, list[tuple[str, Any]]] = collections.defaultdict(list)
+    for held, kind, about, rows, _ in jobs:
         if held is None or held.fault is not None:
-            raise (held and held.fault) or OrchestratorError(f"run {run_id} is not held: begin or claim it first")
-        statements: dict[str, list[Any]] = collections.defaultdict(list)
-        try:
-            for _, kind, details, step, changes, _ in jobs:
-                if step is not None:
-                    text = _stored_json(step[1])
-                    statements[_PUT_STEP].append((run_id, step[0], step[1]["status"], text))
-                    details = {"step_id": step[0], "state": _digest(text)}
-                elif changes is not None:
-                    document, details, texts = held.change(changes[1])
-                    statements[_PUT_TEXT] += texts
-                    statements[_SET_RUN].append((changes[0], held.text_hash, document, run_id))
-                    if changes[2]:
-                        statements[_RELEASE].append((run_id,))
-                elif kind == "steps_forgotten":
-                    statements[_FORGET_STEP] += [(run_id, step_id) for step_id in details["step_ids"]]
-                statements[_PUT_EVENT].append(held.event(kind, details, now))
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise OrchestratorError(f"run {run_id}: {kind} has no JSON form: {error}") from None
-        return held, statements
+            continue
+        writes = by_run.setdefault(held, collections.defaultdict(list))
+        for name, row in rows:
+            writes[name].append(row)
+        if kind != "steps":
+            events[held].append((kind, about))
+            continue
+        if not events[held] or events[held][-1][0] != "steps":
+            events[held].append(("steps", {}))
+        _, step_id, status, state = row
+        events[held][-1][1][step_id] = [status, _digest(state)]
+    for held, happened in events.items():
+        for kind, about in happened:
+            details = _stored_json(about) if kind == "steps" else about
+            by_run[held]["event"].append(held.event(kind, details, time.time()))
+    return by_run
 
 
-class SQLiteStore(_SQLiteFile, Store):
-    """Runs in one SQLite file, which many processes may use at once.
-
-    Each commit reaches the disk before it is reported (synchronous = FULL): it costs a fraction of a model call and
-    survives a power failure. `busy_timeout_seconds` is how long another process may keep the file locked.
-    """
-
-    APPLICATION_ID, SYNCHRONOUS = 0x4C4C4D53, "FULL"
-
-
-def _run_entry(row: Sequence[Any]) -> dict[str, Any]:
-    """A row of `_LISTED` as users see it."""
-    *_, holder, lease_until = row
-    entry = dict(zip(_LISTED[:-2], row), held_by=holder if _is_alive(holder, lease_until) else None)
-    if entry["status"] == "running" and entry["held_by"] is None:
-        entry["status"] = "interrupted"
-    return entry
-
-
-def _event_problems(run_id: str, events: Iterable[Any], count: int, head: str) -> Iterator[str]:
-    """Breaks in a run's chain of events, which should have so many links and end with this hash."""
+def _audit_problems(
+    run_id: str, events: Iterable[Any], steps: Iterable[Any], document: str, count: int, head: str, text_hash: str,
+    body: str | None, workflow: str, status: str,
+) -> Iterator[str]:  # fmt: skip
+    """Breaks in a run's chain of events, and where its row and its steps are not what the events tell."""
     number, link = 0, _digest(run_id)
-    for stored_number, moment, kind, details, stored_link in events:
-        if stored_number != number + 1 or stored_link != _event_hash(link, number + 1, moment, kind, details):
-            yield f"event {stored_number} ({kind}): it was changed or added, or the one before it changed, removed or moved"
-        number, link = stored_number, stored_link  # so that each fault is told once
-    if (number, link) != (count, head):
-        yield f"the last event is number {number}, not the one written as number {count}"
-
-
-def _state_problems(
-    events: Iterable[Any], steps: list[Any], workflow: str, status: str, document: str, text_hash: str, body: str | None
-) -> Iterator[str]:
-    """Where a run's row and its steps are not what its events tell."""
-    told: dict[str, Any] = {}
-    states: dict[str, Any] = {}  # step id -> (status, hash)
-    for _, _, kind, details, _ in events:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # the chain tells of those that cannot be read
+    run: dict[str, Any] = {"status": "running"}
+    states: dict[str, Any] = {}
+    for found, moment, kind, details, hash in events:
+        if found != number + 1 or hash != _link(link, number + 1, moment, kind, details):
+            yield f"event {found} ({kind}) was changed or added, or the one before it was changed, removed or moved"
+        number, link = found, hash  # so that each fault is told once
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # of those, the chain tells
             about = json.loads(details)
-            if kind.startswith("step_"):
-                states[about["step_id"]] = (kind[5:], about["state"])
-            elif kind == "steps_forgotten":
+            if kind == "steps_forgotten":
                 states = {step_id: states[step_id] for step_id in states if step_id not in about["step_ids"]}
+            elif kind == "steps":
+                states.update(about)
             elif "document" in about:
-                now = {"run_started": "running", "run_changed": told.get("status"), "run_released": told.get("status")}
-                told.update(about, status=now.get(kind, kind[4:]))
-    found = {"workflow": workflow, "status": status, "document": _digest(document), "workflow_text": text_hash}
-    for name, value in found.items():
-        if value != told.get(name):
-            yield f"the run's {name} is not what was recorded"
+                run.update(about, status=run["status"] if kind in ("run_started", "run_changed") else kind[4:])
+    if (number, link) != (count, head):
+        yield f"the last event is number {number}, and not the one that was written as number {count}"
     if text_hash and (body is None or _digest(json.loads(body)) != text_hash):
         yield "the text of the workflow is not what was recorded"
-    stored = {step_id: (step_status, _digest(state)) for step_id, step_status, state in steps}
+    now = {"workflow": workflow, "status": status, "document": _digest(document), "workflow_text": text_hash}
+    for name in now:
+        if now[name] != run.get(name):
+            yield f"the run's {name} is not what was recorded"
+    stored = {step_id: [step_status, _digest(state)] for step_id, step_status, state in steps}
     for step_id in {**states, **stored}:
         if states.get(step_id) != stored.get(step_id):
-            yield f"step {step_id}: its state is not what was recorded"
+            yield f"the state of step {step_id} is not what was recorded"
 
 
 class _Journal:
@@ -9602,7 +9636,7 @@ class _Journal:
 
     def call(self, step_id: str, provider: str, request: Any, answer: Any) -> None:
         """Notes a call of a provider: hashes of what was asked and answered, not the texts."""
-        asked, answered = _request_document(provider, request), _answer_document(answer)
+        asked, answered = _request_document(provider, request), _answer_document(answer, request.model)
         names = ("input_tokens", "output_tokens", "tokens", "error")
         used = {name: answered[name] for name in names if answered.get(name) is not None}
         about = {"step_id": step_id, "provider": provider, "model": request.model, **used}
@@ -9620,12 +9654,13 @@ class _Journal:
         self.delivering = False
         while self.landed:
             error = self.landed.popleft()
-            self.error = self.error or error
-            self.durable += 1
-        for waiter in [one for one in self.waiting if one[0] <= self.durable or self.error]:
-            self.waiting.remove(waiter)
-            if not waiter[1].done():
-                waiter[1].set_result(None)
+            self.error, self.durable = self.error or error, self.durable + 1
+        waiting, self.waiting = self.waiting, []
+        for number, waiter in waiting:
+            if number > self.durable and self.error is None:
+                self.waiting.append((number, waiter))
+            elif not waiter.done():
+                waiter.set_result(None)
 
     async def barrier(self) -> None:
         """Returns when all that was written down until now is durable; raises what kept it out."""
@@ -9648,8 +9683,12 @@ class _Journal:
 
 
 def _workflow_text(executor: WorkflowExecutor) -> str:
-    """A workflow and those that it calls, as YAML: what a run depends on besides its inputs."""
-    return "\n# ---- called\n".join(workflow.to_yaml() for workflow in executor._workflows(executor.workflow))
+    """A workflow and those that it calls, as YAML: what a run depends on besides its inputs. Made once for a plan."""
+    kept = vars(executor.workflow._plan())
+    if "text" not in kept:
+        called = executor._workflows(executor.workflow)
+        kept["text"] = "\n# ---- called\n".join(workflow.to_yaml() for workflow in called)
+    return str(kept["text"])
 
 
 # ---- Requests by content: the cache, and record and replay -----------------------------------------------------------
@@ -9665,45 +9704,48 @@ def _without_secrets(value: Any) -> Any:
 
 
 def _request_document(name: str, request: Any, provider: Any = None) -> dict[str, Any]:
-    """A request to the provider of this name as JSON, without keys: what an answer depends on.
-
-    With the provider itself, also what of it counts: its type, address and options.
-    """
-    asked = {key: value for key, value in vars(request).items() if value not in (None, {}, []) and key not in _NOT_ASKED}
-    document = {"kind": "completion" if hasattr(request, "messages") else "embedding", "provider": name, **asked}
+    """What an answer depends on, as JSON without keys: the provider (by name, or what it is if given), the request."""
+    kind = "completion" if hasattr(request, "messages") else "embedding"
+    given = {key: value for key, value in vars(request).items() if value not in (None, {}, [])}
+    asked = {key: value for key, value in given.items() if key not in ("on_text", "stream")}
+    source: dict[str, Any] = {"provider": name}
     if provider is not None:
-        kind = getattr(provider, "TYPE", None) or getattr(provider, "__qualname__", type(provider).__qualname__)
-        options = {key: value for key, value in (getattr(provider, "options", None) or {}).items() if value is not None}
-        document.update(provider=kind, base_url=getattr(provider, "base_url", None), options=options)
-    return dict(_without_secrets(document))
+        options = {key: value for key, value in getattr(provider, "options", {}).items() if value is not None}
+        options = _without_secrets(options)
+        named = getattr(provider, "TYPE", None) or getattr(provider, "__qualname__", type(provider).__qualname__)
+        source = {"provider": named, "base_url": getattr(provider, "base_url", None), "options": options}
+    if "params" in asked:
+        asked["params"] = _without_secrets(asked["params"])
+    return {"kind": kind, **source, **asked}
 
 
-_NOT_ASKED = ("on_text", "stream")  # the answer is the same
-
-
-def _answer_document(answer: Any) -> dict[str, Any]:
-    """A response, or an error of the ProviderError family, as JSON."""
-    if not isinstance(answer, BaseException):
+def _answer_document(answer: Any, model: str = "") -> dict[str, Any]:
+    """A response, a text that stands for one, or an error of the ProviderError family, as JSON; {} for others."""
+    if isinstance(answer, (CompletionResponse, EmbeddingResponse)):
         return dict(vars(answer))
-    return {"error": {"type": type(answer).__name__, "message": str(answer), **vars(answer)}}
+    if isinstance(answer, ProviderError):
+        return {"error": {"type": type(answer).__name__, "message": str(answer), **vars(answer)}}
+    return dict(vars(CompletionResponse(answer, model))) if isinstance(answer, str) else {}
 
 
 def _answer_from(kind: str, document: Mapping[str, Any]) -> Any:
-    """The response that `_answer_document` wrote down; an error is raised."""
-    fault = dict(document.get("error") or {})
-    if not fault:
-        return (CompletionResponse if kind == "completion" else EmbeddingResponse)(**document)
-    known = {error.__name__: error for error in (ProviderError, *ProviderError.__subclasses__())}
+    """The response to a completion or embedding that `_answer_document` wrote down; an error is raised."""
+    if "error" not in document:
+        answer: Any = CompletionResponse("") if kind == "completion" else EmbeddingResponse([])
+        vars(answer).update(document)
+        return answer
+    known = {error.__name__: error for error in ProviderError.__subclasses__()}
+    fault = dict(document["error"])
     error = known.get(fault.pop("type"), ProviderError)(fault.pop("message"))
     vars(error).update(fault)
     raise error
 
 
-class ResponseCache(_SQLiteFile):
+class ResponseCache(_Database):
     """Answers by the content of their requests, in one SQLite file that threads and processes share.
 
-    Requests and answers are JSON maps; a request is kept as its hash only. An answer older than `max_age_seconds` is not
-    given out; when all answers together exceed `max_bytes`, those that were not asked for the longest are deleted.
+    A request is kept as its hash only. An answer older than `max_age_seconds` is not given out. When the answers
+    together exceed `max_bytes`, those go that were not asked for the longest. A failing cache only warns in the log.
     """
 
     APPLICATION_ID = 0x4C4C4D43
@@ -9720,48 +9762,45 @@ class ResponseCache(_SQLiteFile):
         self, path: str | os.PathLike[str], max_age_seconds: float | None = None, max_bytes: int | None = None
     ) -> None:
         super().__init__(path)
-        self.max_age_seconds, self.max_bytes = max_age_seconds, max_bytes
-        if max_age_seconds is not None:
-            with self._transaction() as execute:
-                self._drop(execute, "stored_at < ?", time.time() - max_age_seconds)
+        self.max_age_seconds, self.max_bytes = math.inf if max_age_seconds is None else max_age_seconds, max_bytes
+        with self._transaction() as execute:
+            self._drop(execute, "stored_at < ?", time.time() - self.max_age_seconds)
 
     def recall(self, name: str, provider: Any, request: Any) -> Any:
-        """The answer that was kept for a provider's request, marked as such; None if there is none."""
-        document = _request_document(name, request, provider)
-        found = self.get(document)
-        answer = None if found is None else _answer_from(document["kind"], found)
-        if answer is not None and hasattr(answer, "metadata"):
-            answer.metadata["cached"] = True
-        return answer
+        """The answer that was kept for the request, marked as `cached` in its metadata; None if there is none."""
+        document, now = _request_document(name, request, provider), time.time()
+        with self._forgiving():
+            key, sql = _digest(document), "SELECT answer FROM answers WHERE hash = ? AND stored_at >= ?"
+            with self._transaction(write=False) as execute:
+                row = execute(sql, (key, now - self.max_age_seconds)).fetchone()
+                answer = _answer_from(document["kind"], json.loads(row[0])) if row else None
+            if answer is not None:
+                with self._forgiving(), self._transaction() as execute:
+                    execute("UPDATE answers SET used_at = ? WHERE hash = ?", (now, key))
+                if document["kind"] == "completion":
+                    answer.metadata["cached"] = True
+            return answer
+        return None
 
     def keep(self, name: str, provider: Any, request: Any, answer: Any) -> None:
-        """Keeps a provider's answer; errors are not kept."""
-        if isinstance(answer, str):
-            answer = CompletionResponse(answer, request.model)
-        if isinstance(answer, (CompletionResponse, EmbeddingResponse)):
-            self.put(_request_document(name, request, provider), _answer_document(answer))
-
-    def get(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The answer to the same request, or None."""
-        oldest = time.time() - (self.max_age_seconds if self.max_age_seconds is not None else math.inf)
-        with self._transaction() as execute:
-            key = _digest(request)
-            row = execute("SELECT answer FROM answers WHERE hash = ? AND stored_at >= ?", (key, oldest)).fetchone()
-            if row is None:
-                return None
-            execute("UPDATE answers SET used_at = ? WHERE hash = ?", (time.time(), key))
-        answer: dict[str, Any] = json.loads(row[0])
-        return answer
-
-    def put(self, request: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-        """Keeps an answer, in place of an older one to the same request."""
-        with self._transaction() as execute:
-            key, text, now = _digest(request), _stored_json(answer), time.time()
+        """Keeps a provider's answer, in place of an older one to the same request; errors are not kept."""
+        document, now = _answer_document(answer, request.model), time.time()
+        if "error" in document or not document:
+            return
+        with self._forgiving(), self._transaction() as execute:
+            key, text = _digest(_request_document(name, request, provider)), _stored_json(document)
             self._drop(execute, "hash = ?", key)
             execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?)", (key, text, len(text), now, now))
             execute("UPDATE total SET size = size + ?", (len(text),))
             while self.max_bytes is not None and execute("SELECT size FROM total").fetchone()[0] > self.max_bytes:
                 self._drop(execute, "hash = (SELECT hash FROM answers ORDER BY used_at LIMIT ?)", 1)
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except OrchestratorError as error:
+            _logger().warning("the cache is not used: %s", error)
 
     def _drop(self, execute: Callable[..., Any], condition: str, value: Any) -> None:
         gone = f"(SELECT COALESCE(SUM(size), 0) FROM answers WHERE {condition})"
@@ -9770,78 +9809,68 @@ class ResponseCache(_SQLiteFile):
 
 
 class Cassette:
-    """Requests and their answers as JSON lines {"request", "response"}: written anew, or read and answered from."""
+    """Requests and their answers as JSON lines {"request", "response"}: written anew, or answered from."""
 
     def __init__(self, path: str, replay: bool) -> None:
         self.path, self.replays, self.lock, self.file = path, replay, threading.Lock(), None
-        self.answers: dict[str, list[Any]] = {}  # canonical request -> its answers, in the order of recording
-        self.given: dict[str, int] = collections.defaultdict(int)
-        if not replay:
-            try:
-                descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-            except OSError as error:
-                raise OrchestratorError(f"{path}: cannot be written: {error.strerror}") from None
-            self.file = open(descriptor, "w", encoding="ascii")
+        self.answers: dict[str, collections.deque[Any]] = {}  # request as JSON -> answers not given yet, in their order
+        try:
+            if not replay:
+                mode = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
+                self.file = os.fdopen(os.open(path, mode, 0o600), "w", encoding="ascii")
+        except OSError as error:
+            raise OrchestratorError(f"{path}: cannot be written: {error.strerror}") from None
         for number, line in enumerate(_read_file(path).splitlines() if replay else (), 1):
             try:
-                entry = json.loads(line) if line.strip() else None
-                if entry is not None:
-                    self.answers.setdefault(_sorted_json(entry["request"]), []).append(dict(entry["response"]))
+                entry = json.loads(line)
+                key, answer = _stored_json(entry["request"], sort_keys=True), dict(entry["response"])
+                self.answers.setdefault(key, collections.deque()).append(answer)
             except (ValueError, KeyError, TypeError) as error:
-                raise OrchestratorError(f"{path}:{number}: is no recorded request with its response: {error!r}") from None
-
-    def recall(self, name: str, provider: Any, request: Any) -> Any:
-        """The next recorded answer; None while recording. Raises the error that was recorded, or ExecutionError."""
-        if self.file is not None:
-            return None
-        document = _request_document(name, request)
-        return _answer_from(document["kind"], self.replay(document))
+                raise OrchestratorError(f"{path}:{number}: not a request with its response: {error!r}") from None
 
     def keep(self, name: str, provider: Any, request: Any, answer: Any) -> None:
         """Records a provider's answer, or its error."""
-        if self.file is not None:
-            if isinstance(answer, str):
-                answer = CompletionResponse(answer, request.model)
-            self.record(_request_document(name, request), _answer_document(answer))
-
-    def record(self, request: Mapping[str, Any], response: Mapping[str, Any]) -> None:
-        line = _stored_json({"request": request, "response": _without_secrets(response)})
+        response = _answer_document(answer, request.model)
+        if "metadata" in response:
+            response["metadata"] = _without_secrets(response["metadata"])
+        line = _stored_json({"request": _request_document(name, request), "response": response})
         with self.lock:
-            if self.file is not None:
-                self.file.write(line + "\n")
-                self.file.flush()
+            if self.file is not None and response:
+                try:
+                    self.file.write(line + "\n")
+                    self.file.flush()
+                except (OSError, ValueError) as error:  # a full disk; a file that was closed
+                    raise OrchestratorError(f"{self.path}: cannot be written: {error}") from None
 
-    def replay(self, request: Mapping[str, Any]) -> Any:
-        """The next recorded answer to the same request; an ExecutionError that shows the nearest one if there is none."""
-        key = _sorted_json(request)
+    def recall(self, name: str, provider: Any, request: Any) -> Any:
+        """The next recorded answer to the same request; None while recording. What was recorded as an error is raised.
+
+        An ExecutionError shows the nearest recorded request if there is no answer to this one.
+        """
+        if not self.replays:
+            return None
+        document = _request_document(name, request)
+        key = _stored_json(document, sort_keys=True)
         with self.lock:
-            number = self.given[key]
-            self.given[key] += 1
-        answers = self.answers.get(key, ())
-        if number < len(answers):
-            return answers[number]
-        if answers:
-            reason = f"it was recorded {len(answers)} times and is asked once more"
-        else:
-            reason = self._nearest(key)
-        raise ExecutionError(f"{self.path}: no answer to this request: {reason}")
+            answer = self.answers[key].popleft() if self.answers.get(key) else None
+        if answer is None:
+            reason = "it was recorded, but not as often" if key in self.answers else self._nearest(key)
+            raise ExecutionError(f"{self.path} has no answer to this request: {reason}")
+        return _answer_from(document["kind"], answer)
 
     def _nearest(self, key: str) -> str:
-        """How the request differs from the recorded one that is most like it."""
-        import difflib
-
-        if not self.answers:
-            return "nothing is recorded"
+        """How the request differs from the recorded one that has most words in common with it."""
         words = set(re.findall(r"\w+", key))
 
         def likeness(recorded: str) -> float:
             others = set(re.findall(r"\w+", recorded))
-            return len(words & others) / len(words | others)
+            return len(words & others) / (len(words | others) or 1)
 
+        if not self.answers:
+            return "nothing is recorded"
         nearest = max(self.answers, key=likeness)
-        shown = [json.dumps(json.loads(text), indent=1, ensure_ascii=False).split("\n") for text in (nearest, key)]
-        lines = difflib.unified_diff(*shown, "the nearest recorded", "asked", lineterm="", n=0)
-        return "\n".join([f"{len(self.answers)} others are recorded", *(_shorten(line, 300) for line in [*lines][:30])])
+        lines = _workflow_diff(*(json.dumps(json.loads(text), indent=1, ensure_ascii=False) for text in (nearest, key)))
+        return "\n".join(["the nearest one differs:", *(_shorten(line, 300) for line in lines.split("\n")[2:40])])
 
     def close(self) -> None:
         if self.file is not None:
@@ -10520,28 +10549,30 @@ class _Batch:
         """Opens the results, and takes over what an earlier run of the same batch has done."""
         partial = f"{path}.partial"
         if os.path.exists(partial):
-            with open(partial, encoding="utf-8") as lines:
+            with open(partial, encoding="utf-8", errors="replace") as lines:
                 whole = [line for line in lines if line.endswith("\n")]
-            if not whole or json.loads(whole[0]) != self.identity:
+            if not whole or whole[0].strip() != _to_json(self.identity):
                 raise OrchestratorError(f"{partial} is of another batch: remove it, or choose another --out")
             with open(path, "a+b") as out:
                 out.seek(0)
                 size = 0
-                for line in out:
-                    if line.endswith(b"\n"):
-                        size += len(line)
-                        self.count(json.loads(line))
-                        self.next += 1
+                for written in out:
+                    if written.endswith(b"\n"):
+                        size += len(written)
+                        entry = json.loads(written)
+                        self.count(entry)
+                        self.next = entry["line"]
                 out.truncate(size)
             for line in whole[1:]:
-                if json.loads(line)["line"] > self.next:
-                    self.early[json.loads(line)["line"] - 1] = line
-                    self.count(json.loads(line))
+                entry = json.loads(line)
+                if entry["line"] > self.next:
+                    self.early[entry["line"] - 1] = line
+                    self.count(entry)
         elif os.path.exists(path):
-            raise OrchestratorError(f"{path} is there already, and no unfinished batch: remove it, or choose another --out")
+            raise OrchestratorError(f"{path} is there, but no unfinished batch: remove it, or choose another --out")
         _replace_file(partial, "".join([_to_json(self.identity) + "\n", *self.early.values()]))
-        self.partial = open(partial, "a", encoding="utf-8", newline="")
-        self.out = open(path, "a", encoding="utf-8", newline="")
+        self.partial = open(partial, "a", encoding="utf-8", newline="")  # noqa: SIM115
+        self.out = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115
         self.write_out()
 
     def inputs(self, common: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:

@@ -51,7 +51,7 @@ def _document(scope: Any, outer: tuple[str, ...] = (), depth: int = 0) -> list[d
     for position, (kind, upstream, looks_out, options, children) in enumerate(scope):
         siblings = [f"s{depth}{index}" for index in sorted(upstream) if index < position]
         seen = [*siblings, *(outer[-1:] if looks_out else ())]
-        text = "".join("[{{#if steps.%s}}{{json steps.%s}}{{/if}}]" % (name, name) for name in seen)
+        text = "".join("[{{#if steps.X}}{{json steps.X}}{{/if}}]".replace("X", name) for name in seen)
         step: dict[str, Any] = {"id": f"s{depth}{position}", "depends_on": siblings}
         if options["for_each"] is not None:
             step["for_each"], text = options["for_each"], text + "{{json item}}{{index}}"
@@ -142,7 +142,9 @@ def _essence(result: RunResult) -> Any:
     return result.status, result.error and result.error["message"], list(steps), steps, result.usage
 
 
-_laws = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+_laws = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 
 @_laws
@@ -192,17 +194,21 @@ def test_results_are_in_document_order_and_json(scope: Any, concurrency: int, se
     result = _watched(_executor(scope, Calls(seed, 0.001), concurrency).run)
     json.dumps(result.to_dict(), allow_nan=False)
     places = [[int(part[-1]) if part[0] == "s" else int(part) for part in step_id.split(".")] for step_id in result]
-    if not any(step.type == "branch" and step.outputs["branch"] == "b" for step in result.steps.values()):
+    if "'b'" not in json.dumps(_document(scope)):  # there, s10 stands in both branches and is a child of the second
         assert places == sorted(places)
     assert [place[0] for place in places if len(place) == 1] == list(range(len(scope)))
 
 
 @settings(_laws, max_examples=40)
-@given(_WORKFLOWS, st.integers(1, 8), st.integers(0, 2**32), st.floats(0, 0.03), st.sampled_from(["cancel", "task", "timeout"]))
+@given(
+    _WORKFLOWS, st.integers(1, 8), st.integers(0, 2**32), st.floats(0, 0.03),
+    st.sampled_from(["cancel", "task", "timeout"]),
+)  # fmt: skip
 def test_cancelling_at_a_random_moment_leaves_nothing_running(
     scope: Any, concurrency: int, seed: int, moment: float, how: str
 ) -> None:
     events: list[dict[str, Any]] = []
+    before = set(threading.enumerate())
     executor = _executor(scope, Calls(seed, 0.02), concurrency, events)
     if how == "timeout":
         executor.workflow.timeout_seconds = max(moment, 0.001)
@@ -222,13 +228,14 @@ def test_cancelling_at_a_random_moment_leaves_nothing_running(
     assert result is not None
     assert result.status in ("completed", "failed", "cancelled", "timed_out")
     _check_story(result, events)
-    _no_threads_left()
+    _no_threads_left(before)
 
 
 @settings(_laws, max_examples=40)
 @given(_WORKFLOWS, st.integers(1, 8), st.integers(0, 2**32))
 def test_fail_fast_ends_and_leaves_nothing_running(scope: Any, concurrency: int, seed: int) -> None:
     events: list[dict[str, Any]] = []
+    before = set(threading.enumerate())
     executor = _executor(scope, Calls(seed, 0.01), concurrency, events)
     executor.workflow.fail_fast = True
     result = _watched(executor.run)
@@ -236,12 +243,12 @@ def test_fail_fast_ends_and_leaves_nothing_running(scope: Any, concurrency: int,
     assert result.status in ("completed", "failed")
     if "cancelled" in {step.status for step_id, step in result.items() if "." not in step_id}:
         assert result.status == "failed"
-    _no_threads_left()
+    _no_threads_left(before)
 
 
-def _no_threads_left() -> None:
+def _no_threads_left(before: set[threading.Thread]) -> None:
     deadline = time.monotonic() + 5
-    while any(thread.name == "llm_orchestrator" for thread in threading.enumerate()):
+    while any(thread.name == "llm_orchestrator" for thread in set(threading.enumerate()) - before):
         assert time.monotonic() < deadline, "worker threads are left"
         time.sleep(0.001)
 

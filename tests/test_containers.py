@@ -41,7 +41,9 @@ def called(step_id: str, workflow: Any, **keys: Any) -> Step:
     return Step(id=step_id, type="workflow", workflow=workflow, **keys)
 
 
-def run(*steps: Step, inputs: Any = None, provider: Any = None, concurrency: int | None = None, **keys: Any) -> RunResult:
+def run(
+    *steps: Step, inputs: Any = None, provider: Any = None, concurrency: int | None = None, **keys: Any
+) -> RunResult:
     """One run, which must end within 20 seconds."""
     names = ("actions", "transforms", "on_event", "providers")
     options = {name: keys.pop(name) for name in names if name in keys}
@@ -101,7 +103,9 @@ def test_for_each_runs_a_step_once_per_item_in_item_order() -> None:
         time.sleep(0.05 - int(request.prompt) / 100)
         return f"<{request.prompt}>"
 
-    result = run(llm("f", "{{item}}", for_each="{{inputs.n}}", output="text"), inputs={"n": [0, 1, 2, 3]}, provider=backwards)
+    result = run(
+        llm("f", "{{item}}", for_each="{{inputs.n}}", output="text"), inputs={"n": [0, 1, 2, 3]}, provider=backwards
+    )
     assert result["f"].outputs == {"text": ["<0>", "<1>", "<2>", "<3>"]}
     assert list(result) == ["f", "f.0", "f.1", "f.2", "f.3"]
     assert result["f.2"].outputs == {"text": "<2>"}
@@ -113,7 +117,9 @@ def test_for_each_over_a_map_has_key_index_and_item() -> None:
 
 
 def test_for_each_over_a_map_from_an_input() -> None:
-    assert output(run(value("f", "{{key}}", for_each="{{inputs.m}}"), inputs={"m": {"x": 0, "y": 0}}), "f") == ["x", "y"]
+    assert output(run(value("f", "{{key}}", for_each="{{inputs.m}}"), inputs={"m": {"x": 0, "y": 0}}), "f") == [
+        "x", "y"
+    ]
 
 
 def test_for_each_over_an_earlier_steps_output() -> None:
@@ -133,7 +139,9 @@ def test_no_items_give_empty_lists(items: Any, container: bool) -> None:
 
 @pytest.mark.parametrize("concurrency", [1, 16])
 def test_10000_items(concurrency: int) -> None:
-    result = run(llm("f", "{{item}}", for_each="{{inputs.n}}"), inputs={"n": list(range(10_000))}, concurrency=concurrency)
+    result = run(
+        llm("f", "{{item}}", for_each="{{inputs.n}}"), inputs={"n": list(range(10_000))}, concurrency=concurrency
+    )
     assert output(result, "f") == [str(number) for number in range(10_000)]
     assert len(result) == 10_001
 
@@ -148,7 +156,9 @@ def test_for_each_over_something_else_fails_the_step_and_says_so(source: Any) ->
 
 def test_a_failed_item_fails_the_step_after_the_others_finished() -> None:
     result = run(value("f", "{{item.a}}", for_each=[1, {"a": 2}, 3]), value("b", depends_on="f"))
-    assert states(result) == {"f": "failed", "f.0": "failed", "f.1": "completed", "f.2": "failed", "b": "upstream_failed"}
+    assert states(result) == {
+        "f": "failed", "f.0": "failed", "f.1": "completed", "f.2": "failed", "b": "upstream_failed"
+    }
     assert result["f"].error is not None
     assert result["f"].error["message"].startswith("f.0: ")
     assert "1 more of 3" in result["f"].error["message"]
@@ -243,7 +253,8 @@ def test_each_item_is_retried_by_itself() -> None:
 
 def test_each_item_has_the_deadline_for_itself() -> None:
     steps = [
-        Step("f", "action", action="sleep", seconds="{{item}}", for_each=[0, 30, 0], timeout_seconds=0.3, continue_on_error=True)
+        Step("f", "action", action="sleep", seconds="{{item}}", for_each=[0, 30, 0], timeout_seconds=0.3,
+             continue_on_error=True)
     ]
     result = run(*steps)
     assert states(result) == {"f": "completed", "f.0": "completed", "f.1": "failed", "f.2": "completed"}
@@ -253,7 +264,9 @@ def test_each_item_has_the_deadline_for_itself() -> None:
 
 
 def test_parallel_gives_one_value_per_task() -> None:
-    result = run(parallel("p", value("a", "1"), llm("b", "2", output=["text", "model"])), value("c", "{{steps.p.b.model}}"))
+    result = run(
+        parallel("p", value("a", "1"), llm("b", "2", output=["text", "model"])), value("c", "{{steps.p.b.model}}")
+    )
     assert result["p"].outputs == {"a": "1", "b": "2"}
     assert output(result, "c") == "m"
     assert list(result) == ["p", "p.a", "p.b", "c"]
@@ -287,7 +300,9 @@ def test_a_failed_child_fails_the_container_after_its_siblings_ended() -> None:
 
 
 def test_a_child_with_continue_on_error_does_not_fail_its_container() -> None:
-    result = run(parallel("p", failing("a", continue_on_error=True), value("b")), value("c", "[{{steps.p.a}}{{steps.p.b}}]"))
+    result = run(
+        parallel("p", failing("a", continue_on_error=True), value("b")), value("c", "[{{steps.p.a}}{{steps.p.b}}]")
+    )
     assert (result.status, result["p"].outputs, output(result, "c")) == ("completed", {"a": None, "b": "x"}, "[x]")
 
 
@@ -334,7 +349,9 @@ def test_conditions_inside_a_container_see_the_outer_steps() -> None:
 
 
 def test_a_child_hides_an_outer_step_of_the_same_id() -> None:
-    result = run(value("a", "outer"), parallel("p", value("a", "inner"), value("b", "{{steps.a}}")), value("c", "{{steps.a}}"))
+    result = run(
+        value("a", "outer"), parallel("p", value("a", "inner"), value("b", "{{steps.a}}")), value("c", "{{steps.a}}")
+    )
     assert (output(result, "p.b"), output(result, "c")) == ("inner", "outer")
 
 
@@ -381,13 +398,15 @@ def test_children_that_did_not_run_are_null_from_outside(container: Step, refere
 # branch
 
 BRANCHES: dict[Any, list[Step]] = {
-    "yes": [value("a", "A")], 2: [value("b", "B")], False: [value("c", "C")], None: [value("d", "D")], "0.5": [value("e", "E")],
+    "yes": [value("a", "A")], 2: [value("b", "B")], False: [value("c", "C")],
+    None: [value("d", "D")], "0.5": [value("e", "E")],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("given", "child"),
-    [("yes", "a"), (" yes\n", "a"), (2, "b"), (2.0, "b"), ("2", "b"), (False, "c"), ("false", "c"), (None, "d"), (0.5, "e"),
+    [("yes", "a"), (" yes\n", "a"), (2, "b"), (2.0, "b"), ("2", "b"), (False, "c"),
+     ("false", "c"), (None, "d"), (0.5, "e"),
      ("no", None), (True, None), (3, None), ([2], None), ({}, None), ("Yes", None)],
     ids=repr,
 )  # fmt: skip
@@ -422,8 +441,12 @@ def test_no_match_and_no_default_skips_every_child_and_completes() -> None:
 def test_an_id_may_stand_in_several_branches(given: str) -> None:
     ends: list[str] = []
     step = branch("br", "inputs.v", {"a": [value("x", "1")], "b": [value("x", "2")], "d": [value("x", "3")]})
-    result = run(step, value("o", "{{steps.br.x}}"), inputs={"v": given},
-                 on_event=lambda event: ends.append(event["type"]) if event.get("step_id") == "br.x" else None)  # fmt: skip
+
+    def listener(event: dict[str, Any]) -> None:
+        if event.get("step_id") == "br.x":
+            ends.append(event["type"])
+
+    result = run(step, value("o", "{{steps.br.x}}"), inputs={"v": given}, on_event=listener)
     assert output(result, "o") == {"a": "1", "b": "2", "c": None}[given]
     assert [kind for kind in ends if kind not in ("step_running", "step_pending")] == [
         "step_skipped" if given == "c" else "step_completed"
@@ -482,14 +505,18 @@ def test_a_failed_child_ends_the_loop() -> None:
 
 
 def test_until_sees_a_tolerated_failure() -> None:
-    result = run(loop("l", failing("a", continue_on_error=True), until="steps.a.status == 'failed' and steps.a == null"))
+    result = run(
+        loop("l", failing("a", continue_on_error=True), until="steps.a.status == 'failed' and steps.a == null")
+    )
     assert result["l"].outputs == {"a": None, "iterations": 1}
 
 
 @pytest.mark.parametrize("keys", [{"until": "x"}, {"max_iterations": 3}], ids=["max_iterations", "until"])
 def test_a_loop_needs_both_its_ends(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="is missing"):
-        Workflow.from_dict({"name": "t", "steps": [{"id": "l", "type": "loop", "steps": [value("a").to_dict()], **keys}]})
+        Workflow.from_dict(
+            {"name": "t", "steps": [{"id": "l", "type": "loop", "steps": [value("a").to_dict()], **keys}]}
+        )
 
 
 def test_a_loop_of_1000_iterations_takes_linear_memory_and_time() -> None:
@@ -583,14 +610,17 @@ def test_the_file_may_be_picked_by_a_template(tmp_path: Path) -> None:
         "workflow: '{{item}}.yaml', inputs: {q: '{{item}}'}}]",
     )  # fmt: skip
     result = finished(WorkflowExecutor(Workflow.from_file(tmp_path / "main.yaml")))
-    assert states(result) == {"s": "completed", "s.0": "completed", "s.0.z": "completed", "s.0.y": "completed", "s.1": "failed"}
+    assert states(result) == {
+        "s": "completed", "s.0": "completed", "s.0.z": "completed", "s.0.y": "completed", "s.1": "failed"
+    }
     assert output(result, "s.0.y") == "<sub2>!"
 
 
 def test_what_a_templated_workflow_needs_is_checked_before_its_first_step(tmp_path: Path) -> None:
     write(
         tmp_path, main="name: m\nsteps: [{id: s, type: workflow, workflow: '{{f}}'}]",
-        sub="name: s\nsteps: [{id: a, type: transform, function: template, template: x}, {id: b, type: action, action: nope}]",
+        sub="name: s\nsteps: [{id: a, type: transform, function: template, template: x}, "
+        "{id: b, type: action, action: nope}]",
     )  # fmt: skip
     result = finished(WorkflowExecutor(Workflow.from_file(tmp_path / "main.yaml"), {"f": "sub.yaml"}))
     assert list(result) == ["s"]
@@ -602,7 +632,8 @@ def test_recursion_ends_when_a_condition_says_so(tmp_path: Path) -> None:
     text = (
         "name: m\ninputs: {items: {default: [1, 2, 3]}}\nsteps:\n"
         "- {id: rest, type: transform, function: slice, inputs: {items: '{{inputs.items}}'}, start: 1}\n"
-        "- {id: s, type: workflow, workflow: main.yaml, condition: len(inputs.items) > 0, inputs: {items: '{{steps.rest}}'}}"
+        "- {id: s, type: workflow, workflow: main.yaml, condition: len(inputs.items) > 0, "
+        "inputs: {items: '{{steps.rest}}'}}"
     )
     write(tmp_path, main=text)
     result = finished(WorkflowExecutor(Workflow.from_file(tmp_path / "main.yaml")))
@@ -623,7 +654,8 @@ def test_endless_recursion_is_an_error_that_shows_the_chain(tmp_path: Path) -> N
 
 
 def test_a_called_workflow_keeps_its_own_deadline() -> None:
-    sub = {"name": "x", "timeout_seconds": 0.1, "steps": [Step("a", "action", action="sleep", seconds=30), value("b", depends_on="a")]}
+    steps = [Step("a", "action", action="sleep", seconds=30), value("b", depends_on="a")]
+    sub = {"name": "x", "timeout_seconds": 0.1, "steps": steps}
     result = run(called("s", sub), value("c", depends_on="s"))
     assert states(result) == {"s": "failed", "s.a": "cancelled", "s.b": "cancelled", "c": "upstream_failed"}
     assert result["s"].error is not None
@@ -642,7 +674,8 @@ def test_a_called_workflow_has_its_own_defaults_and_partials() -> None:
 def test_conditions_and_trigger_rules_work_inside_containers() -> None:
     result = run(
         parallel(
-            "p", value("a", condition="1 == 2"), value("b", depends_on="a"), value("c", depends_on=["a", "d"]), value("d"),
+            "p", value("a", condition="1 == 2"), value("b", depends_on="a"), value("c", depends_on=["a", "d"]),
+            value("d"),
             failing("e", continue_on_error=True), value("f", depends_on="e", trigger_rule="one_failed"),
             value("g", depends_on="a", trigger_rule="all_done"),
         )
@@ -654,7 +687,9 @@ def test_conditions_and_trigger_rules_work_inside_containers() -> None:
 
 
 def test_a_container_itself_is_skipped_like_any_step() -> None:
-    steps = [failing("a"), parallel("p", value("x"), depends_on="a"), loop("l", value("y"), until="true", condition="false")]
+    steps = [
+        failing("a"), parallel("p", value("x"), depends_on="a"), loop("l", value("y"), until="true", condition="false")
+    ]
     assert states(run(*steps)) == {"a": "failed", "p": "upstream_failed", "l": "condition"}
 
 
@@ -724,7 +759,9 @@ def test_the_deadline_of_a_child_is_its_own() -> None:
 
 def test_fail_fast_reaches_into_containers() -> None:
     sleeping = Step("s", "action", action="sleep", seconds=30)
-    steps = [parallel("p", sleeping), parallel("q", parallel("r", failing("f"), sleeping)), loop("l", sleeping, until="true")]
+    steps = [
+        parallel("p", sleeping), parallel("q", parallel("r", failing("f"), sleeping)), loop("l", sleeping, until="true")
+    ]
     result = run(*steps, fail_fast=True)
     assert states(result) == {
         "p": "cancelled", "p.s": "cancelled", "q": "failed", "q.r": "failed", "q.r.f": "failed", "q.r.s": "cancelled",
@@ -779,3 +816,42 @@ def test_deeper_nesting_is_refused(kind: str, depth: int) -> None:
         step = {"id": f"c{level}", "type": kind, **keys}
     with pytest.raises(ValidationError, match="deep"):
         Workflow.from_dict({"name": "t", "steps": [step]}).validate()
+
+
+# what looks alike
+
+
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [(branch("c", "1", {"1": [value("branch")]}), "branch"), (loop("c", value("iterations"), until="true"), "iterations")],
+    ids=["branch", "loop"],
+)
+def test_a_child_may_not_take_the_name_of_its_containers_own_output(step: Step, name: str) -> None:
+    with pytest.raises(ValidationError, match=name):
+        Workflow("t", [step]).validate()
+
+
+def test_children_may_be_called_output_status_and_error() -> None:
+    step = parallel("p", value("output", "O"), value("status", "S"), value("error", "E"))
+    assert output(run(step, value("o", "{{steps.p.output}}{{steps.p.status}}{{steps.p.error}}")), "o") == "OSE"
+
+
+def test_the_budget_of_a_called_workflow_is_warned_about() -> None:
+    sub = {"name": "s", "budget": {"max_calls": 1}, "steps": [value("a").to_dict()]}
+    assert "budget" in str(Workflow("t", [called("s", sub)]).validate()[0])
+
+
+@pytest.mark.parametrize(("item", "text"), [(1, "1"), (2.5, "2.5"), (None, ""), (True, "true"), ({"a": 1}, '{"a":1}')])
+def test_an_item_alone_in_a_prompt_or_message_is_text(item: Any, text: str) -> None:
+    step = llm("f", "{{item}}", system="{{item}}", for_each=[item])
+    assert output(run(step), "f") == [text]
+    messages = [{"role": "user", "content": "{{item}}"}]
+    step = Step("f", "llm", provider="p", model="m", messages=messages, for_each=[item])
+    assert output(run(step, provider=lambda request: str(request.messages[0]["content"])), "f") == [text]
+
+
+def test_a_loop_of_steps_that_never_wait_hears_of_its_deadline() -> None:
+    started = time.monotonic()
+    result = run(loop("l", value("a"), until="false", max_iterations=1_000_000), timeout_seconds=0.2)
+    assert result.status == "timed_out"
+    assert time.monotonic() - started < 5

@@ -283,7 +283,7 @@ def test_echo_answers_a_schema() -> None:
 
 SCHEMA_CASES: dict[str, tuple[Any, Any, str | None]] = {
     "type": ("x", {"type": "integer"}, "$ must be integer, not 'x'"),
-    "true is no integer": (True, {"type": "integer"}, "$ must be integer, not True"),
+    "true is no integer": (True, {"type": "integer"}, "$ must be integer, not true"),
     "1.0 is an integer": (1.0, {"type": "integer"}, None),
     "types": (None, {"type": ["string", "null"]}, None),
     "enum": ("c", {"enum": ["a", "b"]}, '$ must be one of ["a","b"]'),
