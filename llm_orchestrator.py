@@ -6232,7 +6232,7 @@ class _RemoteVectorStore(Provider, VectorStore):
     """Base of the vendors' clients: the settings of a provider, and the `metric` of the collections that it creates.
     Where the vendor has no namespaces, one is a collection of its own, INDEX__NAMESPACE."""
 
-    max_batch, needs_key = VectorStore.max_batch, False
+    max_batch, NEEDS_KEY = VectorStore.max_batch, False
     OPTIONS: Mapping[str, str | None] = {"metric": None}
 
     def __init__(self, **settings: Any) -> None:
@@ -6243,16 +6243,12 @@ class _RemoteVectorStore(Provider, VectorStore):
         if self.metric not in _METRICS:
             raise ValidationError(f"unknown metric {self.metric!r}; there are {', '.join(_METRICS)}")
 
-    @classmethod
-    def missing_settings(cls, settings: Mapping[str, Any]) -> str:
-        return super().missing_settings(settings) if cls.needs_key else ""
-
-    def address(self, base_url: str) -> str:
+    def address(self, base_url: str) -> tuple[str, str]:
         """An address without a scheme is https, but http with a port or for this machine."""
-        if base_url and "://" not in base_url:
+        if "://" not in base_url:
             scheme = "http" if ":" in base_url else "https"
             base_url = self.BASE_URL if base_url == "localhost" else f"{scheme}://{base_url}"
-        return base_url.rstrip("/")
+        return base_url, ""
 
     def call(
         self, method: str, path: str, names: Iterable[str] = (), payload: Any = None, expected: int = 0, host: str = ""
@@ -6345,7 +6341,7 @@ class PineconeStore(_RemoteVectorStore):
     """Pinecone (https://docs.pinecone.io/reference/api). `base_url` is the host of the index; without it, Pinecone is
     asked for the host by the index's name. Indexes are not created here. The score is Pinecone's."""
 
-    TYPE, KEY_HEADER, needs_key = "pinecone", ("Api-Key", ""), True
+    TYPE, BASE_URL, KEY_HEADER, NEEDS_KEY = "pinecone", "https://api.pinecone.io", ("Api-Key", ""), True
     KEY_VARIABLES, URL_VARIABLES = ("PINECONE_API_KEY",), ("PINECONE_INDEX_HOST",)
     OPTIONS: Mapping[str, str | None] = {"controller_host": "PINECONE_CONTROLLER_HOST"}
 
@@ -6354,11 +6350,11 @@ class PineconeStore(_RemoteVectorStore):
 
     def ask(self, place: _Place, path: str, body: dict[str, Any]) -> Any:
         """The answer of the host that serves the index."""
-        host = self.base_url or self.hosts.get(place[0])
-        if not host:
-            controller = self.address(self.options["controller_host"] or "https://api.pinecone.io")
+        host = self.base_url if self.base_url != self.BASE_URL else self.hosts.get(place[0])
+        if host is None:
+            controller = self.address(self.options["controller_host"] or self.BASE_URL)[0]
             found = self.call("GET", "/indexes/{}", place[:1], host=controller)
-            host = self.hosts[place[0]] = self.address(found["host"])
+            host = self.hosts[place[0]] = self.address(found["host"])[0]
         return self.call("POST", path, payload={**body, "namespace": place[1]}, host=host)
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
