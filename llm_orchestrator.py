@@ -331,10 +331,9 @@ _NOT_TEXT = frozenset("0123456789+-.~tTfFnN")  # the first characters of all pla
 _YAML_NUMBER = re.compile(
     r"([-+]?[0-9]+)|(0o[0-7]+)|(0x[0-9a-fA-F]+)|[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 ).fullmatch
-_CORE = {"null": type(None), "bool": bool, "int": int, "float": float, "str": str, "seq": list, "map": dict}
-_TAGS: dict[str, type] = {  # by how a document writes them; object stands for `!`: not resolved, whatever the kind
-    **{f"!!{name}": kind for name, kind in _CORE.items()}, "!": object,
-    **{f"!<tag:yaml.org,2002:{name}>": kind for name, kind in _CORE.items()},
+_TAGS: dict[str, type] = {  # object stands for the tag of what is not resolved, whatever its kind
+    "!!null": type(None), "!!bool": bool, "!!int": int, "!!float": float, "!!str": str, "!!seq": list, "!!map": dict,
+    "!": object,
 }  # fmt: skip
 _HALF = re.compile("[\ud800-\udfff]").search
 _COMPLEX_KEY = "a key that is a list or a mapping is not supported"
@@ -551,8 +550,8 @@ class _YamlReader:
 
     def check_tag(self, kind: type, tag: type | None, position: int) -> None:
         if tag not in (None, object, kind):
-            name = next(name for name in _CORE if _CORE[name] is tag)
-            raise self.error(f"this is no value for the tag !!{name}", position)
+            written = next(written for written in _TAGS if _TAGS[written] is tag)
+            raise self.error(f"this is no value for the tag {written}", position)
 
     def mark(self, key: Any, position: int) -> None:
         """Notes where a key or an item of the innermost collection is, if that was asked for."""
@@ -665,7 +664,7 @@ class _YamlReader:
             else:
                 key = self.scalar(match["plain"].rstrip(" \t"), True, tag, anchor, content)
         key = self.checked_key(key, result, start, content)
-        self.mark("<<" if key is _MERGE else key, start)
+        self.mark("<<" if key is _MERGE else key, content if explicit else start)
         if not explicit:
             value, position = self.block_node(position, indent, -1, True)
         elif self.indent == indent and text.startswith(_COLON, position):
@@ -756,7 +755,7 @@ class _YamlReader:
             self.enter(dict, None, start)
             mapping = {}
         key = self.checked_key(key, mapping, start, content)
-        self.mark("<<" if key is _MERGE else key, start)
+        self.mark("<<" if key is _MERGE else key, content if explicit else start)
         if text[position] == ":":
             colon, position = position, self.space(position + 1, indent)
             if text[position] not in ",]}":
@@ -957,7 +956,7 @@ def _folded_block(body: str) -> str:
 
 
 _PLAIN_TEXT = re.compile(  # what every YAML 1.1 and 1.2 loader reads as the same text
-    r"(?!(?i:y|n|yes|no|on|off|true|false|null)$)[A-Za-z_/]([\w ,./()=+-]*[\w./()])?", re.ASCII
+    r"(?!(?i:y|n|yes|no|on|off|true|false|null)$)(?:[^\W\d]|/)([\w ,./()=+-]*[\w./()])?"
 ).fullmatch
 _LITERAL = re.compile("[^\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]*").fullmatch
 _UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")

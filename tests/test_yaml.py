@@ -52,7 +52,7 @@ SCALARS = {
     r'"\0\a\b\t\n\v\f\r\e\"\/\\\N\_\L\P\ "': '\0\a\b\t\n\v\f\r\x1b"/\\\x85\xa0\u2028\u2029 ',
     r'"\x41\u00e9\U0001F600"': "Aé😀", r'"\ud83d\ude00"': "😀", '"\x7f\ufeff"': "\x7f\ufeff", '"#: -"': "#: -",
     "!!str 12": "12", "! 12": "12", "!!str": "", '!!int "12"': 12, "!!float 1": 1.0, "!!null ''": None,
-    "!<tag:yaml.org,2002:bool> true": True, "&a 1": 1, "[]": [], "{}": {}, "!!map {}": {}, "!!seq []": [],
+    "!!bool True": True, "&a 1": 1, "[]": [], "{}": {}, "!!map {}": {}, "!!seq []": [],
 }  # fmt: skip
 
 
@@ -280,13 +280,15 @@ def test_nesting_is_answered_even_where_the_stack_is_nearly_used_up() -> None:
 
 
 def test_positions_of_keys_and_items_in_block_and_flow_style() -> None:
-    text = "a:\n  - b: [x, {y: z}]\n    'c d': 1\n  - &n\n    e: |\n      t\n? f\n: - g\n<<: {h: i}\n!!str j: {'k':1,\n  l}\n"
+    text = (
+        "a:\n  - b: [x, {y: z}]\n    'c d': 1\n  - &n\n    e: |\n      t\n"
+        "? f\n: - g\n<<: {h: i}\n!!str j: {'k':1,\n  l}\n"
+    )
     assert engine._positions(text) == {
         ("a",): (1, 1), ("a", 0): (2, 3), ("a", 0, "b"): (2, 5), ("a", 0, "b", 0): (2, 9), ("a", 0, "b", 1): (2, 12),
-        ("a", 0, "b", 1, "y"): (2, 13), ("a", 0, "c d"): (3, 5), ("a", 1): (4, 3), ("a", 1, "e"): (5, 5), ("f",):
-        (7, 1),
-        ("f", 0): (8, 3), ("<<",): (9, 1), ("<<", "h"): (9, 6), ("j",): (10, 1), ("j", "k"): (10, 11), ("j", "l"):
-        (11, 3),
+        ("a", 0, "b", 1, "y"): (2, 13), ("a", 0, "c d"): (3, 5), ("a", 1): (4, 3), ("a", 1, "e"): (5, 5),
+        ("f",): (7, 3), ("f", 0): (8, 3), ("<<",): (9, 1), ("<<", "h"): (9, 6), ("j",): (10, 1), ("j", "k"): (10, 11),
+        ("j", "l"): (11, 3),
     }  # fmt: skip
 
 
