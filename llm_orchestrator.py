@@ -282,6 +282,8 @@ _SIMPLE_FLOW = re.compile(
     rf"""(?:{_WORD}: +|"([^"\\\n]*)" *: *)?"""
     rf"(?:(?:(-?{_FIRST}(?:[^:#,\[\]{{}}\n]*[^:#,\[\]{{}}\n \t])?)|{_QUOTED}) *(?=[,\]}}])|(?=[\[{{]))"
 ).match
+_NEXT_LINE = re.compile(r"(?:#[^\n]*)?\n( *)(?=[^ \t\n#])").match
+_NO_GROUPS = (None,) * 5
 _NEVER = re.compile("(?!)").match
 
 _BLOCK_PLAIN = re.compile(rf"{_FIRST}|[-?:](?=[^ \t\n])").match
@@ -511,6 +513,10 @@ class _YamlReader:
         Tabs may stand before it where it is no block collection, behind more spaces than `parent`.
         """
         text = self.text
+        simple = _NEXT_LINE(text, position)
+        if simple:
+            self.indent = len(simple[1])
+            return simple.end()
         position = _BLANK(text, position).end()
         while text.startswith("#", position):
             position = _BLANK(text, text.find("\n", position)).end()
@@ -524,8 +530,6 @@ class _YamlReader:
     def space(self, position: int, indent: int) -> int:
         """The position of the next content in a flow collection, whose lines are indented by `indent` or more."""
         text, start = self.text, position
-        if text[position] not in " \t\n#":
-            return position
         position = _BLANK(text, position).end()
         while text.startswith("#", position) and text[position - 1] in " \t\n":
             position = _BLANK(text, text.find("\n", position)).end()
@@ -626,7 +630,7 @@ class _YamlReader:
         result: dict[Any, Any] = {}
         while self.indent == indent:
             entry = simple_entry(text, position)
-            key, plain, _, _, spaces = entry.groups() if entry else (None,) * 5
+            key, plain, _, _, spaces = entry.groups() if entry else _NO_GROUPS
             if key in _YAML_WORDS:
                 key = _YAML_WORDS[key]
             if not entry or key in result:
@@ -703,23 +707,27 @@ class _YamlReader:
 
     def flow_collection(self, position: int, indent: int, tag: type | None) -> tuple[dict[Any, Any] | list[Any], int]:
         """A list in brackets or a mapping in braces."""
-        text, pairs = self.text, self.text[position] == "{"
+        text, simple_flow, pairs = self.text, self.simple_flow, self.text[position] == "{"
         close = "}" if pairs else "]"
         items: list[Any] = []
         mapping: dict[Any, Any] = {}
         self.enter(dict if pairs else list, tag, position)
         while text[position] != close:
-            start = position = self.space(position + 1, indent)
-            if text[position] == close:
+            start = position = position + 1
+            if text[start] in " \t\n#":
+                start = position = self.space(start, indent)
+            if text[start] == close:
                 break
-            entry = self.simple_flow(text, start)
-            word, quoted = (entry[1], entry[2]) if entry else (None, None)
+            entry = simple_flow(text, start)
+            word, quoted, plain, _, _ = entry.groups() if entry else _NO_GROUPS
             key = quoted if word is None else _YAML_WORDS.get(word, word)
             if not entry or pairs is (word is None and quoted is None) or key in mapping:
                 position = self.flow_entry(start, indent, mapping, None if pairs else items)
             else:
                 position = entry.end()
-                if text[position] in "[{":
+                if plain and plain[0] not in _NOT_TEXT:
+                    value = plain
+                elif text[position] in "[{":
                     value, position, _ = self.flow_node(position, indent)
                     position = self.space(position, indent)
                 else:
@@ -859,14 +867,17 @@ class _YamlReader:
         if digit or (indent > parent and first < len(text)):
             if not digit and " " * (indent + 1) in text[start:line]:
                 raise self.error("a blank line above this text has more spaces than the text", first)
-            # The line break before the first line with content and less indentation.
-            below = re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search(text, start - 1) if indent else None
+            below = _line_below(indent)(text, start - 1) if indent else None
             end = below.start() + 1 if below else len(text)
         else:
             end, indent = (line, first) if first < len(text) else (first, first)
         if text.startswith("\t", _SPACES(text, end).end()):
             raise self.error("a tab cannot indent this line", end)
-        content = "\n".join([line[indent:] for line in text[start:end].split("\n")])
+        content = text[start - 1 : end]
+        if " \n" in content:  # perhaps a blank line of less indentation
+            content = "\n".join([line[indent:] for line in content.split("\n")])[1:]
+        else:
+            content = content.replace("\n" + " " * indent, "\n")[1:]
         if self.padded and start < end == len(text):
             content, last = content[:-1], content[content.rfind("\n", 0, -1) + 1 : -1]
             if not last.strip(" ") and (chomping == "+" or (last and not chomping)):
@@ -953,6 +964,12 @@ def _folded_block(body: str) -> str:
         if all(line and line[0] not in " \t" for line in (parts[number - 1], parts[number + 1])):
             parts[number] = parts[number][1:] or " "
     return "".join(parts)
+
+
+@functools.lru_cache(maxsize=64)
+def _line_below(indent: int) -> Callable[[str, int], Any]:
+    """Finds the line break before the first line with content that is indented by less than `indent`."""
+    return re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search
 
 
 _PLAIN_TEXT = re.compile(  # what every YAML 1.1 and 1.2 loader reads as the same text
