@@ -870,7 +870,8 @@ class _YamlReader:
             below = _line_below(indent)(text, start - 1) if indent else None
             end = below.start() + 1 if below else len(text)
         else:
-            end, indent = (line, first) if first < len(text) else (first, first)
+            end = line if first < len(text) else first
+            indent = end - start  # nothing but blank lines, none of them longer
         if text.startswith("\t", _SPACES(text, end).end()):
             raise self.error("a tab cannot indent this line", end)
         content = text[start - 1 : end]

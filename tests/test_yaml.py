@@ -247,6 +247,7 @@ HUGE = {
     "hashes": "a" + " x#" * SIZE, "digits": "1" * SIZE, "float digits": "1." + "1" * SIZE,
     "literal": "|\n" + "a\n" * SIZE,
     "folded": "a: >\n" + "  b\n   c\n" * SIZE, "open list": "[" + "a, " * SIZE, "long key": "k " * SIZE + ": v",
+    "empty literals": "- |\n" * SIZE, "empty folded": "- >\n\n" * SIZE,
     "odd characters": '"' + "\x7f" * SIZE + '"', "anchors": "- &a b\n" * (SIZE // 4), "documents": "---\n" * SIZE,
 }  # fmt: skip
 
