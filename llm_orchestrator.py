@@ -302,6 +302,8 @@ _SIMPLE_FLOW = re.compile(
     rf"""(?:{_WORD}: +|"([^"\\\n]*)" *: *)?"""
     rf"(?:(?:(-?{_FIRST}(?:[^:#,\[\]{{}}\n]*[^:#,\[\]{{}}\n \t])?)|{_QUOTED}) *(?=[,\]}}])|(?=[\[{{]))"
 ).match
+_NEXT_LINE = re.compile(r"(?:#[^\n]*)?\n( *)(?=[^ \t\n#])").match
+_NO_GROUPS = (None,) * 5
 _NEVER = re.compile("(?!)").match
 
 _BLOCK_PLAIN = re.compile(rf"{_FIRST}|[-?:](?=[^ \t\n])").match
@@ -351,10 +353,9 @@ _NOT_TEXT = frozenset("0123456789+-.~tTfFnN")  # the first characters of all pla
 _YAML_NUMBER = re.compile(
     r"([-+]?[0-9]+)|(0o[0-7]+)|(0x[0-9a-fA-F]+)|[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 ).fullmatch
-_CORE = {"null": type(None), "bool": bool, "int": int, "float": float, "str": str, "seq": list, "map": dict}
-_TAGS: dict[str, type] = {  # by how a document writes them; object stands for `!`: not resolved, whatever the kind
-    **{f"!!{name}": kind for name, kind in _CORE.items()}, "!": object,
-    **{f"!<tag:yaml.org,2002:{name}>": kind for name, kind in _CORE.items()},
+_TAGS: dict[str, type] = {  # object stands for the tag of what is not resolved, whatever its kind
+    "!!null": type(None), "!!bool": bool, "!!int": int, "!!float": float, "!!str": str, "!!seq": list, "!!map": dict,
+    "!": object,
 }  # fmt: skip
 _HALF = re.compile("[\ud800-\udfff]").search
 _COMPLEX_KEY = "a key that is a list or a mapping is not supported"
@@ -532,6 +533,10 @@ class _YamlReader:
         Tabs may stand before it where it is no block collection, behind more spaces than `parent`.
         """
         text = self.text
+        simple = _NEXT_LINE(text, position)
+        if simple:
+            self.indent = len(simple[1])
+            return simple.end()
         position = _BLANK(text, position).end()
         while text.startswith("#", position):
             position = _BLANK(text, text.find("\n", position)).end()
@@ -545,8 +550,6 @@ class _YamlReader:
     def space(self, position: int, indent: int) -> int:
         """The position of the next content in a flow collection, whose lines are indented by `indent` or more."""
         text, start = self.text, position
-        if text[position] not in " \t\n#":
-            return position
         position = _BLANK(text, position).end()
         while text.startswith("#", position) and text[position - 1] in " \t\n":
             position = _BLANK(text, text.find("\n", position)).end()
@@ -571,8 +574,8 @@ class _YamlReader:
 
     def check_tag(self, kind: type, tag: type | None, position: int) -> None:
         if tag not in (None, object, kind):
-            name = next(name for name in _CORE if _CORE[name] is tag)
-            raise self.error(f"this is no value for the tag !!{name}", position)
+            written = next(written for written in _TAGS if _TAGS[written] is tag)
+            raise self.error(f"this is no value for the tag {written}", position)
 
     def mark(self, key: Any, position: int) -> None:
         """Notes where a key or an item of the innermost collection is, if that was asked for."""
@@ -647,7 +650,7 @@ class _YamlReader:
         result: dict[Any, Any] = {}
         while self.indent == indent:
             entry = simple_entry(text, position)
-            key, plain, _, _, spaces = entry.groups() if entry else (None,) * 5
+            key, plain, _, _, spaces = entry.groups() if entry else _NO_GROUPS
             if key in _YAML_WORDS:
                 key = _YAML_WORDS[key]
             if not entry or key in result:
@@ -685,7 +688,7 @@ class _YamlReader:
             else:
                 key = self.scalar(match["plain"].rstrip(" \t"), True, tag, anchor, content)
         key = self.checked_key(key, result, start, content)
-        self.mark("<<" if key is _MERGE else key, start)
+        self.mark("<<" if key is _MERGE else key, content if explicit else start)
         if not explicit:
             value, position = self.block_node(position, indent, -1, True)
         elif self.indent == indent and text.startswith(_COLON, position):
@@ -724,23 +727,27 @@ class _YamlReader:
 
     def flow_collection(self, position: int, indent: int, tag: type | None) -> tuple[dict[Any, Any] | list[Any], int]:
         """A list in brackets or a mapping in braces."""
-        text, pairs = self.text, self.text[position] == "{"
+        text, simple_flow, pairs = self.text, self.simple_flow, self.text[position] == "{"
         close = "}" if pairs else "]"
         items: list[Any] = []
         mapping: dict[Any, Any] = {}
         self.enter(dict if pairs else list, tag, position)
         while text[position] != close:
-            start = position = self.space(position + 1, indent)
-            if text[position] == close:
+            start = position = position + 1
+            if text[start] in " \t\n#":
+                start = position = self.space(start, indent)
+            if text[start] == close:
                 break
-            entry = self.simple_flow(text, start)
-            word, quoted = (entry[1], entry[2]) if entry else (None, None)
+            entry = simple_flow(text, start)
+            word, quoted, plain, _, _ = entry.groups() if entry else _NO_GROUPS
             key = quoted if word is None else _YAML_WORDS.get(word, word)
             if not entry or pairs is (word is None and quoted is None) or key in mapping:
                 position = self.flow_entry(start, indent, mapping, None if pairs else items)
             else:
                 position = entry.end()
-                if text[position] in "[{":
+                if plain and plain[0] not in _NOT_TEXT:
+                    value = plain
+                elif text[position] in "[{":
                     value, position, _ = self.flow_node(position, indent)
                     position = self.space(position, indent)
                 else:
@@ -776,7 +783,7 @@ class _YamlReader:
             self.enter(dict, None, start)
             mapping = {}
         key = self.checked_key(key, mapping, start, content)
-        self.mark("<<" if key is _MERGE else key, start)
+        self.mark("<<" if key is _MERGE else key, content if explicit else start)
         if text[position] == ":":
             colon, position = position, self.space(position + 1, indent)
             if text[position] not in ",]}":
@@ -880,14 +887,18 @@ class _YamlReader:
         if digit or (indent > parent and first < len(text)):
             if not digit and " " * (indent + 1) in text[start:line]:
                 raise self.error("a blank line above this text has more spaces than the text", first)
-            # The line break before the first line with content and less indentation.
-            below = re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search(text, start - 1) if indent else None
+            below = _line_below(indent)(text, start - 1) if indent else None
             end = below.start() + 1 if below else len(text)
         else:
-            end, indent = (line, first) if first < len(text) else (first, first)
+            end = line if first < len(text) else first
+            indent = end - start  # nothing but blank lines, none of them longer
         if text.startswith("\t", _SPACES(text, end).end()):
             raise self.error("a tab cannot indent this line", end)
-        content = "\n".join([line[indent:] for line in text[start:end].split("\n")])
+        content = text[start - 1 : end]
+        if " \n" in content:  # perhaps a blank line of less indentation
+            content = "\n".join([line[indent:] for line in content.split("\n")])[1:]
+        else:
+            content = content.replace("\n" + " " * indent, "\n")[1:]
         if self.padded and start < end == len(text):
             content, last = content[:-1], content[content.rfind("\n", 0, -1) + 1 : -1]
             if not last.strip(" ") and (chomping == "+" or (last and not chomping)):
@@ -976,8 +987,14 @@ def _folded_block(body: str) -> str:
     return "".join(parts)
 
 
+@functools.lru_cache(maxsize=64)
+def _line_below(indent: int) -> Callable[[str, int], Any]:
+    """Finds the line break before the first line with content that is indented by less than `indent`."""
+    return re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search
+
+
 _PLAIN_TEXT = re.compile(  # what every YAML 1.1 and 1.2 loader reads as the same text
-    r"(?!(?i:y|n|yes|no|on|off|true|false|null)$)[A-Za-z_/]([\w ,./()=+-]*[\w./()])?", re.ASCII
+    r"(?!(?i:y|n|yes|no|on|off|true|false|null)$)(?:[^\W\d]|/)([\w ,./()=+-]*[\w./()])?"
 ).fullmatch
 _LITERAL = re.compile("[^\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]*").fullmatch
 _UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
