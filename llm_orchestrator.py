@@ -4931,6 +4931,7 @@ class Provider:
         self, *, api_key: str | None = None, base_url: str | None = None, headers: Mapping[str, str] | None = None,
         timeout_seconds: float | None = None, proxy: str | None = None, name: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
+        self.limits = {limit: options.pop(limit, None) for limit in ("rate_limit", "circuit_breaker")}
         for option in options:
             if option not in self.OPTIONS:
                 known = (*self.OPTIONS, "api_key", "base_url", "headers", "timeout_seconds", "proxy")
@@ -6260,12 +6261,12 @@ class _RemoteVectorStore(Provider, VectorStore):
         if self.metric not in _METRICS:
             raise ValidationError(f"unknown metric {self.metric!r}; there are {', '.join(_METRICS)}")
 
-    def address(self, base_url: str) -> tuple[str, str]:
+    def address(self, base_url: str) -> str:
         """An address without a scheme is https, but http with a port or for this machine."""
         if "://" not in base_url:
             scheme = "http" if ":" in base_url else "https"
             base_url = self.BASE_URL if base_url == "localhost" else f"{scheme}://{base_url}"
-        return base_url, ""
+        return base_url.rstrip("/")
 
     def call(
         self, method: str, path: str, names: Iterable[str] = (), payload: Any = None, expected: int = 0, host: str = ""
@@ -8954,7 +8955,6 @@ def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapp
     if kind not in PROVIDERS:
         near = _suggestion(kind, [*PROVIDERS, *known]) or f"; there are {', '.join([*known, *PROVIDERS])}"
         raise ValidationError(f"unknown provider {kind!r}{near}")
-    limits = {name: settings.pop(name, None) for name in ("rate_limit", "circuit_breaker")}
     settings.update(settings.pop("options", None) or {})
     variable = settings.pop("api_key_env", None)
     if replayed:
@@ -8965,9 +8965,7 @@ def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapp
             raise AuthenticationError(f"the environment variable {variable} is not set", provider=name)
     if "timeout_seconds" in settings:
         settings["timeout_seconds"] = _seconds(settings["timeout_seconds"], "s")
-    provider = PROVIDERS[kind].from_env(**({"name": name} if configured else {}), **settings)
-    provider.limits = limits
-    return provider
+    return PROVIDERS[kind].from_env(**({"name": name} if configured else {}), **settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
