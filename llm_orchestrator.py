@@ -6370,9 +6370,9 @@ class PineconeStore(_RemoteVectorStore):
         """The answer of the host that serves the index."""
         host = self.base_url if self.base_url != self.BASE_URL else self.hosts.get(place[0])
         if host is None:
-            controller = self.address(self.options["controller_host"] or self.BASE_URL)[0]
+            controller = self.address(self.options["controller_host"] or self.BASE_URL)
             found = self.call("GET", "/indexes/{}", place[:1], host=controller)
-            host = self.hosts[place[0]] = self.address(found["host"])[0]
+            host = self.hosts[place[0]] = self.address(found["host"])
         return self.call("POST", path, payload={**body, "namespace": place[1]}, host=host)
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
