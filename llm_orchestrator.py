@@ -7371,7 +7371,7 @@ def _is_transient(error: BaseException) -> bool:
     return bool(getattr(error, "retryable", likely and not isinstance(error, OrchestratorError)))
 
 
-class RunResult:
+class RunResult(Mapping[str, StepResult]):
     """What became of a run: a mapping of full step ids to StepResult, in workflow order, and the run's own outcome.
 
     `status` is completed, failed, cancelled or timed_out; `outputs` are the workflow's own outputs; `usage` counts
@@ -7394,13 +7394,6 @@ class RunResult:
 
     def __len__(self) -> int:
         return len(self.steps)
-
-    def __contains__(self, step_id: object) -> bool:
-        return step_id in self.steps
-
-    def items(self) -> Iterable[tuple[str, StepResult]]:
-        """(full id, StepResult) in workflow order, children after their container."""
-        return self.steps.items()
 
     def raise_for_status(self) -> None:
         """Raises unless the run completed: RunTimeoutError, or ExecutionError from the first failed step's error."""
@@ -7551,57 +7544,26 @@ def _null_views(node: _Node, called: bool = True) -> dict[str, Any]:
     return views
 
 
-class _Fallback(dict[str, Any]):
-    """A dict in front of something that is asked for keys that it lacks itself."""
-
-    __slots__ = ()
-
-    def behind(self, key: Any) -> Any:
-        """What stands behind for a key; KeyError if nothing does."""
-        raise NotImplementedError
-
-    def __missing__(self, key: Any) -> Any:
-        return self.behind(key)
-
-    def __contains__(self, key: object) -> bool:
-        try:
-            self[key]  # type: ignore[index]
-        except KeyError:
-            return False
-        return True
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default  # noqa: SIM401
-
-
-class _Layer(_Fallback):
-    """The steps of a container's children in front of those around it."""
-
-    __slots__ = ("around",)
-
-    def __init__(self, around: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.around = around
-
-    def behind(self, key: Any) -> Any:
-        return self.around[key]
-
-
-class _OutputNames(_Fallback):
+class _OutputNames(dict[str, Any]):
     """`outputs.X`: a step by its id, or an output by its name, of this scope or of those around it."""
 
     __slots__ = ("around", "graph", "steps")
 
-    def __init__(self, steps: Mapping[str, Any], graph: _Graph, around: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, steps: Mapping[str, Any], graph: _Graph, around: Mapping[str, Any]) -> None:
         super().__init__()
         self.steps, self.graph, self.around = steps, graph, around
 
-    def behind(self, key: Any) -> Any:
+    def __missing__(self, key: str) -> Any:
         if key in self.steps:
             return self.steps[key]
-        if key not in self.graph.producers and self.around is not None:
-            return self.around[key]
-        return self.steps[self.graph.producers[key]][key]
+        producer = self.graph.producers.get(key)
+        return self.around[key] if producer is None else self.steps[producer][key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.steps or key in self.graph.producers or key in self.around
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401
 
 
 _TRIGGER_RULES: dict[str, Callable[[int, int, int], str | None]] = {
@@ -7875,7 +7837,7 @@ class _StepRun:
         self.began: float | None = None  # when it first had a slot
         self.remaining: float | None = None  # seconds that are left of the attempt
         self.candidate: Mapping[str, Any] = {}  # the fallback that is being tried
-        self.child_views: dict[str, Any] | None = None
+        self.child_views: Mapping[str, Any] | None = None
         self.task: asyncio.Task[None] | None = None
 
     @property
@@ -8111,9 +8073,11 @@ class _StepRun:
                 if keeper is run.executor.cassette:  # the run is to be as it was
                     self.count(request, answer)
                 return answer
-        with run.budget.reserved(request.model, _estimated_tokens(request)):
+        gate = run.executor.gate(name, provider, self.siblings.workflow)
+        tokens = (0, 0) if gate.is_open and not run.budget.limits else _estimated_tokens(request)
+        with run.budget.reserved(request.model, tokens):
             try:
-                answer = await self.gated(name, provider, call, request)
+                answer = await self.gated(gate, sum(tokens), name, provider, call, request)
             except ProviderError as error:
                 answer = error
             if run.journal is not None:
@@ -8125,19 +8089,19 @@ class _StepRun:
             self.count(request, answer)
         return answer
 
-    async def gated(self, name: str, provider: Any, call: Any, request: Any) -> Any:
+    async def gated(self, gate: _Gate, tokens: int, name: str, provider: Any, call: Any, request: Any) -> Any:
         """A call in a slot, past the provider's gate: the wait there holds no slot."""
-        gate, tokens = self.run.executor.gate(name, provider, self.siblings.workflow), sum(_estimated_tokens(request))
         state = gate.breaker and gate.breaker.state
         permit = await gate.enter(name, tokens, self.node.retry.max_delay_seconds)
+        answer: Any = None
         try:
             answer = await self.working(functools.partial(self.call, name, provider, call, request))
-            gate.leave(tokens, answer, permit)
             return answer
         except BaseException as error:
-            gate.leave(tokens, error, permit, self.expired)
+            answer = error
             raise
         finally:
+            gate.leave(tokens, answer, permit, self.expired)
             if gate.breaker is not None and gate.breaker.state != state:
                 self.run.emit("circuit", self.id, provider=name, state=gate.breaker.state)
 
@@ -8189,7 +8153,7 @@ class _StepRun:
         limit: int | None = None,
     ) -> _GraphRun:  # fmt: skip
         """The children of a container, in a scope in front of the container's own; an error if one fails for good."""
-        steps = _Layer(self.context["steps"])
+        steps: ChainMap[str, Any] = ChainMap({}, self.context["steps"])  # the children's, in front of those around
         outputs = _OutputNames(steps, graph, self.context["outputs"])
         context = {**self.context, **(local or {}), "steps": steps, "outputs": outputs}
         prefix = f"{self.id}.{segment}." if segment else f"{self.id}."
@@ -8256,8 +8220,10 @@ class _Clock:
         self.timer = run.loop.call_later(step.remaining, self.expire) if step.remaining is not None else None
         if step.began is None:
             step.began = self.started
-        if run.listening:
-            run.emit_running(step)
+        attempt = step.result.attempts
+        if run.listening and (step.announced < attempt or not attempt):  # once an attempt
+            step.announced = attempt
+            run.emit("step_running", step.id, step_type=step.node.type, attempt=attempt)
 
     def __exit__(self, *_: object) -> None:
         if self.timer is not None and self.step.remaining is not None:
@@ -8356,6 +8322,9 @@ class _Budget:
     @contextlib.contextmanager
     def reserved(self, model: str, tokens: tuple[int, int]) -> Iterator[None]:
         """Sets (input, output) tokens aside while a call is in flight; BudgetExceededError if they are too many."""
+        if not self.limits:
+            yield
+            return
         amounts = {"calls": 1, "total_tokens": sum(tokens), "cost": self.cost(model, *tokens) or 0.0}
         for limit, name in (("max_calls", "calls"), ("max_tokens", "total_tokens"), ("max_cost", "cost")):
             if self.limits.get(limit) is not None:
@@ -8404,7 +8373,7 @@ def _root_context(run: _Run, workflow: Workflow, plan: _Plan, inputs: Mapping[st
     steps: dict[str, Any] = {}
     named = {"name": workflow.name, "version": workflow.version, "metadata": workflow.metadata}
     return {
-        **inputs, "inputs": inputs, "input": inputs, "steps": steps, "outputs": _OutputNames(steps, plan.graph),
+        **inputs, "inputs": inputs, "input": inputs, "steps": steps, "outputs": _OutputNames(steps, plan.graph, {}),
         "workflow": named, "run": {"id": run.run_id},
     }  # fmt: skip
 
@@ -8468,6 +8437,7 @@ class _Run:
         self.listeners = [one for one in (executor.on_event, listener) if one is not None]
         self.listening = bool(self.listeners) or self.logger is not None
         self.streaming = listener is not None or executor.streaming
+        self.provider, self.vector_store, self.http = executor._provider, executor._vector_store, executor._http
 
     async def execute(self, inputs: Mapping[str, Any]) -> RunResult:
         """Runs to the end. When the calling task is cancelled, the partial result is complete before that goes on."""
@@ -8545,12 +8515,6 @@ class _Run:
         """Whether a built-in transform was replaced by one of the executor's."""
         return bool(self.executor.transforms) and node.constants["function"] in self.executor.transforms
 
-    def provider(self, name: str, workflow: Workflow) -> Any:
-        return self.executor._provider(name, workflow)
-
-    def vector_store(self, name: str) -> Any:
-        return self.executor._vector_store(name)
-
     def found_workflow(self, caller: Workflow, name: str) -> Workflow:
         """A sub-workflow whose name is known only now, checked as the others were before the run."""
         called = _sub_workflow(caller, name)
@@ -8560,9 +8524,6 @@ class _Run:
                 self.executor._check_needs(workflow)
             self.checked.append(called)
         return called
-
-    def http(self) -> _HttpClient:
-        return self.executor._http()
 
     def restored_children(self, step_id: str) -> dict[str, Any] | None:
         """Takes over the children of a restored container; what templates see of them, of a loop's last iteration."""
@@ -8596,12 +8557,6 @@ class _Run:
                 _logger().warning("on_event raised %r", error)
         if self.logger is not None:
             _log_event(self.logger, event)
-
-    def emit_running(self, step: _StepRun) -> None:
-        """Says once an attempt that a step works."""
-        if step.announced < step.result.attempts or not step.result.attempts:
-            step.announced = step.result.attempts
-            self.emit("step_running", step.id, step_type=step.node.type, attempt=step.announced)
 
     def emit_end(self, result: StepResult) -> None:
         names = ("duration_ms", "attempts", "usage", "error", "reason")
@@ -8832,23 +8787,25 @@ class WorkflowExecutor:
 
     def _check_needs(self, workflow: Workflow) -> None:
         """ValidationError if a workflow needs a function, provider or vector store that is not there."""
-        problems: list[Problem] = []
-        for problem in workflow._plan().problems:
-            table, name = problem.custom or ("", "")
-            if table in ("actions", "transforms", "tools") and name not in getattr(self, table):
-                problems.append(problem)
+        document = workflow._whole()
+        problems = [
+            problem for problem in workflow._plan().problems
+            for table, name in ([problem.custom] if problem.custom else ())
+            if table in ("actions", "transforms", "tools") and name not in getattr(self, table)
+        ]
         for node in workflow._plan().graph.walk():
             if node.type == "approval" and self.store is None:
                 message = "an approval needs a store that keeps the run meanwhile: --store FILE, or store="
-                problems.append(Problem(_label(workflow.to_dict(), node.path) + message, node.path))
+                problems.append(Problem(_label(document, node.path) + message, node.path))
             for key, name in self._needs(node):
                 try:
                     self._provider(name, workflow) if key == "provider" else self._vector_store(name)
                 except ValidationError as error:
                     path = (*node.path, key)
-                    problems.append(Problem(_label(workflow.to_dict(), path) + error.problems[0].message, path))
+                    problems.append(Problem(_label(document, path) + error.problems[0].message, path))
         if problems:
-            raise ValidationError([_as_error(problem) for problem in workflow._located(problems)])
+            located = workflow._located(problems)  # warnings of `validate` among them, that a run cannot live with
+            raise ValidationError([Problem(one.message, one.path, one.line, one.column, one.source) for one in located])
 
     @staticmethod
     def _workflows(first: Workflow) -> Iterator[Workflow]:
@@ -8872,7 +8829,7 @@ class WorkflowExecutor:
         """Without declared inputs: what steps that are certain to run cannot do without."""
         if self.workflow.inputs is not None:
             return
-        graph = self.workflow._plan().graph
+        graph, document = self.workflow._plan().graph, self.workflow._whole()
         uncertain: set[str] = set()
         problems = []
         for node in (node for level in _levels(graph) for node in level):
@@ -8884,7 +8841,7 @@ class WorkflowExecutor:
                 named = segments[1:2] if segments[0] in ("inputs", "input") else segments[:1]
                 known = ("steps", "outputs", "workflow", "run", *node.local, *self.inputs)
                 if named and reference[1] and (name := named[0]) not in known:
-                    label = _label(self.workflow.to_dict(), node.path)
+                    label = _label(document, node.path)
                     message = f"{label}{key}: the input {name!r} is missing; give it with inputs, or --set {name}=..."
                     problems.append(Problem(message, (*node.path, key)))
         if problems:
@@ -8921,7 +8878,9 @@ class WorkflowExecutor:
         """The gate of a provider: one for all that use the object, as far as it can carry it."""
         known: _Gate | None = getattr(provider, "_gate", None) or self._gates.get(id(provider))
         if known is None:
-            settings = getattr(provider, "limits", None) or (workflow.providers or {}).get(name) or {}
+            configured = {} if self.offline else (workflow.providers or {}).get(name) or {}
+            own = getattr(provider, "limits", None) or {}
+            settings = {**configured, **{limit: value for limit, value in own.items() if value is not None}}
             known = self._gates[id(provider)] = _Gate(settings)
             with contextlib.suppress(AttributeError, TypeError):
                 known = vars(provider).setdefault("_gate", known)
@@ -8941,11 +8900,6 @@ class WorkflowExecutor:
         """Closes the idle connections of the providers that were built here."""
         for provider in [*self._built.values(), *([self._client] if self._client else [])]:
             provider.close()
-
-
-def _as_error(problem: Problem) -> Problem:
-    """A warning of `validate` that a run cannot live with."""
-    return Problem(problem.message, problem.path, problem.line, problem.column, problem.source)
 
 
 def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapping[str, Any], replayed: bool) -> Any:
