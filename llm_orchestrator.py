@@ -10219,7 +10219,7 @@ def _execute(
     with _signals(executor) as received:
         result = executor.resume(**resume) if resume else executor.run()
     reporter.close()
-    _write_result(result, options)
+    written = _write_result(result, options)
     if result.error is not None and not options.quiet:
         _complain(f"{result.status}: {result.error['type']}: {result.error['message']}")
     for step_id, step in result.items() if result.status == "paused" else ():
@@ -10228,7 +10228,7 @@ def _execute(
             _complain(f"paused: {step_id} waits for approval: {again}")
     if received or result.status == "cancelled":
         return 128 + received[0] if received else _EXIT_INTERRUPTED
-    return _EXIT_COMPLETED if result.status in ("completed", "paused") else _EXIT_FAILED
+    return _EXIT_COMPLETED if written and result.status in ("completed", "paused") else _EXIT_FAILED
 
 
 def _make_executor(
@@ -10414,12 +10414,12 @@ def _read_inputs(source: str | None, settings: list[str], declared: Mapping[str,
             error.source = name
             raise
         if not isinstance(loaded, Mapping):
-            raise ValidationError(f"{name}: inputs must be a JSON object, not {_shown(loaded)}")
+            raise OrchestratorError(f"{name}: inputs must be a JSON object, not {_shown(loaded)}")
         inputs.update(loaded)
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
-            raise ValidationError(f"--set {setting}: must be KEY=VALUE")
+            raise OrchestratorError(f"--set {setting}: must be KEY=VALUE")
         kind = str((declared.get(key) or {}).get("type"))
         inputs[key] = value
         if _INPUT_TYPE_ALIASES.get(kind, kind) != "string":
@@ -10455,20 +10455,28 @@ def _load_plugins(paths: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _write_result(result: RunResult, options: argparse.Namespace) -> None:
-    document = result.to_dict()
-    if options.path is not None:
-        text = _printed(document, options.path)
-    else:
+def _write_result(result: RunResult, options: argparse.Namespace) -> bool:
+    """Writes the result where it is wanted; False if that cannot be."""
+    document, written, text = result.to_dict(), True, ""
+    if options.path is None:
         text = _escaped_for(sys.stdout if options.out is None else None, _to_json(document, indent=2) + "\n")
+    elif (value := _printed(document, options.path)) is not _MISSING:
+        text = value if isinstance(value, str) else "" if value is None else _to_json(value, indent=2)
+        text += "" if text.endswith("\n") else "\n"
+    else:
+        _complain(f"--print {options.path}: the result of run {result.run_id} has no such value")
+        written = False
     if options.out is not None:
         try:
             _replace_file(options.out, text)
-            return
+            return written
         except (OSError, ValueError) as error:  # the result must not be lost
-            _complain(f"{options.out}: cannot be written: {error}; the result goes to stdout")
+            reason = getattr(error, "strerror", error)
+            _complain(f"{options.out}: cannot be written: {reason}; the result goes to stdout")
+            written = False
     sys.stdout.write(text)
     sys.stdout.flush()
+    return written
 
 
 def _escaped_for(stream: Any, text: str) -> str:
@@ -10480,22 +10488,18 @@ def _escaped_for(stream: Any, text: str) -> str:
     return text
 
 
-def _printed(document: Mapping[str, Any], path: str) -> str:
-    """One value of the result, raw: a path in the JSON result, or in a step as templates write it: steps.a.text."""
-    value, steps = _field(document, path), document["steps"]
-    if path.startswith("steps."):
-        named = [step_id for step_id in steps if f"{path}.".startswith(f"steps.{step_id}.")]
-        if named:
-            step_id = max(named, key=len)
-            outputs, rest = steps[step_id]["outputs"], path[len(f"steps.{step_id}.") :]
-            first = next(iter(outputs.values()), None)
-            entry = {**steps[step_id], "output": first, **outputs}
-            value = _field(entry, rest) if rest else first
-    if value is None:
-        _complain(f"--print {path}: there is no such value")
-        return ""
-    text = value if isinstance(value, str) else _to_json(value, indent=2)
-    return text if text.endswith("\n") else text + "\n"
+def _printed(document: Mapping[str, Any], path: str) -> Any:
+    """A value by its path in the JSON result, or in a step as templates write it (steps.a.text); _MISSING if none."""
+    steps, value = document["steps"], document
+    named = [step_id for step_id in steps if f"{path}.".startswith(f"steps.{step_id}.")]
+    if named:
+        step = steps[max(named, key=len)]
+        path = path[len(f"steps.{step['step_id']}.") :]
+        value = {**step, "output": next(iter(step["outputs"].values()), None), **step["outputs"]}
+        path = path or "output"
+    for part in path.split("."):
+        value = _child(value, part)
+    return value
 
 
 class _Batch:

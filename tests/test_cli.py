@@ -254,3 +254,18 @@ def test_every_example_runs_offline(program: Program, path: Path) -> None:
     result = json.loads(done.stdout)
     assert result["status"] == "completed"
     assert all(value not in (None, "") for value in result["outputs"].values())
+
+
+def test_a_path_that_is_not_there_and_a_file_that_cannot_be_written_are_failures(hello: Program) -> None:
+    done = hello.run("run", "wf.yaml", "--offline", "--set", "name=A", "--print", "outputs.nope", "-q")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "outputs.nope" in done.stderr
+    done = hello.run("run", "wf.yaml", "--offline", "--set", "name=A", "-o", "/nowhere/at/all.json", "-q")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["status"] == "completed"  # the result is not lost
+
+
+def test_stream_shows_the_answers_on_stderr_as_they_arrive(hello: Program) -> None:
+    done = hello.run("run", "wf.yaml", "--offline", "--set", "name=A", "--stream", "--print", "status", "-q")
+    assert done.stdout == "completed\n"
+    assert "] echo: " in done.stderr
