@@ -7708,6 +7708,8 @@ class _GraphRun:
         elif node.inline and (self.has_items or node.for_each is None) and not self.run.overrides(node):
             self.run_inline(position, node, result)
         else:
+            if self.run.listening:
+                self.run.emit("step_pending", result.step_id, step_type=node.type)
             step = _StepRun(self, node, result, self.local_context(position), position)
             task = self.run.loop.create_task(step.execute())
             self.tasks.add(task)
@@ -9861,7 +9863,7 @@ class Cassette:
 # Events are dicts: type, run_id, time, step_id and what belongs to the type. They are made only when someone listens.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_EVENT_LEVELS = {"step_failed": "error", "step_retry": "warning", "step_running": "debug", "provider_call": "debug"}
+_EVENT_LEVELS = {"step_failed": "error", "step_retry": "warning", "step_pending": "debug", "step_running": "debug", "provider_call": "debug"}
 
 
 @functools.lru_cache
@@ -10719,7 +10721,7 @@ _EVENTS_SHOWN: dict[str, tuple[str, ...]] = {
     "quiet": (),
     "live": ("step_failed", "step_retry", "step_fallback", "log"),
     "info": ("run_started", "run_finished", "step_retry", "step_fallback", "circuit", "log", *_STEP_ENDS),
-    "debug": ("run_started", "run_finished", "step_running", "step_retry", "step_fallback", "provider_call", "circuit",
+    "debug": ("run_started", "run_finished", "step_pending", "step_running", "step_retry", "step_fallback", "provider_call", "circuit",
               "log", *_STEP_ENDS),
 }  # fmt: skip
 
