@@ -123,6 +123,9 @@ class FaultServer:
             self.sockets.append(sock)
             self.connections += 1
             number = self.connections
+            if self.stopped.is_set():  # accepted at the last moment: nobody would end it
+                sock.close()
+                return
         try:
             alive = self.act(sock, self.greeting)
             if alive and self.context:
