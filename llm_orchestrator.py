@@ -7413,35 +7413,6 @@ class RunResult(Mapping[str, StepResult]):
         return f"RunResult({self.run_id!r}, {self.status}, steps={len(self.steps)})"
 
 
-class _Slots:
-    """Permission to work, for at most `free` at a time, given in the order of asking."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, free: int) -> None:
-        self.loop, self.free = loop, free
-        self.waiters: collections.deque[asyncio.Future[None]] = collections.deque()
-
-    async def acquire(self) -> None:
-        if self.free > 0:
-            self.free -= 1
-            return
-        waiter = self.loop.create_future()
-        self.waiters.append(waiter)
-        try:
-            await waiter
-        except BaseException:
-            if waiter.done() and not waiter.cancelled():
-                self.release()  # the slot was handed over in the same moment
-            raise
-
-    def release(self) -> None:
-        while self.waiters:
-            waiter = self.waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)  # the slot passes on without ever being free
-                return
-        self.free += 1
-
-
 def _harmless(error: BaseException) -> Exception:
     """What a user's function raised, as an error of its step: nothing that would end, cancel or confuse the run."""
     if isinstance(error, Exception) and not isinstance(error, (StopIteration, _Paused)):
@@ -7985,13 +7956,13 @@ class _StepRun:
     async def working(self, work: Callable[[], Any]) -> Any:
         """What `work()` gives, awaited if need be: in a slot, and on the attempt's clock."""
         slots = self.run.slots
-        await slots.acquire()
+        await slots.enter()
         try:
             with _Clock(self):
                 outcome = work()
                 return await outcome if hasattr(outcome, "__await__") else outcome
         finally:
-            slots.release()
+            slots.leave()
 
     async def threaded(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A blocking call in a worker thread; when cancelled, the socket under it is closed at once."""
@@ -8430,7 +8401,7 @@ class _Run:
         self.result = RunResult(self.run_id, str(executor.workflow.name))
         self.usage = self.result.usage
         self.results: dict[str, StepResult] = {}
-        self.slots, self.pool = executor._shared or (_Slots(loop, executor.max_concurrency), _WorkerPool(loop))
+        self.slots, self.pool = executor._shared or (_Places(executor.max_concurrency), _WorkerPool(loop))
         self.budget = _Budget(executor.workflow, self.usage)
         self.stopped: str | None = None  # cancelled or timed_out, once it is
         self.checked: list[Workflow] = []  # sub-workflows that were found while running
@@ -8604,7 +8575,7 @@ class WorkflowExecutor:
         self.launch: dict[str, Any] = {}  # what a store should know of how the run was started
         self.result: RunResult | None = None  # of the latest run, also when that was cancelled
         self._built: dict[tuple[Any, str], Any] = {}  # providers made here, by the workflow that sets them up and name
-        self._shared: tuple[_Slots, _WorkerPool] | None = None  # with the other runs of a batch
+        self._shared: tuple[_Places, _WorkerPool] | None = None  # with the other runs of a batch
         self._gates: dict[int, _Gate] = {}  # by id() of providers, which this executor keeps alive
         self._client: _HttpClient | None = None
         self._lock = threading.Lock()
@@ -8643,7 +8614,7 @@ class WorkflowExecutor:
         import copy
 
         loop = asyncio.get_running_loop()
-        shared = _Slots(loop, self.max_concurrency), _WorkerPool(loop)
+        shared = _Places(self.max_concurrency), _WorkerPool(loop)
         running: dict[asyncio.Task[RunResult], Any] = {}
         entries = iter(inputs)
         self._check()
