@@ -3405,6 +3405,11 @@ class _Plan:
                     self.misshape(place, f"schema: {schema} must hold a map, not {_shown(loaded)}")
             except OrchestratorError as error:
                 self.misshape(place, f"schema: {error}")
+        if isinstance(node.constants.get("schema"), dict):
+            try:
+                _check_schema(node.constants["schema"])
+            except ExecutionError as error:
+                self.misshape(place, str(error))
 
     def _embed(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.custom(node, "provider", {**PROVIDERS, **self.section("providers")}, "provider")
@@ -6686,11 +6691,11 @@ def _regex(inputs: _Inputs, parameters: _Parameters) -> Any:
     text, pattern = _text_input(inputs), parameters.get_as("pattern", _text)
     compiled, group = _compile_regex(pattern), parameters.get("group", 0)
     try:
-        match = _guarded_search(compiled, text)  # refuses a text on which the pattern could take forever
         if parameters.get("replace") is not None:
-            return compiled.sub(parameters.get_as("replace", _text), text)
+            return _guarded(compiled, text).sub(parameters.get_as("replace", _text), text)
         if parameters.get("all"):
-            return [match[group] for match in compiled.finditer(text)]
+            return [match[group] for match in _guarded(compiled, text).finditer(text)]
+        match = _guarded_search(compiled, text)
         return match[group] if match else None
     except (IndexError, re.error) as error:
         raise ExecutionError(f"{error}: the pattern has {compiled.groups} groups") from None
@@ -6713,10 +6718,15 @@ def _sort(inputs: _Inputs, parameters: _Parameters) -> Any:
 def _unique(inputs: _Inputs, parameters: _Parameters) -> Any:
     key, seen = parameters.get("key"), {}  # type: ignore[var-annotated]
     for item in _list_input(inputs):
-        value = item if key is None else _field(item, str(key))
-        identity = int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is 1
-        seen.setdefault(_to_json(identity, sort_keys=True), item)
+        seen.setdefault(_identity(item if key is None else _field(item, str(key))), item)
     return list(seen.values())
+
+
+def _identity(value: Any) -> Any:
+    """Equal, and of equal hash, for values that are the same JSON: 1 is 1.0 but not true, keys have no order."""
+    if isinstance(value, Mapping):
+        return "map", frozenset((str(key), _identity(item)) for key, item in value.items())
+    return tuple(map(_identity, value)) if isinstance(value, (list, tuple)) else (isinstance(value, bool), value)
 
 
 def _slice(inputs: _Inputs, parameters: _Parameters) -> Any:
@@ -7072,10 +7082,37 @@ _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
     "minItems": ("a list of at least {}", (list, tuple), lambda value, bound: len(value) >= bound),
     "maxItems": ("a list of at most {}", (list, tuple), lambda value, bound: len(value) <= bound),
     "uniqueItems": ("a list without repeats", (list, tuple), lambda value, wanted: not wanted or
-                    len({_to_json(item, sort_keys=True) for item in value}) == len(value)),
+                    len(set(map(_identity, value))) == len(value)),
     "minProperties": ("a map of at least {} keys", Mapping, lambda value, bound: len(value) >= bound),
     "maxProperties": ("a map of at most {} keys", Mapping, lambda value, bound: len(value) <= bound),
 }  # fmt: skip
+
+
+_UNCHECKED = frozenset((
+    "if", "then", "else", "patternProperties", "propertyNames", "contains", "minContains", "maxContains", "prefixItems",
+    "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
+    "additionalItems", "$dynamicRef", "$recursiveRef",
+))  # fmt: skip
+_SCHEMA_MAPS, _SCHEMA_LISTS = ("properties", "$defs", "definitions"), ("anyOf", "oneOf", "allOf")
+
+
+def _check_schema(schema: Any, where: str = "schema", depth: int = 0) -> None:
+    """ExecutionError for what `_schema_faults` would pass over: keywords that assert something it does not know."""
+    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
+        if isinstance(schema, bool):
+            return
+        raise ExecutionError(f"{where} must be a JSON Schema, not {_shown(schema)}")
+    for keyword, part in schema.items():
+        if keyword in _UNCHECKED:
+            raise ExecutionError(f"{where}: the keyword {keyword!r} is not supported")
+        if keyword == "$ref" and not str(part).startswith("#"):
+            raise ExecutionError(f"{where}: $ref {part!r} leads out of the schema, which is not supported")
+        if keyword == "type" and not all(isinstance(kind, str) and kind in _SCHEMA_TYPES for kind in _as_list(part)):
+            raise ExecutionError(f"{where}: type must be of {', '.join(_SCHEMA_TYPES)}, not {_shown(part)}")
+        inner = [part] if keyword in ("items", "additionalProperties", "not") else []
+        inner = list(part.values()) if keyword in _SCHEMA_MAPS and isinstance(part, Mapping) else inner
+        for one in part if keyword in _SCHEMA_LISTS and isinstance(part, list) else inner:
+            _check_schema(one, f"{where}.{keyword}", depth + 1)
 
 
 def _schema_faults(value: Any, schema: Any, root: Any = None, where: str = "$", depth: int = 0) -> Iterator[str]:
@@ -9834,7 +9871,10 @@ class Cassette:
 # Events are dicts: type, run_id, time, step_id and what belongs to the type. They are made only when someone listens.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_EVENT_LEVELS = {"step_failed": "error", "step_retry": "warning", "step_pending": "debug", "step_running": "debug", "provider_call": "debug"}
+_EVENT_LEVELS = {
+    "step_failed": "error", "step_retry": "warning", "step_fallback": "warning", "circuit": "warning",
+    "step_pending": "debug", "step_running": "debug", "provider_call": "debug", "text": "debug",
+}  # fmt: skip
 
 
 @functools.lru_cache
@@ -10692,8 +10732,8 @@ _EVENTS_SHOWN: dict[str, tuple[str, ...]] = {
     "quiet": (),
     "live": ("step_failed", "step_retry", "step_fallback", "log"),
     "info": ("run_started", "run_finished", "step_retry", "step_fallback", "circuit", "log", *_STEP_ENDS),
-    "debug": ("run_started", "run_finished", "step_pending", "step_running", "step_retry", "step_fallback", "provider_call", "circuit",
-              "log", *_STEP_ENDS),
+    "debug": ("run_started", "run_finished", "step_pending", "step_running", "step_retry", "step_fallback",
+              "provider_call", "circuit", "approval_needed", "log", *_STEP_ENDS),
 }  # fmt: skip
 
 

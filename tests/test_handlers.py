@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_orchestrator import CompletionRequest, CompletionResponse, Step, Workflow, WorkflowExecutor
+from llm_orchestrator import CompletionRequest, CompletionResponse, Step, ValidationError, Workflow, WorkflowExecutor
 from llm_orchestrator import _schema_faults as schema_faults
 
 
@@ -69,6 +70,8 @@ VALUES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Any]] = {
     "sort key": ("sort", {"a": PEOPLE}, {"key": "age"}, [PEOPLE[2], PEOPLE[0], PEOPLE[1]]),
     "sort reverse": ("sort", {"a": PEOPLE}, {"key": "age", "reverse": True}, [PEOPLE[0], PEOPLE[2], PEOPLE[1]]),
     "unique": ("unique", {"a": [1, "1", 1, True, {"x": 1}, {"x": 1}, 1.0]}, {}, [1, "1", True, {"x": 1}]),
+    "unique nested": ("unique", {"a": [{"x": [1, True]}, {"x": [1.0, True]}, {"x": [1, 1]}]}, {}, [{"x": [1, True]}, {"x": [1, 1]}]),
+    "unique keys in any order": ("unique", {"a": [{"x": 1, "y": 2}, {"y": 2, "x": 1}]}, {}, [{"x": 1, "y": 2}]),
     "unique key": ("unique", {"a": [{"k": 1, "v": 1}, {"k": 1, "v": 2}]}, {"key": "k"}, [{"k": 1, "v": 1}]),
     "slice": ("slice", {"a": [1, 2, 3, 4]}, {"start": 1, "end": -1}, [2, 3]),
     "slice text": ("slice", {"a": "hello"}, {"end": 2}, "he"),
@@ -96,6 +99,8 @@ FAULTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "maps have no order": ("sort", {"a": [{}, {}]}, {}, "cannot order a map"),
     "no such group": ("regex", {"a": "x"}, {"pattern": "x", "group": 3}, "no such group"),
     "bad pattern": ("regex", {"a": "x"}, {"pattern": "("}, "regular expression"),
+    "regex all bomb": ("regex", {"a": "a" * 200_000}, {"pattern": "a+b", "all": True}, "regular expression"),
+    "regex replace bomb": ("regex", {"a": "a" * 200_000}, {"pattern": "a+b", "replace": ""}, "regular expression"),
     "regex bomb": ("regex", {"a": "a" * 50}, {"pattern": "(a+)+$"}, "regular expression"),
     "wrong depth": ("flatten", {"a": []}, {"depth": 0}, "depth must be a whole number"),
     "length of a number": ("length", {"a": 5}, {}, "needs a list, map or text, not a number"),
@@ -274,6 +279,20 @@ def test_schema_retries_are_bounded_and_the_error_shows_the_answer() -> None:
 def test_a_provider_without_a_native_mode_is_told_the_schema() -> None:
     _, requests = ask(['{"score": 1}'], system="Be brief.")
     assert requests[0].system.startswith("Be brief.") and '"maximum":10' in requests[0].system
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"if": {}}, "'if' is not supported"),
+        ({"properties": {"a": {"items": {"prefixItems": []}}}}, "schema.properties.items: the keyword 'prefixItems'"),
+        ({"$ref": "http://x/y.json"}, "leads out of the schema"),
+        ({"type": "text"}, "type must be of string"),
+    ],
+)
+def test_a_schema_that_cannot_be_checked_whole_is_refused_when_the_workflow_is_loaded(schema: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        ask(['{"score": 1}'], schema=schema)
 
 
 def test_echo_answers_a_schema() -> None:
