@@ -404,11 +404,11 @@ def _too_deep(value: Any) -> bool:
     """Whether collections nest deeper than a document may."""
     level: list[Any] = [[value]]
     for _ in range(_MAX_DEPTH + 1):
-        level = [
-            child for node in level for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, (dict, list))
-        ]  # fmt: skip
-    return bool(level)
+        children = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
+        level = [child for child in children if isinstance(child, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def _positions(text: str) -> dict[tuple[str | int, ...], tuple[int, int]]:
