@@ -10073,7 +10073,7 @@ _RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--replay", {"metavar": "FILE", "help": "answer the calls of providers from a file that --record wrote"}),
     ("--batch", {"metavar": "FILE", "help": "run once a line, a JSON object of inputs; --out takes the results"}),
     ("--keep-going", {"action": "store_true", "help": "batch: report lines that are no valid inputs, and go on"}),
-    ("--output-dir", {"default": "output", "metavar": "DIR", "help": "where write_file writes (default: output)"}),
+    ("--output-dir", {"metavar": "DIR", "help": "where write_file writes (default: output)"}),
 )  # fmt: skip
 # command -> (what it does, an example, its arguments)
 _COMMAND_LINE: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
@@ -10256,10 +10256,11 @@ def _make_executor(
     cache = opened.enter_context(contextlib.closing(ResponseCache(options.cache))) if options.cache else None
     executor = WorkflowExecutor(
         workflow, inputs, max_concurrency=options.max_concurrency, offline=options.offline, streaming=options.stream,
-        output_folder=options.output_dir, on_event=on_event, store=store, cache=cache, cassette=cassette,
-        **_load_plugins(options.plugin),
+        output_folder=options.output_dir or "output", on_event=on_event, store=store, cache=cache, cassette=cassette,
+        **_load_plugins(options.plugin or []),
     )  # fmt: skip
     executor.launch = {name: getattr(options, name) for name in _LAUNCH_OPTIONS}
+    executor.launch["plugin"] = list(map(os.path.abspath, options.plugin or ()))
     for warning in executor.warnings if not options.quiet else ():
         if warning.custom is None:
             _complain(str(warning))
@@ -10298,12 +10299,21 @@ def _resume_command(options: argparse.Namespace) -> int:
         run_ids = [options.run_id]
         if options.failed:
             run_ids = [run["run_id"] for run in store.runs(10**9) if run["status"] in ("failed", "interrupted")]
-        return max((_resume_run(options, store, run_id, opened) for run_id in run_ids), default=_EXIT_COMPLETED)
+        status = _EXIT_COMPLETED
+        for run_id in run_ids:
+            try:
+                status = max(status, _resume_run(options, store, run_id, opened))
+            except OrchestratorError as error:  # one that cannot be resumed does not keep the others from it
+                if not options.failed:
+                    raise
+                status = _EXIT_USAGE
+                _complain(f"run {run_id}: {error}")
+        return status
 
 
-def _resume_run(options: argparse.Namespace, store: Any, run_id: str, opened: contextlib.ExitStack) -> int:
+def _resume_run(given: argparse.Namespace, store: Any, run_id: str, opened: contextlib.ExitStack) -> int:
     """Goes on with one run: its workflow's file as it is now, or the recorded text if that file is gone."""
-    recorded = store.load(run_id)
+    recorded, options = store.load(run_id), type(given)(**vars(given))
     for name in _LAUNCH_OPTIONS:
         setattr(options, name, getattr(options, name) or (recorded.get("launch") or {}).get(name))
     source = recorded.get("source")

@@ -480,3 +480,18 @@ def test_results_of_another_batch_are_not_overwritten(program: Program) -> None:
     done = program.run("run", "b.yaml", "--batch", "in.jsonl", "--out", "out.jsonl")
     assert done.returncode == 2
     assert (program.folder / "out.jsonl").read_text() == "mine\n"
+
+
+def test_a_resumed_run_takes_over_how_it_was_started_and_one_that_cannot_be_resumed_stops_no_other(program: Program) -> None:
+    program.write("plugins/p.py", "import os\ndef act():\n    if not os.path.exists('go'):\n        raise ValueError('not yet')\n    return 'done'\nactions = {'act': act}\n")
+    text = "name: n\nsteps:\n  - {id: a, type: action, action: act}\n  - {id: w, type: action, action: write_file, path: x, content: y, depends_on: a}\n"
+    for name in ("one", "two"):
+        program.write(f"{name}.yaml", text)
+        done = program.run("run", f"{name}.yaml", "--plugin", "plugins/p.py", "--output-dir", "made", "--store", "s.db", "-q")
+        assert done.returncode == 1
+    program.write("one.yaml", text.replace("content: y", "content: z"))
+    program.write("go", "")
+    done = program.run("resume", "--failed", "--store", "s.db", "--print", "steps.a.output", "-q")
+    assert (done.returncode, done.stdout) == (2, "done\n")
+    assert "has changed" in done.stderr
+    assert (program.folder / "made" / "x").read_text() == "y"
