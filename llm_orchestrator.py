@@ -5870,41 +5870,37 @@ PROVIDERS: dict[str, type[Provider]] = {
 if TYPE_CHECKING:
     _Place = tuple[str, str]  # index and namespace
     _Record = tuple[str, list[float], dict[str, Any]]  # id, vector, metadata
-    _Predicate = Callable[[Mapping[str, Any]], bool]
-    _Make = Callable[..., Any]
 
 _FILTER_TESTS = {  # as Python's module `operator` and Weaviate call them
     "$in": ("eq", "Equal"), "$gt": ("gt", "GreaterThan"), "$gte": ("ge", "GreaterThanEqual"), "$lt": ("lt", "LessThan"),
-    "$lte": ("le", "LessThanEqual"),
-}  # fmt: skip
+    "$lte": ("le", "LessThanEqual")}
 _FILTER_ALIASES = {"$eq": "$in", "$ne": "$in", "$nin": "$in"}
 _PLAIN_TYPES = {str: "text", bool: "boolean", int: "number", float: "number"}
 _METRICS = {  # as Qdrant, Chroma and Weaviate call them
-    "cosine": ("Cosine", "cosine", "cosine"), "dot": ("Dot", "ip", "dot"), "euclidean": ("Euclid", "l2", "l2-squared"),
-}  # fmt: skip
+    "cosine": ("Cosine", "cosine", "cosine"), "dot": ("Dot", "ip", "dot"), "euclidean": ("Euclid", "l2", "l2-squared")}
 
-
-def _filtered(source: Any, joined: _Make, test: _Make, negated: bool = False, deep: int = 0) -> Any:
+def _filtered(
+    source: Any, joined: Callable[..., Any], test: Callable[..., Any], negated: bool = False, deep: int = 0
+) -> Any:
     """A filter in another language, made by `joined` of "and" or "or" and parts, and by `test` of a field, a key of
     _FILTER_TESTS, values one of which must fit, and whether none may. ExecutionError for what is no filter."""
     if not isinstance(source, Mapping) or deep > 50:
         raise ExecutionError(f"a filter must be a map of field: value, at most 50 deep, not {_shown(source)}")
     parts = []
     for key, wanted in source.items():
-        if key in ("$and", "$or") and isinstance(wanted, list) and wanted:
+        if key == "$not":
+            parts.append(_filtered(wanted, joined, test, not negated, deep + 1))
+        elif key in ("$and", "$or"):
+            if not isinstance(wanted, list) or not wanted:
+                raise ExecutionError(f"{key} takes a list of filters, at least one, not {_shown(wanted)}")
             inner = [_filtered(part, joined, test, negated, deep + 1) for part in wanted]
             parts.append(joined("and" if (key == "$and") != negated else "or", inner))  # De Morgan
-        elif key == "$not":
-            parts.append(_filtered(wanted, joined, test, not negated, deep + 1))
         elif not isinstance(key, str) or key.startswith("$"):
-            if key in ("$and", "$or"):
-                raise ExecutionError(f"{key} takes a list of filters, at least one, not {_shown(wanted)}")
             raise ExecutionError(f"unknown filter operator {key!r}{_suggestion(key, ('$and', '$or', '$not'))}")
         else:
             tests = wanted if isinstance(wanted, Mapping) else {"$eq": wanted}
             parts += [test(key, *_field_test(key, operator, value, negated)) for operator, value in tests.items()]
     return parts[0] if len(parts) == 1 else joined("or" if negated else "and", parts)
-
 
 def _field_test(field: str, operator: str, value: Any, negated: bool) -> tuple[str, list[Any], bool]:
     name = _FILTER_ALIASES.get(operator, operator)
@@ -5918,16 +5914,15 @@ def _field_test(field: str, operator: str, value: Any, negated: bool) -> tuple[s
         raise ExecutionError(f"{field}: {operator} must be {expected}, not {_shown(value)}")
     return name, values, negated != (operator in ("$ne", "$nin"))
 
-
-def _predicate(source: Any) -> _Predicate:
+def _predicate(source: Any) -> Any:
     """A filter as a function of a record's metadata. Text never equals a number nor true 1, but 1 is 1.0."""
     import operator
 
-    def joined(joint: str, parts: list[_Predicate]) -> _Predicate:
+    def joined(joint: str, parts: list[Any]) -> Any:
         combine = all if joint == "and" else any
         return lambda metadata: combine(part(metadata) for part in parts)
 
-    def test(field: str, name: str, values: list[Any], negated: bool) -> _Predicate:
+    def test(field: str, name: str, values: list[Any], negated: bool) -> Any:
         fits, kinds = getattr(operator, _FILTER_TESTS[name][0]), _PLAIN_TYPES
         wanted = [(kinds.get(type(value)), value) for value in values]
 
@@ -5938,13 +5933,10 @@ def _predicate(source: Any) -> _Predicate:
 
         return decide
 
-    predicate: _Predicate = _filtered(source or {}, joined, test)
-    return predicate
-
+    return _filtered(source or {}, joined, test)
 
 def _mongo_filter(source: Any) -> Any:
     """A filter as Pinecone and Chroma take it. Chroma wants the values of a list to be of one type."""
-
     def test(field: str, operator: str, values: list[Any], negated: bool) -> Any:
         if operator != "$in":
             return {field: {_not_negated(field, operator, negated): values[0]}}
@@ -5956,13 +5948,11 @@ def _mongo_filter(source: Any) -> Any:
 
     return _filtered(source, lambda joint, parts: {f"${joint}": parts}, test)
 
-
 def _not_negated(field: str, operator: str, negated: bool) -> str:
     """The operator, for databases that cannot say "not greater, or not there"."""
     if negated:
         raise ExecutionError(f"{field}: this database cannot negate {operator}; write the opposite comparison")
     return operator
-
 
 def _checked_vector(vector: Any) -> list[float]:
     kinds = set(map(type, vector)) if isinstance(vector, (list, tuple)) else {type(None)}
@@ -5974,18 +5964,14 @@ def _checked_vector(vector: Any) -> list[float]:
             return numbers
     raise ExecutionError("a vector must hold 1 to 65536 numbers, finite and below 1e100")
 
-
 def _checked_name(value: Any, what: str) -> str:
     text = str(value) if _is_integer(value) else value
     if not isinstance(text, str) or not text or re.search("[\ud800-\udfff]", text):
         raise ExecutionError(f"{what} must be text, not {_shown(value)}")
     return text
 
-
 def _checked_place(index: Any, namespace: Any) -> _Place:
-    no_namespace = namespace is None or namespace == ""
-    return _checked_name(index, "an index"), "" if no_namespace else _checked_name(namespace, "a namespace")
-
+    return _checked_name(index, "an index"), "" if namespace in (None, "") else _checked_name(namespace, "a namespace")
 
 def _checked_records(records: Any) -> list[_Record]:
     """The records, of those with the same id the last. ExecutionError says which one is wrong."""
@@ -5995,9 +5981,8 @@ def _checked_records(records: Any) -> list[_Record]:
             if not isinstance(record, Mapping) or not {"id", "vector"} <= set(record) <= {"id", "vector", "metadata"}:
                 raise ExecutionError(f"it must be {{id, vector, metadata}}, not {_shown(record)}")
             key, vector = _checked_name(record["id"], "an id"), _checked_vector(record["vector"])
-            entry = key, vector, dict(record.get("metadata") or {})
-            json.dumps(entry[2], allow_nan=False)
-            checked[key] = entry
+            checked[key] = key, vector, dict(record.get("metadata") or {})
+            json.dumps(checked[key][2], allow_nan=False)
             if len(vector) != len(next(iter(checked.values()))[1]):
                 raise ExecutionError(f"it has {len(vector)} dimensions, unlike those before")
         except (ExecutionError, TypeError, ValueError, RecursionError) as error:
@@ -6005,16 +5990,15 @@ def _checked_records(records: Any) -> list[_Record]:
             raise ExecutionError(f"record {position}: {what}") from None
     return list(checked.values())
 
-
 class VectorStore:
     """What the steps vector_search and vector_upsert need of a vector database; safe for many threads. A store of your
     own has `upsert` and `search`, which may be asynchronous. Errors are of the OrchestratorError family."""
-
     name = "vectors"
     max_batch, max_numbers = 250, 90_000  # in one call: records, and numbers in their vectors (2 MB of JSON)
-    _write: Any  # (place, records)
-    _nearest: Any  # (place, vector, top_k, filter, whether vectors are wanted) -> (id, score, metadata, vector) of each
-    _remove: Any  # (place, ids or None, filter or None) -> how many
+    _write: Callable[..., None]  # (place, records)
+    _nearest: Callable[..., Iterable[Any]]  # (place, vector, top_k, filter, whether vectors are wanted) -> (id, score,
+    # metadata, vector) of each
+    _remove: Callable[..., int | None]  # (place, ids or None, filter or None) -> how many
 
     def upsert(self, index: str, records: Sequence[Mapping[str, Any]], namespace: str | None = None) -> int:
         """Adds records {id, vector, metadata}, or replaces those with the same id; returns how many ids that were."""
@@ -6028,46 +6012,42 @@ class VectorStore:
     def search(
         self, index: str, vector: Sequence[float], top_k: int = 5, *, filter: Mapping[str, Any] | None = None,
         namespace: str | None = None, include_metadata: bool = True, include_vectors: bool = False,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[dict[str, Any]]:
         """The `top_k` nearest records that pass the filter, best first: {id, score, metadata, vector}."""
         if not _is_integer(top_k) or top_k < 1:
             raise ExecutionError(f"top_k must be a whole number of at least 1, not {_shown(top_k)}")
         place, query, results = _checked_place(index, namespace), _checked_vector(vector), []
         with self._answers():
             for key, score, metadata, values in self._nearest(place, query, top_k, filter, include_vectors):
-                results.append({"id": str(key), "score": score + 0.0})
-                results[-1].update({"metadata": metadata or {}} if include_metadata else {})
-                results[-1].update({"vector": values} if include_vectors else {})
+                extra = {"metadata": metadata or {}} if include_metadata else {}
+                extra.update({"vector": values} if include_vectors else {})
+                results.append({"id": str(key), "score": score + 0.0, **extra})
         return results
 
     def delete(
         self, index: str, ids: Sequence[str] | None = None, *, filter: Mapping[str, Any] | None = None,
         namespace: str | None = None,
-    ) -> int | None:  # fmt: skip
+    ) -> int | None:
         """Deletes the records with these ids, or those that pass the filter; without both, the whole namespace. Returns
         how many, or None where the vendor does not say."""
         if ids is not None and (filter is not None or not isinstance(ids, (list, tuple))):
             raise ExecutionError("delete takes a list of ids, or a filter, not both")
         checked = None if ids is None else [_checked_name(key, "an id") for key in ids]
         with self._answers():
-            place = _checked_place(index, namespace)
-            count: int | None = 0 if checked == [] else self._remove(place, checked, filter or None)
-            return count
+            return 0 if checked == [] else self._remove(_checked_place(index, namespace), checked, filter or None)
 
     @contextlib.contextmanager
     def _answers(self) -> Iterator[None]:
         """Turns what comes of reading an answer that is none into BadResponseError."""
         try:
             yield
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except _SHAPE_ERRORS as error:
             reason = f"answered something else than expected: {type(error).__name__} {error}"
             raise BadResponseError(reason, provider=self.name) from error
-
 
 class LocalVectorStore(VectorStore):
     """Vectors in SQLite, in memory or in a file that many processes may use; the search is exact. The score is the
     cosine, the dot product, or 1 / (1 + the euclidean distance); equally near records are in the order of their ids."""
-
     name = "local"
     max_batch = max_numbers = sys.maxsize  # all in one transaction
     _SCHEMA = """BEGIN IMMEDIATE;
@@ -6076,11 +6056,11 @@ class LocalVectorStore(VectorStore):
         PRAGMA user_version = 1; COMMIT;"""
 
     def __init__(self, path: str | os.PathLike[str] = ":memory:", metric: str = "cosine") -> None:
-        if metric not in _METRICS:
-            raise ValidationError(f"unknown metric {metric!r}; there are {', '.join(_METRICS)}")
         self.path, self.metric, self._lock, self._data_version = os.fspath(path), metric, threading.Lock(), 0
         self._connection: Any = None
         self._matrices: dict[_Place, _Matrix] = {}  # until somebody writes
+        if metric not in _METRICS:
+            raise ValidationError(f"unknown metric {metric!r}; there are {', '.join(_METRICS)}")
 
     @classmethod
     def from_env(cls) -> LocalVectorStore:
@@ -6094,8 +6074,8 @@ class LocalVectorStore(VectorStore):
             import sqlite3
         except ImportError:
             raise ExecutionError("the local vector store needs the module sqlite3, which this Python lacks") from None
-        with self._lock:
-            try:
+        try:
+            with self._lock:
                 if self._connection is None:  # it waits 5 s for another process's transaction
                     if self.path != ":memory:" and not os.path.exists(self.path):
                         os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
@@ -6109,20 +6089,18 @@ class LocalVectorStore(VectorStore):
                     if writing:
                         connection.execute("BEGIN IMMEDIATE")
                     yield connection
-            except (sqlite3.Error, OSError, UnicodeError) as error:
-                busy = "locked" in str(error)
-                raise ExecutionError(f"the vector store {self.path}: {error}", retryable=busy) from None
+        except (sqlite3.Error, OSError, UnicodeError) as error:
+            raise ExecutionError(f"the vector store {self.path}: {error}", retryable="locked" in str(error)) from None
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
-        import struct
-
+        from struct import pack
         dimensions, rows = len(records[0][1]), []
         for key, vector, metadata in records:
             peak = max(map(abs, vector))
             scale = 2047 / peak if peak > 1e-100 else 0.0
-            codes = struct.pack(f"<{dimensions}H", *[int(number * scale + 2048.5) for number in vector])
-            blob, text = struct.pack(f"<{dimensions}d", *vector), json.dumps(metadata)
-            rows.append((*place, key, blob, codes, peak / 2047, math.hypot(*vector), text))
+            codes = pack(f"<{dimensions}H", *[int(number * scale + 2048.5) for number in vector])
+            exact = pack(f"<{dimensions}d", *vector)
+            rows.append((*place, key, exact, codes, peak / 2047, math.hypot(*vector), json.dumps(metadata)))
         with self._transaction() as connection:
             known = connection.execute("SELECT length(codes) / 2 FROM vectors WHERE name = ?", place[:1]).fetchone()
             if known and known[0] != dimensions:
@@ -6163,10 +6141,7 @@ class LocalVectorStore(VectorStore):
             self._connection = None
             self._matrices.clear()
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
-
+    __del__ = close
 
 class _Matrix:
     """The records of one namespace in memory. A search compares the query with all vectors roughly, and then exactly
@@ -6186,26 +6161,24 @@ class _Matrix:
 
     @functools.cached_property
     def columns(self) -> list[int]:
-        """Each dimension as the sum of (code - 2048) * 2 ** (32 * row)."""
-        count, codes, width = len(self.ids), b"".join(self.codes), 2 * self.dimensions
-        zeros, lanes, columns = int.from_bytes(b"\0\x08\0\0" * count, "little"), bytearray(4 * count), []
-        for position in range(0, width, 2):
-            lanes[::4], lanes[1::4] = codes[position::width], codes[position + 1 :: width]
-            columns.append(int.from_bytes(lanes, "little") - zeros)
+        """Each dimension as the sum of code * 2 ** (32 * row)."""
+        codes, lanes, columns = b"".join(self.codes), bytearray(4 * len(self.ids)), []
+        for position in range(0, 2 * self.dimensions, 2):
+            lanes[::4], lanes[1::4] = (codes[place :: 2 * self.dimensions] for place in (position, position + 1))
+            columns.append(int.from_bytes(lanes, "little"))
         return columns
 
-    def nearest(self, query: list[float], top_k: int, holds: _Predicate | None) -> Iterator[Any]:
-        import operator
-        import struct
-
-        unpack, length = struct.Struct(f"<{self.dimensions}d").unpack, math.hypot(*query)
+    def nearest(self, query: list[float], top_k: int, holds: Callable[[Any], bool] | None) -> Iterator[Any]:
+        from operator import mul
+        from struct import Struct
+        unpack, length = Struct(f"<{self.dimensions}d").unpack, math.hypot(*query)
         if self.metric == "cosine":
             query = [number / length if length > 1e-100 else 0.0 for number in query]
 
         def nearness(row: int) -> float:
             if self.metric == "euclidean":
                 return -math.dist(unpack(self.vectors[row]), query)
-            product = math.fsum(map(operator.mul, unpack(self.vectors[row]), query))
+            product = math.fsum(map(mul, unpack(self.vectors[row]), query))
             if self.metric == "dot":
                 return product
             return max(-1.0, min(1.0, product / self.lengths[row])) if self.lengths[row] > 1e-100 else 0.0
@@ -6221,35 +6194,30 @@ class _Matrix:
 
     def likely(self, query: list[float], top_k: int, rows: Sequence[int]) -> Sequence[int]:
         """The rows that may be among the `top_k` nearest. Nearness is x.q / |x|, x.q or 2 x.q - |x| ** 2 here."""
-        import heapq
-        import struct
-
+        from heapq import nlargest
+        from operator import mul
+        from struct import unpack
         count, half, length = len(self.ids), math.sqrt(self.dimensions) / 2, math.hypot(*query)
         if length < 1e-80:
             return rows
-        largest = half + max(size / step if step else 0.0 for size, step in zip(self.lengths, self.steps))
-        scale = ((2**31 - 1) / largest - half) / length  # by Cauchy and Schwarz, no sum leaves its 32 bits
+        scale = (2**31 / (4096 * half) - half) / length  # by Cauchy and Schwarz, no sum leaves its 32 bits
         factors = [round(number * scale) for number in query]
-        middle = int.from_bytes(b"\0\0\0\x80" * count, "little")  # keeps the sums positive
-        total = sum(map(int.__mul__, self.columns, factors), middle)
-        products = struct.unpack(f"<{count}I", total.to_bytes(4 * count, "little"))
-        steps, longest, squares = self.steps, max(self.lengths), [0.0] * count
-        if self.metric == "cosine":
-            steps, longest = [step / max(size, 1e-100) for step, size in zip(steps, self.lengths)], 1.0
-        elif self.metric == "euclidean":
-            steps, longest, squares = [2 * step for step in steps], 2 * longest, [size**2 for size in self.lengths]
+        zero = (2**31 - 2048 * sum(factors)) * int.from_bytes(b"\1\0\0\0" * count, "little")  # keeps the sums positive
+        products = unpack(f"<{count}I", sum(map(mul, self.columns, factors), zero).to_bytes(4 * count, "little"))
+        euclidean, cosine = self.metric == "euclidean", self.metric == "cosine"
+        weights = [1 / max(size, 1e-100) for size in self.lengths] if cosine else [1.0 + euclidean] * count
+        steps, longest = list(map(mul, weights, self.steps)), max(map(mul, weights, self.lengths))
+        squares = [size * size * euclidean for size in self.lengths]
         nearness = [(products[row] - 2**31) * steps[row] / scale - squares[row] for row in rows]
         rounding = half * max(steps)  # the length of what rounding took from x, at most; then from the query
         lost = math.dist(query, [factor / scale for factor in factors])
-        error = 1.001 * (rounding * length + (longest + rounding) * lost) + 1e-9 * (longest + length) ** 2
-        least = heapq.nlargest(top_k, nearness)[-1] - 2 * error
+        error = 1.001 * (rounding * (length + lost) + longest * lost) + 1e-9 * (longest + length) ** 2
+        least = nlargest(top_k, nearness)[-1] - 2 * error
         return [row for row, value in zip(rows, nearness) if value >= least]
-
 
 class _RemoteVectorStore(Provider, VectorStore):
     """Base of the vendors' clients: the settings of a provider, and the `metric` of the collections that it creates.
     Where the vendor has no namespaces, one is a collection of its own, INDEX__NAMESPACE."""
-
     max_batch, NEEDS_KEY = VectorStore.max_batch, False
     OPTIONS: Mapping[str, str | None] = {"metric": None}
 
@@ -6273,9 +6241,8 @@ class _RemoteVectorStore(Provider, VectorStore):
     ) -> Any:
         """The answer at a path with these names in it; None if its status is the error that was expected."""
         from urllib.parse import quote
-
-        address = (host or self.base_url) + path.format(*(quote(name, safe="") for name in names))
         try:
+            address = (host or self.base_url) + path.format(*(quote(name, safe="") for name in names))
             return self._rest.call(method, address, payload)
         except ProviderError as error:
             if error.status != expected:
@@ -6284,33 +6251,27 @@ class _RemoteVectorStore(Provider, VectorStore):
 
     def score(self, distance: float, metric: str) -> float:
         """A vendor's distance as a number that is the larger, the nearer a record is."""
-        known = {"cosine": 1 - distance, "ip": 1 - distance, "dot": -distance}
-        return known[metric] if metric in known else 1 / (1 + math.sqrt(abs(distance)))  # the l2 of both is squared
-
+        near = 1 - distance, -distance, 1 / (1 + math.sqrt(abs(distance)))  # the l2 of both vendors is squared
+        return near[{"cosine": 0, "ip": 0, "dot": 1}.get(metric, 2)]
 
 def _collection(place: _Place) -> list[str]:
     return ["__".join(filter(None, place))]
 
-
 def _as_uuid(identifier: str) -> str:
     """The id itself if it is a UUID, otherwise one made of it (version 5)."""
     import uuid
-
     with contextlib.suppress(ValueError):
         if str(uuid.UUID(identifier)) == identifier:
             return identifier
     return str(uuid.uuid5(uuid.NAMESPACE_OID, identifier))
 
-
 def _without_nulls(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata for databases that have no null; to a filter it is a missing field anyway."""
     return {key: value for key, value in metadata.items() if value is not None}
 
-
 class QdrantStore(_RemoteVectorStore):
     """Qdrant (https://api.qdrant.tech). Ids that are neither whole numbers nor UUIDs become UUIDs, and the payload
     keeps them as `_id`. The score is Qdrant's."""
-
     TYPE, BASE_URL, KEY_HEADER = "qdrant", "http://localhost:6333", ("api-key", "")
     KEY_VARIABLES, URL_VARIABLES = ("QDRANT_API_KEY",), ("QDRANT_URL",)
 
@@ -6319,23 +6280,20 @@ class QdrantStore(_RemoteVectorStore):
 
     def filter(self, source: Any) -> dict[str, Any]:
         def test(field: str, operator: str, values: list[Any], negated: bool) -> dict[str, Any]:
-            key, tests = field if re.fullmatch(r"[\w-]+", field) else f'"{field}"', []
+            tests, bounds = [], ("gte", "lte") if operator == "$in" else (operator[1:],)
             for value in values:
-                bounds = ("gte", "lte") if operator == "$in" else (operator[1:],)
                 exact = operator == "$in" and not isinstance(value, float)  # to match, integers must be integers
                 fits = {"match": {"value": value}} if exact else {"range": dict.fromkeys(bounds, value)}
-                tests.append({"key": key, **fits})
+                tests.append({"key": field if re.fullmatch(r"[\w-]+", field) else f'"{field}"', **fits})
             return {"must_not": tests} if negated else tests[0] if len(tests) == 1 else {"should": tests}
 
         joints = {"and": "must", "or": "should"}
         return {"must": [_filtered(source, lambda joint, parts: {joints[joint]: parts}, test)] if source else []}
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
-        points: list[dict[str, Any]] = []
-        for key, vector, metadata in records:
-            points.append({"id": self.point_id(key), "vector": vector, "payload": metadata})
-            if str(points[-1]["id"]) != key:
-                points[-1]["payload"] = {**metadata, "_id": key}
+        points = [{"id": self.point_id(key), "vector": vector, "payload": found} for key, vector, found in records]
+        for point, (key, _, metadata) in zip(points, records):
+            point["payload"] = metadata if str(point["id"]) == key else {**metadata, "_id": key}
         path, name, body = "/collections/{}/points?wait=true", _collection(place), {"points": points}
         if self.call("PUT", path, name, body, expected=404) is None:
             shape = {"size": len(records[0][1]), "distance": _METRICS[self.metric][0]}
@@ -6354,11 +6312,9 @@ class QdrantStore(_RemoteVectorStore):
         chosen = {"filter": self.filter(filter)} if ids is None else {"points": list(map(self.point_id, ids))}
         self.call("POST", "/collections/{}/points/delete?wait=true", _collection(place), chosen)
 
-
 class PineconeStore(_RemoteVectorStore):
     """Pinecone (https://docs.pinecone.io/reference/api). `base_url` is the host of the index; without it, Pinecone is
     asked for the host by the index's name. Indexes are not created here. The score is Pinecone's."""
-
     TYPE, BASE_URL, KEY_HEADER, NEEDS_KEY = "pinecone", "https://api.pinecone.io", ("Api-Key", ""), True
     KEY_VARIABLES, URL_VARIABLES = ("PINECONE_API_KEY",), ("PINECONE_INDEX_HOST",)
     OPTIONS: Mapping[str, str | None] = {"controller_host": "PINECONE_CONTROLLER_HOST"}
@@ -6389,11 +6345,9 @@ class PineconeStore(_RemoteVectorStore):
         wanted: dict[str, Any] = {"filter": _mongo_filter(filter)} if filter else {"deleteAll": True}
         self.ask(place, "/vectors/delete", wanted if ids is None else {"ids": ids})
 
-
 class ChromaStore(_RemoteVectorStore):
     """Chroma's API v2 (https://docs.trychroma.com). The metadata's `text` becomes the document too. The score is
     1 - distance for cosine and ip, 1 / (1 + root of the distance) for l2. Filters do not look into lists there."""
-
     TYPE, BASE_URL, KEY_HEADER = "chroma", "http://localhost:8000", ("x-chroma-token", "")
     KEY_VARIABLES, URL_VARIABLES = ("CHROMA_API_KEY",), ("CHROMA_URL", "CHROMA_HOST")
     OPTIONS: Mapping[str, str | None] = {"metric": None, "tenant": "CHROMA_TENANT", "database": "CHROMA_DATABASE"}
@@ -6414,7 +6368,7 @@ class ChromaStore(_RemoteVectorStore):
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
         ids, vectors, every = [list(column) for column in zip(*records)]
-        texts = [metadata["text"] if isinstance(metadata.get("text"), str) else None for _, _, metadata in records]
+        texts = [found["text"] if isinstance(found.get("text"), str) else None for found in every]
         body = {"ids": ids, "embeddings": vectors, "documents": texts, "metadatas": list(map(_without_nulls, every))}
         self.ask(place, "upsert", body, create=True)
 
@@ -6434,14 +6388,11 @@ class ChromaStore(_RemoteVectorStore):
         answer, _ = self.ask(place, "delete", {"where": where} if ids is None else {"ids": ids})
         return answer.get("deleted") if isinstance(answer, Mapping) else None
 
-
 class WeaviateStore(_RemoteVectorStore):
     """Weaviate's REST and GraphQL API (https://docs.weaviate.io). Its ids are UUIDs; the property `record` keeps the
     real id and metadata as JSON. The score is 1 - distance for cosine, -distance for dot, else 1 / (1 + its root)."""
-
     TYPE, BASE_URL = "weaviate", "http://localhost:8080"
     KEY_VARIABLES, URL_VARIABLES = ("WEAVIATE_API_KEY",), ("WEAVIATE_URL",)
-    PROPERTY = "(?!(id|record)$)[A-Za-z_][A-Za-z0-9_]{0,200}"  # what may be the name of one
 
     def opened(self, place: _Place, create: bool = False) -> tuple[str, str, dict[str, str]]:
         """(name, metric, types of the properties) of a collection."""
@@ -6461,16 +6412,16 @@ class WeaviateStore(_RemoteVectorStore):
         name, _, types = self.opened(place, create=True)
         objects = []
         for key, vector, metadata in records:
-            properties = {"record": json.dumps({"id": key, "metadata": metadata})}
-            for field, value in metadata.items():
-                kinds = {_PLAIN_TYPES.get(type(item), "") for item in (value if isinstance(value, list) else [value])}
-                if len(kinds) == 1 and "" not in kinds and re.fullmatch(self.PROPERTY, field):
-                    properties[field] = value  # what filters can test
+            properties: dict[str, Any] = {}
             objects.append({"class": name, "id": _as_uuid(key), "vector": vector, "properties": properties})
-            for field, value in properties.items():
+            for field, value in [("record", json.dumps({"id": key, "metadata": metadata})), *metadata.items()]:
+                many = isinstance(value, list)
+                kinds = {_PLAIN_TYPES.get(type(item), "") for item in (value if many else [value])}
+                if len(kinds) != 1 or "" in kinds or not re.fullmatch("(?!id$)[A-Za-z_][A-Za-z0-9_]{0,200}", field):
+                    continue  # filters cannot test it
+                properties.setdefault(field, value)
                 if field not in types:
-                    many = isinstance(value, list)
-                    types[field] = _PLAIN_TYPES[type(value[0] if many else value)] + "[]" * many
+                    types[field] = kinds.pop() + "[]" * many
                     words = {"tokenization": "field"} if "text" in types[field] else {}  # so that equal is equal
                     settings = {"name": field, "dataType": [types[field]], **words}
                     self.call("POST", "/v1/schema/{}/properties", [name], settings)
@@ -6523,7 +6474,6 @@ class WeaviateStore(_RemoteVectorStore):
             count += answer["successful"]
         return count
 
-
 def _graphql(value: Any, key: str = "") -> str:
     """A value as a literal of GraphQL, whose map keys and operators have no quotes."""
     if isinstance(value, Mapping):
@@ -6532,12 +6482,9 @@ def _graphql(value: Any, key: str = "") -> str:
         return f"[{' '.join(map(_graphql, value))}]"
     return str(value) if key == "operator" else json.dumps(value, ensure_ascii=False)
 
-
 VECTOR_STORES: dict[str, Any] = {
     "local": LocalVectorStore, "qdrant": QdrantStore, "pinecone": PineconeStore, "weaviate": WeaviateStore,
-    "chroma": ChromaStore,
-}  # fmt: skip
-
+    "chroma": ChromaStore}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 12. Step handlers: one function a step type, and the tables of transforms and actions
