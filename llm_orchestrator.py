@@ -5870,20 +5870,19 @@ PROVIDERS: dict[str, type[Provider]] = {
 if TYPE_CHECKING:
     _Place = tuple[str, str]  # index and namespace
     _Record = tuple[str, list[float], dict[str, Any]]  # id, vector, metadata
+    _Make = Callable[..., Any]
 
 _FILTER_TESTS = {  # as Python's module `operator` and Weaviate call them
-    "$in": ("eq", "Equal"), "$gt": ("gt", "GreaterThan"), "$gte": ("ge", "GreaterThanEqual"), "$lt": ("lt", "LessThan"),
-    "$lte": ("le", "LessThanEqual")}
+    "$in": ("eq", "Equal"), "$gt": ("gt", "GreaterThan"), "$gte": ("ge", "GreaterThanEqual"),
+    "$ne": ("ne", "NotEqual"), "$lt": ("lt", "LessThan"), "$lte": ("le", "LessThanEqual")}
 _FILTER_ALIASES = {"$eq": "$in", "$ne": "$in", "$nin": "$in"}
 _PLAIN_TYPES = {str: "text", bool: "boolean", int: "number", float: "number"}
 _METRICS = {  # as Qdrant, Chroma and Weaviate call them
     "cosine": ("Cosine", "cosine", "cosine"), "dot": ("Dot", "ip", "dot"), "euclidean": ("Euclid", "l2", "l2-squared")}
 
-def _filtered(
-    source: Any, joined: Callable[..., Any], test: Callable[..., Any], negated: bool = False, deep: int = 0
-) -> Any:
-    """A filter in another language, made by `joined` of "and" or "or" and parts, and by `test` of a field, a key of
-    _FILTER_TESTS, values one of which must fit, and whether none may. ExecutionError for what is no filter."""
+def _filtered(source: Any, joined: _Make, test: _Make, negated: bool = False, deep: int = 0) -> Any:
+    """A filter in another language, made by `joined` of "and" or "or" and parts, and by `test` of a field, an operator
+    (one stands for = and in), values one of which must fit, and whether none may. ExecutionError for no filter."""
     if not isinstance(source, Mapping) or deep > 50:
         raise ExecutionError(f"a filter must be a map of field: value, at most 50 deep, not {_shown(source)}")
     parts = []
@@ -5891,7 +5890,7 @@ def _filtered(
         if key == "$not":
             parts.append(_filtered(wanted, joined, test, not negated, deep + 1))
         elif key in ("$and", "$or"):
-            if not isinstance(wanted, list) or not wanted:
+            if not (isinstance(wanted, list) and wanted):
                 raise ExecutionError(f"{key} takes a list of filters, at least one, not {_shown(wanted)}")
             inner = [_filtered(part, joined, test, negated, deep + 1) for part in wanted]
             parts.append(joined("and" if (key == "$and") != negated else "or", inner))  # De Morgan
@@ -5917,42 +5916,35 @@ def _field_test(field: str, operator: str, value: Any, negated: bool) -> tuple[s
 def _predicate(source: Any) -> Any:
     """A filter as a function of a record's metadata. Text never equals a number nor true 1, but 1 is 1.0."""
     import operator
-
     def joined(joint: str, parts: list[Any]) -> Any:
         combine = all if joint == "and" else any
         return lambda metadata: combine(part(metadata) for part in parts)
 
     def test(field: str, name: str, values: list[Any], negated: bool) -> Any:
-        fits, kinds = getattr(operator, _FILTER_TESTS[name][0]), _PLAIN_TYPES
-        wanted = [(kinds.get(type(value)), value) for value in values]
-
+        fits, kind_of = getattr(operator, _FILTER_TESTS[name][0]), _PLAIN_TYPES.get
+        wanted = [(kind_of(type(value)), value) for value in values]
         def decide(metadata: Mapping[str, Any]) -> bool:
             found = metadata.get(field)
-            items = [(kinds.get(type(item)), item) for item in (found if isinstance(found, list) else [found])]
+            items = [(kind_of(type(item)), item) for item in (found if isinstance(found, list) else [found])]
             return negated != any(one == other and fits(item, value) for one, item in items for other, value in wanted)
-
         return decide
-
     return _filtered(source or {}, joined, test)
 
 def _mongo_filter(source: Any) -> Any:
     """A filter as Pinecone and Chroma take it. Chroma wants the values of a list to be of one type."""
     def test(field: str, operator: str, values: list[Any], negated: bool) -> Any:
-        if operator != "$in":
-            return {field: {_not_negated(field, operator, negated): values[0]}}
         if len(set(map(type, values))) > 1:
             return {"$and" if negated else "$or": [test(field, operator, [value], negated) for value in values]}
-        if len(values) == 1:
-            return {field: {"$ne" if negated else "$eq": values[0]}}
-        return {field: {"$nin" if negated else "$in": values}}
-
+        word, several = _comparison(field, operator, negated), len(values) != 1
+        word = {"$in": "$in" if several else "$eq", "$ne": "$nin" if several else "$ne"}.get(word, word)
+        return {field: {word: values if several else values[0]}}
     return _filtered(source, lambda joint, parts: {f"${joint}": parts}, test)
 
-def _not_negated(field: str, operator: str, negated: bool) -> str:
-    """The operator, for databases that cannot say "not greater, or not there"."""
-    if negated:
+def _comparison(field: str, operator: str, negated: bool) -> str:
+    """The operator, $ne for a negated $in, for databases that cannot say "not greater, or not there"."""
+    if negated and operator != "$in":
         raise ExecutionError(f"{field}: this database cannot negate {operator}; write the opposite comparison")
-    return operator
+    return "$ne" if negated else operator
 
 def _checked_vector(vector: Any) -> list[float]:
     kinds = set(map(type, vector)) if isinstance(vector, (list, tuple)) else {type(None)}
@@ -5993,11 +5985,9 @@ def _checked_records(records: Any) -> list[_Record]:
 class VectorStore:
     """What the steps vector_search and vector_upsert need of a vector database; safe for many threads. A store of your
     own has `upsert` and `search`, which may be asynchronous. Errors are of the OrchestratorError family."""
-    name = "vectors"
-    max_batch, max_numbers = 250, 90_000  # in one call: records, and numbers in their vectors (2 MB of JSON)
+    name, max_batch, max_numbers = "vectors", 250, 90_000  # in a call: records, numbers in vectors (2 MB of JSON)
     _write: Callable[..., None]  # (place, records)
-    _nearest: Callable[..., Iterable[Any]]  # (place, vector, top_k, filter, whether vectors are wanted) -> (id, score,
-    # metadata, vector) of each
+    _nearest: _Make  # (place, vector, top_k, filter, whether vectors are wanted) -> (id, score, metadata, vector)s
     _remove: Callable[..., int | None]  # (place, ids or None, filter or None) -> how many
 
     def upsert(self, index: str, records: Sequence[Mapping[str, Any]], namespace: str | None = None) -> int:
@@ -6056,9 +6046,10 @@ class LocalVectorStore(VectorStore):
         PRAGMA user_version = 1; COMMIT;"""
 
     def __init__(self, path: str | os.PathLike[str] = ":memory:", metric: str = "cosine") -> None:
-        self.path, self.metric, self._lock, self._data_version = os.fspath(path), metric, threading.Lock(), 0
         self._connection: Any = None
         self._matrices: dict[_Place, _Matrix] = {}  # until somebody writes
+        self._lock, self._data_version = threading.Lock(), 0
+        self.path, self.metric = os.fspath(path), metric
         if metric not in _METRICS:
             raise ValidationError(f"unknown metric {metric!r}; there are {', '.join(_METRICS)}")
 
@@ -6144,11 +6135,10 @@ class LocalVectorStore(VectorStore):
     __del__ = close
 
 class _Matrix:
-    """The records of one namespace in memory. A search compares the query with all vectors roughly, and then exactly
-    with those that may be among the nearest. For the rough part each vector is rounded to whole numbers from -2047 to
-    2047 (stored as codes, plus 2048) times its `step`, and each dimension is one large integer with 32 bits for each
-    vector: these integers times the query's numbers, rounded too, add up to the dot products with all vectors, in C.
-    How far they can be off is known, so that none is missed."""
+    """The records of one namespace in memory. A search compares the query with all vectors roughly, then exactly with
+    those that may be among the nearest. For the rough part each vector is rounded to whole numbers from -2047 to 2047
+    (stored as codes, plus 2048) times its `step`, and each dimension is one large integer with 32 bits a vector: these
+    times the query's rounded numbers add up to all dot products, in C. How far they can be off is known."""
 
     def __init__(self, rows: list[tuple[Any, ...]], metric: str) -> None:
         every: Any = zip(*rows) if rows else ((),) * 8
@@ -6168,13 +6158,12 @@ class _Matrix:
             columns.append(int.from_bytes(lanes, "little"))
         return columns
 
-    def nearest(self, query: list[float], top_k: int, holds: Callable[[Any], bool] | None) -> Iterator[Any]:
+    def nearest(self, query: list[float], top_k: int, holds: _Make | None) -> Iterator[Any]:
         from operator import mul
         from struct import Struct
         unpack, length = Struct(f"<{self.dimensions}d").unpack, math.hypot(*query)
         if self.metric == "cosine":
             query = [number / length if length > 1e-100 else 0.0 for number in query]
-
         def nearness(row: int) -> float:
             if self.metric == "euclidean":
                 return -math.dist(unpack(self.vectors[row]), query)
@@ -6182,33 +6171,27 @@ class _Matrix:
             if self.metric == "dot":
                 return product
             return max(-1.0, min(1.0, product / self.lengths[row])) if self.lengths[row] > 1e-100 else 0.0
-
-        rows: Sequence[int] = range(len(self.ids))
-        if holds:
-            rows = [row for row in rows if holds(self.metadata[row])]
-        if len(rows) > max(200, top_k):
+        rows = [row for row in range(len(self.ids)) if holds is None or holds(self.metadata[row])]
+        if len(rows) > max(200, top_k) and length > 1e-80:
             rows = self.likely(query, top_k, rows)
         for order, key, row in sorted([(-nearness(row), self.ids[row], row) for row in rows])[:top_k]:
             score = 1 / (1 + order) if self.metric == "euclidean" else -order
             yield key, score, json.loads(self.texts[row]), list(unpack(self.vectors[row]))
 
-    def likely(self, query: list[float], top_k: int, rows: Sequence[int]) -> Sequence[int]:
+    def likely(self, query: list[float], top_k: int, rows: list[int]) -> list[int]:
         """The rows that may be among the `top_k` nearest. Nearness is x.q / |x|, x.q or 2 x.q - |x| ** 2 here."""
         from heapq import nlargest
         from operator import mul
         from struct import unpack
         count, half, length = len(self.ids), math.sqrt(self.dimensions) / 2, math.hypot(*query)
-        if length < 1e-80:
-            return rows
         scale = (2**31 / (4096 * half) - half) / length  # by Cauchy and Schwarz, no sum leaves its 32 bits
         factors = [round(number * scale) for number in query]
         zero = (2**31 - 2048 * sum(factors)) * int.from_bytes(b"\1\0\0\0" * count, "little")  # keeps the sums positive
         products = unpack(f"<{count}I", sum(map(mul, self.columns, factors), zero).to_bytes(4 * count, "little"))
-        euclidean, cosine = self.metric == "euclidean", self.metric == "cosine"
+        cosine, euclidean = self.metric == "cosine", self.metric == "euclidean"
         weights = [1 / max(size, 1e-100) for size in self.lengths] if cosine else [1.0 + euclidean] * count
         steps, longest = list(map(mul, weights, self.steps)), max(map(mul, weights, self.lengths))
-        squares = [size * size * euclidean for size in self.lengths]
-        nearness = [(products[row] - 2**31) * steps[row] / scale - squares[row] for row in rows]
+        nearness = [(products[row] - 2**31) * steps[row] / scale - euclidean * self.lengths[row] ** 2 for row in rows]
         rounding = half * max(steps)  # the length of what rounding took from x, at most; then from the query
         lost = math.dist(query, [factor / scale for factor in factors])
         error = 1.001 * (rounding * (length + lost) + longest * lost) + 1e-9 * (longest + length) ** 2
@@ -6236,14 +6219,12 @@ class _RemoteVectorStore(Provider, VectorStore):
             base_url = self.BASE_URL if base_url == "localhost" else f"{scheme}://{base_url}"
         return base_url.rstrip("/")
 
-    def call(
-        self, method: str, path: str, names: Iterable[str] = (), payload: Any = None, expected: int = 0, host: str = ""
-    ) -> Any:
-        """The answer at a path with these names in it; None if its status is the error that was expected."""
+    def call(self, method: str, path: str, names: Iterable[str] = (), payload: Any = None, expected: int = 0) -> Any:
+        """The answer at an address, or a path, with these names in it; None if its status is the expected error."""
         from urllib.parse import quote
+        host = self.base_url if path.startswith("/") else ""
         try:
-            address = (host or self.base_url) + path.format(*(quote(name, safe="") for name in names))
-            return self._rest.call(method, address, payload)
+            return self._rest.call(method, host + path.format(*(quote(name, safe="") for name in names)), payload)
         except ProviderError as error:
             if error.status != expected:
                 raise
@@ -6251,8 +6232,9 @@ class _RemoteVectorStore(Provider, VectorStore):
 
     def score(self, distance: float, metric: str) -> float:
         """A vendor's distance as a number that is the larger, the nearer a record is."""
-        near = 1 - distance, -distance, 1 / (1 + math.sqrt(abs(distance)))  # the l2 of both vendors is squared
-        return near[{"cosine": 0, "ip": 0, "dot": 1}.get(metric, 2)]
+        if metric in ("cosine", "ip", "dot"):
+            return -distance if metric == "dot" else 1 - distance
+        return 1 / (1 + math.sqrt(abs(distance)))  # the l2 of both is squared
 
 def _collection(place: _Place) -> list[str]:
     return ["__".join(filter(None, place))]
@@ -6260,10 +6242,8 @@ def _collection(place: _Place) -> list[str]:
 def _as_uuid(identifier: str) -> str:
     """The id itself if it is a UUID, otherwise one made of it (version 5)."""
     import uuid
-    with contextlib.suppress(ValueError):
-        if str(uuid.UUID(identifier)) == identifier:
-            return identifier
-    return str(uuid.uuid5(uuid.NAMESPACE_OID, identifier))
+    is_one = re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", identifier)
+    return identifier if is_one else str(uuid.uuid5(uuid.NAMESPACE_OID, identifier))
 
 def _without_nulls(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata for databases that have no null; to a filter it is a missing field anyway."""
@@ -6286,7 +6266,6 @@ class QdrantStore(_RemoteVectorStore):
                 fits = {"match": {"value": value}} if exact else {"range": dict.fromkeys(bounds, value)}
                 tests.append({"key": field if re.fullmatch(r"[\w-]+", field) else f'"{field}"', **fits})
             return {"must_not": tests} if negated else tests[0] if len(tests) == 1 else {"should": tests}
-
         joints = {"and": "must", "or": "should"}
         return {"must": [_filtered(source, lambda joint, parts: {joints[joint]: parts}, test)] if source else []}
 
@@ -6327,9 +6306,9 @@ class PineconeStore(_RemoteVectorStore):
         host = self.base_url if self.base_url != self.BASE_URL else self.hosts.get(place[0])
         if host is None:
             controller = self.address(self.options["controller_host"] or self.BASE_URL)
-            found = self.call("GET", "/indexes/{}", place[:1], host=controller)
+            found = self.call("GET", controller + "/indexes/{}", place[:1])
             host = self.hosts[place[0]] = self.address(found["host"])
-        return self.call("POST", path, payload={**body, "namespace": place[1]}, host=host)
+        return self.call("POST", host + path, payload={**body, "namespace": place[1]})
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
         vectors = [{"id": key, "values": values, "metadata": _without_nulls(found)} for key, values, found in records]
@@ -6356,12 +6335,9 @@ class ChromaStore(_RemoteVectorStore):
     def ask(self, place: _Place, verb: str, body: dict[str, Any], create: bool = False) -> tuple[Any, str]:
         """(answer, metric) of a collection, which goes by a UUID."""
         names = [self.options["tenant"] or "default_tenant", self.options["database"] or "default_database"]
-        if create:
-            settings = {"hnsw": {"space": _METRICS[self.metric][1]}}
-            wanted = {"name": _collection(place)[0], "get_or_create": True, "configuration": settings}
-            found = self.call("POST", self.PATH, names, wanted)
-        else:
-            found = self.call("GET", self.PATH + "/{}", names + _collection(place))
+        one, settings = _collection(place), {"hnsw": {"space": _METRICS[self.metric][1]}}
+        new = {"name": one[0], "get_or_create": True, "configuration": settings}
+        found = self.call("POST", self.PATH, names, new) if create else self.call("GET", self.PATH + "/{}", names + one)
         settings = found.get("configuration_json") or {}
         answer = self.call("POST", f"{self.PATH}/{{}}/{verb}", [*names, found["id"]], body)
         return answer, (settings.get("hnsw") or settings.get("spann") or {}).get("space", "l2")
@@ -6380,8 +6356,8 @@ class ChromaStore(_RemoteVectorStore):
         nothing = [[None] * len(answer["ids"][0])]
         columns = [(answer.get(name) or nothing)[0] for name in ("ids", *include[:3], "embeddings")]
         for key, distance, metadata, document, values in zip(*columns):
-            text = {} if document is None else {"text": document}
-            yield key, self.score(distance, metric), {**text, **(metadata or {})}, values
+            metadata = {**({} if document is None else {"text": document}), **(metadata or {})}
+            yield key, self.score(distance, metric), metadata, values
 
     def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int | None:
         where = _mongo_filter(filter) if filter else {"_": {"$ne": ""}}  # the last is true of everything
@@ -6426,37 +6402,28 @@ class WeaviateStore(_RemoteVectorStore):
                     settings = {"name": field, "dataType": [types[field]], **words}
                     self.call("POST", "/v1/schema/{}/properties", [name], settings)
         for entry in self.call("POST", "/v1/batch/objects", payload={"objects": objects}):
-            self.refuse(((entry.get("result") or {}).get("errors") or {}).get("error"))
-
-    def refuse(self, errors: Any) -> None:
-        """Raises the first of the errors in an answer whose status is 200."""
-        if errors:
-            raise self._rest.error(None, {}, {"error": errors[0]}, "")
+            errors = ((entry.get("result") or {}).get("errors") or {}).get("error")
+            self._rest.check({}, {"error": errors and errors[0]})
 
     def filter(self, source: Any, types: Mapping[str, str]) -> Any:
-        def joined(joint: str, parts: list[Any]) -> dict[str, Any]:
+        def joined(joint: str, parts: list[Any]) -> Any:
             return {"operator": joint.capitalize(), "operands": parts}
-
-        def test(field: str, operator: str, values: list[Any], negated: bool) -> dict[str, Any]:
-            word, tests = "NotEqual", []
-            if operator != "$in" or not negated:
-                word = _FILTER_TESTS[_not_negated(field, operator, negated)][1]
+        def test(field: str, operator: str, values: list[Any], negated: bool) -> Any:
+            word, tests = _FILTER_TESTS[_comparison(field, operator, negated)][1], []
             for value in values:
                 kind = types.get(field, _PLAIN_TYPES.get(type(value), "text")).replace("[]", "").capitalize()
                 tests.append({"path": [field], "operator": word, f"value{kind}": value})
             return tests[0] if len(tests) == 1 else joined("and" if negated else "or", tests)
-
         return _filtered(source, joined, test)
 
     def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
         name, metric, types = self.opened(place)
-        plain = ("text", "int", "number", "boolean", "date", "uuid")
-        fields = [field for field, kind in types.items() if kind.replace("[]", "") in plain]
+        fields = [field for field, kind in types.items() if re.match(r"(text|int|number|boolean|date|uuid)\b", kind)]
         where = f" where:{_graphql(self.filter(filter, types))}" if filter else ""
         asked = f"{' '.join(fields)} _additional{{id distance{' vector' * vectors}}}"
         near = f"nearVector:{{vector:{json.dumps(query)}}} limit:{top_k}{where}"
         answer = self.call("POST", "/v1/graphql", payload={"query": f"{{Get{{{name}({near}){{{asked}}}}}}}"})
-        self.refuse(answer.get("errors"))
+        self._rest.check({}, {"error": answer.get("errors") and answer["errors"][0]})
         for found in answer["data"]["Get"][name]:
             extra, record = found.pop("_additional"), found.get("record")
             ours = json.loads(record) if record else {"id": extra["id"], "metadata": _without_nulls(found)}
