@@ -6088,7 +6088,7 @@ class LocalVectorStore(VectorStore):
         dimensions, rows = len(records[0][1]), []
         for key, vector, metadata in records:
             peak = max(map(abs, vector))
-            scale = 2047 / peak if peak > 1e-100 else 0.0
+            scale = 2047 / peak if peak > 1e-300 else 0.0
             codes = pack(f"<{dimensions}H", *[int(number * scale + 2048.5) for number in vector])
             exact = pack(f"<{dimensions}d", *vector)
             rows.append((*place, key, exact, codes, peak / 2047, math.hypot(*vector), json.dumps(metadata)))
