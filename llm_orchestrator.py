@@ -5873,9 +5873,9 @@ if TYPE_CHECKING:
     _Make = Callable[..., Any]
 
 _FILTER_TESTS = {  # as Python's module `operator` and Weaviate call them
-    "$in": ("eq", "Equal"), "$gt": ("gt", "GreaterThan"), "$gte": ("ge", "GreaterThanEqual"),
-    "$ne": ("ne", "NotEqual"), "$lt": ("lt", "LessThan"), "$lte": ("le", "LessThanEqual")}
-_FILTER_ALIASES = {"$eq": "$in", "$ne": "$in", "$nin": "$in"}
+    "$eq": ("eq", "Equal"), "$in": ("eq", "Equal"), "$ne": ("ne", "NotEqual"), "$nin": ("ne", "NotEqual"),
+    "$lt": ("lt", "LessThan"), "$lte": ("le", "LessThanEqual"), "$gt": ("gt", "GreaterThan"),
+    "$gte": ("ge", "GreaterThanEqual")}
 _PLAIN_TYPES = {str: "text", bool: "boolean", int: "number", float: "number"}
 _METRICS = {  # as Qdrant, Chroma and Weaviate call them
     "cosine": ("Cosine", "cosine", "cosine"), "dot": ("Dot", "ip", "dot"), "euclidean": ("Euclid", "l2", "l2-squared")}
@@ -5902,16 +5902,14 @@ def _filtered(source: Any, joined: _Make, test: _Make, negated: bool = False, de
     return parts[0] if len(parts) == 1 else joined("or" if negated else "and", parts)
 
 def _field_test(field: str, operator: str, value: Any, negated: bool) -> tuple[str, list[Any], bool]:
-    name = _FILTER_ALIASES.get(operator, operator)
-    if name not in _FILTER_TESTS:
-        near = _suggestion(operator, (*_FILTER_TESTS, *_FILTER_ALIASES))
-        raise ExecutionError(f"{field}: unknown filter operator {operator!r}{near}")
-    listed, kinds = operator in ("$in", "$nin"), (str, bool) if name == "$in" else (str,)
-    values = value if listed else [value]
+    if operator not in _FILTER_TESTS:
+        raise ExecutionError(f"{field}: unknown filter operator {operator!r}{_suggestion(operator, _FILTER_TESTS)}")
+    listed, equal = operator in ("$in", "$nin"), operator in ("$eq", "$ne", "$in", "$nin")
+    values, kinds = value if listed else [value], (str, bool) if equal else (str,)
     if not isinstance(values, list) or not all(_is_number(each) or isinstance(each, kinds) for each in values):
-        expected = f"{'a list of ' * listed}text or a number{' or a boolean' * (bool in kinds)}"
+        expected = f"{'a list of ' * listed}text or a number{' or a boolean' * equal}"
         raise ExecutionError(f"{field}: {operator} must be {expected}, not {_shown(value)}")
-    return name, values, negated != (operator in ("$ne", "$nin"))
+    return "$in" if equal else operator, values, negated != (operator in ("$ne", "$nin"))
 
 def _predicate(source: Any) -> Any:
     """A filter as a function of a record's metadata. Text never equals a number nor true 1, but 1 is 1.0."""
@@ -6040,9 +6038,8 @@ class LocalVectorStore(VectorStore):
     cosine, the dot product, or 1 / (1 + the euclidean distance); equally near records are in the order of their ids."""
     name = "local"
     max_batch = max_numbers = sys.maxsize  # all in one transaction
-    _SCHEMA = """BEGIN IMMEDIATE;
-        CREATE TABLE IF NOT EXISTS vectors (name TEXT, namespace TEXT, id TEXT, vector BLOB, codes BLOB, step REAL,
-            length REAL, metadata TEXT, PRIMARY KEY (name, namespace, id));
+    _SCHEMA = """BEGIN IMMEDIATE; CREATE TABLE IF NOT EXISTS vectors (name TEXT, namespace TEXT, id TEXT, vector BLOB,
+        codes BLOB, step REAL, length REAL, metadata TEXT, PRIMARY KEY (name, namespace, id));
         PRAGMA user_version = 1; COMMIT;"""
 
     def __init__(self, path: str | os.PathLike[str] = ":memory:", metric: str = "cosine") -> None:
@@ -6063,9 +6060,6 @@ class LocalVectorStore(VectorStore):
         """The connection, for one thread at a time; what was written is kept if nothing fails."""
         try:
             import sqlite3
-        except ImportError:
-            raise ExecutionError("the local vector store needs the module sqlite3, which this Python lacks") from None
-        try:
             with self._lock:
                 if self._connection is None:  # it waits 5 s for another process's transaction
                     if self.path != ":memory:" and not os.path.exists(self.path):
@@ -6080,6 +6074,8 @@ class LocalVectorStore(VectorStore):
                     if writing:
                         connection.execute("BEGIN IMMEDIATE")
                     yield connection
+        except ImportError:
+            raise ExecutionError("the local vector store needs the module sqlite3, which this Python lacks") from None
         except (sqlite3.Error, OSError, UnicodeError) as error:
             raise ExecutionError(f"the vector store {self.path}: {error}", retryable="locked" in str(error)) from None
 
@@ -6385,8 +6381,7 @@ class WeaviateStore(_RemoteVectorStore):
         return name, (found.get("vectorIndexConfig") or {}).get("distance", "cosine"), types
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
-        name, _, types = self.opened(place, create=True)
-        objects = []
+        (name, _, types), objects = self.opened(place, create=True), []
         for key, vector, metadata in records:
             properties: dict[str, Any] = {}
             objects.append({"class": name, "id": _as_uuid(key), "vector": vector, "properties": properties})
