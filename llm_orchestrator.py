@@ -5917,7 +5917,6 @@ def _predicate(source: Any) -> Any:
     def joined(joint: str, parts: list[Any]) -> Any:
         combine = all if joint == "and" else any
         return lambda metadata: combine(part(metadata) for part in parts)
-
     def test(field: str, name: str, values: list[Any], negated: bool) -> Any:
         fits, kind_of = getattr(operator, _FILTER_TESTS[name][0]), _PLAIN_TYPES.get
         wanted = [(kind_of(type(value)), value) for value in values]
@@ -6056,8 +6055,8 @@ class LocalVectorStore(VectorStore):
         return cls(_variable("LLM_ORCHESTRATOR_VECTORS") or ":memory:")
 
     @contextlib.contextmanager
-    def _transaction(self, writing: bool = True) -> Iterator[Any]:
-        """The connection, for one thread at a time; what was written is kept if nothing fails."""
+    def _transaction(self, written: _Place | None = None) -> Iterator[Any]:
+        """The connection, for one thread at a time; what is written to the one place is kept if nothing fails."""
         try:
             import sqlite3
             with self._lock:
@@ -6071,8 +6070,9 @@ class LocalVectorStore(VectorStore):
                         connection.executescript(self._SCHEMA)
                     elif version != 1:
                         raise ExecutionError(f"the vector store {self.path} has the schema version {version}, not 1")
-                    if writing:
+                    if written:
                         connection.execute("BEGIN IMMEDIATE")
+                        self._matrices.pop(written, None)
                     yield connection
         except ImportError:
             raise ExecutionError("the local vector store needs the module sqlite3, which this Python lacks") from None
@@ -6088,15 +6088,14 @@ class LocalVectorStore(VectorStore):
             codes = pack(f"<{dimensions}H", *[int(number * scale + 2048.5) for number in vector])
             exact = pack(f"<{dimensions}d", *vector)
             rows.append((*place, key, exact, codes, peak / 2047, math.hypot(*vector), json.dumps(metadata)))
-        with self._transaction() as connection:
+        with self._transaction(place) as connection:
             known = connection.execute("SELECT length(codes) / 2 FROM vectors WHERE name = ?", place[:1]).fetchone()
             if known and known[0] != dimensions:
                 raise ExecutionError(f"the index {place[0]!r} holds vectors of {known[0]} dimensions, not {dimensions}")
             connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-            self._matrices.pop(place, None)
 
     def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
-        with self._transaction(writing=False) as connection:
+        with self._transaction() as connection:
             version = connection.execute("PRAGMA data_version").fetchone()[0]
             if version != self._data_version or len(self._matrices) > 100:  # another process wrote
                 self._data_version = version
@@ -6112,11 +6111,10 @@ class LocalVectorStore(VectorStore):
 
     def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int:
         holds = _predicate(filter)
-        with self._transaction() as connection:
+        with self._transaction(place) as connection:
             if ids is None:
                 rows = connection.execute("SELECT id, metadata FROM vectors WHERE name = ? AND namespace = ?", place)
                 ids = [key for key, text in rows.fetchall() if holds(json.loads(text))]
-            self._matrices.pop(place, None)
             one = "DELETE FROM vectors WHERE name = ? AND namespace = ? AND id = ?"
             return sum(connection.execute(one, (*place, key)).rowcount for key in ids)
 
