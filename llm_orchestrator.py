@@ -5875,99 +5875,78 @@ PROVIDERS: dict[str, type[Provider]] = {
 if TYPE_CHECKING:
     _Place = tuple[str, str]  # index and namespace
     _Record = tuple[str, list[float], dict[str, Any]]  # id, vector, metadata
-    _Predicate = Callable[[Mapping[str, Any]], bool]
     _Make = Callable[..., Any]
 
 _FILTER_TESTS = {  # as Python's module `operator` and Weaviate call them
-    "$in": ("eq", "Equal"), "$gt": ("gt", "GreaterThan"), "$gte": ("ge", "GreaterThanEqual"), "$lt": ("lt", "LessThan"),
-    "$lte": ("le", "LessThanEqual"),
-}  # fmt: skip
-_FILTER_ALIASES = {"$eq": "$in", "$ne": "$in", "$nin": "$in"}
+    "$eq": ("eq", "Equal"), "$in": ("eq", "Equal"), "$ne": ("ne", "NotEqual"), "$nin": ("ne", "NotEqual"),
+    "$lt": ("lt", "LessThan"), "$lte": ("le", "LessThanEqual"), "$gt": ("gt", "GreaterThan"),
+    "$gte": ("ge", "GreaterThanEqual")}
 _PLAIN_TYPES = {str: "text", bool: "boolean", int: "number", float: "number"}
 _METRICS = {  # as Qdrant, Chroma and Weaviate call them
-    "cosine": ("Cosine", "cosine", "cosine"), "dot": ("Dot", "ip", "dot"), "euclidean": ("Euclid", "l2", "l2-squared"),
-}  # fmt: skip
-
+    "cosine": ("Cosine", "cosine", "cosine"), "dot": ("Dot", "ip", "dot"), "euclidean": ("Euclid", "l2", "l2-squared")}
 
 def _filtered(source: Any, joined: _Make, test: _Make, negated: bool = False, deep: int = 0) -> Any:
-    """A filter in another language, made by `joined` of "and" or "or" and parts, and by `test` of a field, a key of
-    _FILTER_TESTS, values one of which must fit, and whether none may. ExecutionError for what is no filter."""
+    """A filter in another language, made by `joined` of "and" or "or" and parts, and by `test` of a field, an operator
+    (one stands for = and in), values one of which must fit, and whether none may. ExecutionError for no filter."""
     if not isinstance(source, Mapping) or deep > 50:
         raise ExecutionError(f"a filter must be a map of field: value, at most 50 deep, not {_shown(source)}")
     parts = []
     for key, wanted in source.items():
-        if key in ("$and", "$or") and isinstance(wanted, list) and wanted:
+        if key == "$not":
+            parts.append(_filtered(wanted, joined, test, not negated, deep + 1))
+        elif key in ("$and", "$or"):
+            if not (isinstance(wanted, list) and wanted):
+                raise ExecutionError(f"{key} takes a list of filters, at least one, not {_shown(wanted)}")
             inner = [_filtered(part, joined, test, negated, deep + 1) for part in wanted]
             parts.append(joined("and" if (key == "$and") != negated else "or", inner))  # De Morgan
-        elif key == "$not":
-            parts.append(_filtered(wanted, joined, test, not negated, deep + 1))
         elif not isinstance(key, str) or key.startswith("$"):
-            if key in ("$and", "$or"):
-                raise ExecutionError(f"{key} takes a list of filters, at least one, not {_shown(wanted)}")
             raise ExecutionError(f"unknown filter operator {key!r}{_suggestion(key, ('$and', '$or', '$not'))}")
         else:
             tests = wanted if isinstance(wanted, Mapping) else {"$eq": wanted}
             parts += [test(key, *_field_test(key, operator, value, negated)) for operator, value in tests.items()]
     return parts[0] if len(parts) == 1 else joined("or" if negated else "and", parts)
 
-
 def _field_test(field: str, operator: str, value: Any, negated: bool) -> tuple[str, list[Any], bool]:
-    name = _FILTER_ALIASES.get(operator, operator)
-    if name not in _FILTER_TESTS:
-        near = _suggestion(operator, (*_FILTER_TESTS, *_FILTER_ALIASES))
-        raise ExecutionError(f"{field}: unknown filter operator {operator!r}{near}")
-    listed, kinds = operator in ("$in", "$nin"), (str, bool) if name == "$in" else (str,)
-    values = value if listed else [value]
+    if operator not in _FILTER_TESTS:
+        raise ExecutionError(f"{field}: unknown filter operator {operator!r}{_suggestion(operator, _FILTER_TESTS)}")
+    listed, equal = operator in ("$in", "$nin"), operator in ("$eq", "$ne", "$in", "$nin")
+    values, kinds = value if listed else [value], (str, bool) if equal else (str,)
     if not isinstance(values, list) or not all(_is_number(each) or isinstance(each, kinds) for each in values):
-        expected = f"{'a list of ' * listed}text or a number{' or a boolean' * (bool in kinds)}"
+        expected = f"{'a list of ' * listed}text or a number{' or a boolean' * equal}"
         raise ExecutionError(f"{field}: {operator} must be {expected}, not {_shown(value)}")
-    return name, values, negated != (operator in ("$ne", "$nin"))
+    return "$in" if equal else operator, values, negated != (operator in ("$ne", "$nin"))
 
-
-def _predicate(source: Any) -> _Predicate:
+def _predicate(source: Any) -> Any:
     """A filter as a function of a record's metadata. Text never equals a number nor true 1, but 1 is 1.0."""
     import operator
-
-    def joined(joint: str, parts: list[_Predicate]) -> _Predicate:
+    def joined(joint: str, parts: list[Any]) -> Any:
         combine = all if joint == "and" else any
         return lambda metadata: combine(part(metadata) for part in parts)
-
-    def test(field: str, name: str, values: list[Any], negated: bool) -> _Predicate:
-        fits, kinds = getattr(operator, _FILTER_TESTS[name][0]), _PLAIN_TYPES
-        wanted = [(kinds.get(type(value)), value) for value in values]
-
+    def test(field: str, name: str, values: list[Any], negated: bool) -> Any:
+        fits, kind_of = getattr(operator, _FILTER_TESTS[name][0]), _PLAIN_TYPES.get
+        wanted = [(kind_of(type(value)), value) for value in values]
         def decide(metadata: Mapping[str, Any]) -> bool:
             found = metadata.get(field)
-            items = [(kinds.get(type(item)), item) for item in (found if isinstance(found, list) else [found])]
+            items = [(kind_of(type(item)), item) for item in (found if isinstance(found, list) else [found])]
             return negated != any(one == other and fits(item, value) for one, item in items for other, value in wanted)
-
         return decide
-
-    predicate: _Predicate = _filtered(source or {}, joined, test)
-    return predicate
-
+    return _filtered(source or {}, joined, test)
 
 def _mongo_filter(source: Any) -> Any:
     """A filter as Pinecone and Chroma take it. Chroma wants the values of a list to be of one type."""
-
     def test(field: str, operator: str, values: list[Any], negated: bool) -> Any:
-        if operator != "$in":
-            return {field: {_not_negated(field, operator, negated): values[0]}}
         if len(set(map(type, values))) > 1:
             return {"$and" if negated else "$or": [test(field, operator, [value], negated) for value in values]}
-        if len(values) == 1:
-            return {field: {"$ne" if negated else "$eq": values[0]}}
-        return {field: {"$nin" if negated else "$in": values}}
-
+        word, several = _comparison(field, operator, negated), len(values) != 1
+        word = {"$in": "$in" if several else "$eq", "$ne": "$nin" if several else "$ne"}.get(word, word)
+        return {field: {word: values if several else values[0]}}
     return _filtered(source, lambda joint, parts: {f"${joint}": parts}, test)
 
-
-def _not_negated(field: str, operator: str, negated: bool) -> str:
-    """The operator, for databases that cannot say "not greater, or not there"."""
-    if negated:
+def _comparison(field: str, operator: str, negated: bool) -> str:
+    """The operator, $ne for a negated $in, for databases that cannot say "not greater, or not there"."""
+    if negated and operator != "$in":
         raise ExecutionError(f"{field}: this database cannot negate {operator}; write the opposite comparison")
-    return operator
-
+    return "$ne" if negated else operator
 
 def _checked_vector(vector: Any) -> list[float]:
     kinds = set(map(type, vector)) if isinstance(vector, (list, tuple)) else {type(None)}
@@ -5979,18 +5958,14 @@ def _checked_vector(vector: Any) -> list[float]:
             return numbers
     raise ExecutionError("a vector must hold 1 to 65536 numbers, finite and below 1e100")
 
-
 def _checked_name(value: Any, what: str) -> str:
     text = str(value) if _is_integer(value) else value
     if not isinstance(text, str) or not text or re.search("[\ud800-\udfff]", text):
         raise ExecutionError(f"{what} must be text, not {_shown(value)}")
     return text
 
-
 def _checked_place(index: Any, namespace: Any) -> _Place:
-    no_namespace = namespace is None or namespace == ""
-    return _checked_name(index, "an index"), "" if no_namespace else _checked_name(namespace, "a namespace")
-
+    return _checked_name(index, "an index"), "" if namespace in (None, "") else _checked_name(namespace, "a namespace")
 
 def _checked_records(records: Any) -> list[_Record]:
     """The records, of those with the same id the last. ExecutionError says which one is wrong."""
@@ -6000,9 +5975,8 @@ def _checked_records(records: Any) -> list[_Record]:
             if not isinstance(record, Mapping) or not {"id", "vector"} <= set(record) <= {"id", "vector", "metadata"}:
                 raise ExecutionError(f"it must be {{id, vector, metadata}}, not {_shown(record)}")
             key, vector = _checked_name(record["id"], "an id"), _checked_vector(record["vector"])
-            entry = key, vector, dict(record.get("metadata") or {})
-            json.dumps(entry[2], allow_nan=False)
-            checked[key] = entry
+            checked[key] = key, vector, dict(record.get("metadata") or {})
+            json.dumps(checked[key][2], allow_nan=False)
             if len(vector) != len(next(iter(checked.values()))[1]):
                 raise ExecutionError(f"it has {len(vector)} dimensions, unlike those before")
         except (ExecutionError, TypeError, ValueError, RecursionError) as error:
@@ -6010,16 +5984,13 @@ def _checked_records(records: Any) -> list[_Record]:
             raise ExecutionError(f"record {position}: {what}") from None
     return list(checked.values())
 
-
 class VectorStore:
     """What the steps vector_search and vector_upsert need of a vector database; safe for many threads. A store of your
     own has `upsert` and `search`, which may be asynchronous. Errors are of the OrchestratorError family."""
-
-    name = "vectors"
-    max_batch, max_numbers = 250, 90_000  # in one call: records, and numbers in their vectors (2 MB of JSON)
-    _write: Any  # (place, records)
-    _nearest: Any  # (place, vector, top_k, filter, whether vectors are wanted) -> (id, score, metadata, vector) of each
-    _remove: Any  # (place, ids or None, filter or None) -> how many
+    name, max_batch, max_numbers = "vectors", 250, 90_000  # in a call: records, numbers in vectors (2 MB of JSON)
+    _write: Callable[..., None]  # (place, records)
+    _nearest: _Make  # (place, vector, top_k, filter, whether vectors are wanted) -> (id, score, metadata, vector)s
+    _remove: Callable[..., int | None]  # (place, ids or None, filter or None) -> how many
 
     def upsert(self, index: str, records: Sequence[Mapping[str, Any]], namespace: str | None = None) -> int:
         """Adds records {id, vector, metadata}, or replaces those with the same id; returns how many ids that were."""
@@ -6033,59 +6004,55 @@ class VectorStore:
     def search(
         self, index: str, vector: Sequence[float], top_k: int = 5, *, filter: Mapping[str, Any] | None = None,
         namespace: str | None = None, include_metadata: bool = True, include_vectors: bool = False,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[dict[str, Any]]:
         """The `top_k` nearest records that pass the filter, best first: {id, score, metadata, vector}."""
         if not _is_integer(top_k) or top_k < 1:
             raise ExecutionError(f"top_k must be a whole number of at least 1, not {_shown(top_k)}")
         place, query, results = _checked_place(index, namespace), _checked_vector(vector), []
         with self._answers():
             for key, score, metadata, values in self._nearest(place, query, top_k, filter, include_vectors):
-                results.append({"id": str(key), "score": score + 0.0})
-                results[-1].update({"metadata": metadata or {}} if include_metadata else {})
-                results[-1].update({"vector": values} if include_vectors else {})
+                extra = {"metadata": metadata or {}} if include_metadata else {}
+                extra.update({"vector": values} if include_vectors else {})
+                results.append({"id": str(key), "score": score + 0.0, **extra})
         return results
 
     def delete(
         self, index: str, ids: Sequence[str] | None = None, *, filter: Mapping[str, Any] | None = None,
         namespace: str | None = None,
-    ) -> int | None:  # fmt: skip
+    ) -> int | None:
         """Deletes the records with these ids, or those that pass the filter; without both, the whole namespace. Returns
         how many, or None where the vendor does not say."""
         if ids is not None and (filter is not None or not isinstance(ids, (list, tuple))):
             raise ExecutionError("delete takes a list of ids, or a filter, not both")
         checked = None if ids is None else [_checked_name(key, "an id") for key in ids]
         with self._answers():
-            place = _checked_place(index, namespace)
-            count: int | None = 0 if checked == [] else self._remove(place, checked, filter or None)
-            return count
+            return 0 if checked == [] else self._remove(_checked_place(index, namespace), checked, filter or None)
 
     @contextlib.contextmanager
     def _answers(self) -> Iterator[None]:
         """Turns what comes of reading an answer that is none into BadResponseError."""
         try:
             yield
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except _SHAPE_ERRORS as error:
             reason = f"answered something else than expected: {type(error).__name__} {error}"
             raise BadResponseError(reason, provider=self.name) from error
-
 
 class LocalVectorStore(VectorStore):
     """Vectors in SQLite, in memory or in a file that many processes may use; the search is exact. The score is the
     cosine, the dot product, or 1 / (1 + the euclidean distance); equally near records are in the order of their ids."""
-
     name = "local"
     max_batch = max_numbers = sys.maxsize  # all in one transaction
-    _SCHEMA = """BEGIN IMMEDIATE;
-        CREATE TABLE IF NOT EXISTS vectors (name TEXT, namespace TEXT, id TEXT, vector BLOB, codes BLOB, step REAL,
-            length REAL, metadata TEXT, PRIMARY KEY (name, namespace, id));
+    _SCHEMA = """BEGIN IMMEDIATE; CREATE TABLE IF NOT EXISTS vectors (name TEXT, namespace TEXT, id TEXT, vector BLOB,
+        codes BLOB, step REAL, length REAL, metadata TEXT, PRIMARY KEY (name, namespace, id));
         PRAGMA user_version = 1; COMMIT;"""
 
     def __init__(self, path: str | os.PathLike[str] = ":memory:", metric: str = "cosine") -> None:
-        if metric not in _METRICS:
-            raise ValidationError(f"unknown metric {metric!r}; there are {', '.join(_METRICS)}")
-        self.path, self.metric, self._lock, self._data_version = os.fspath(path), metric, threading.Lock(), 0
         self._connection: Any = None
         self._matrices: dict[_Place, _Matrix] = {}  # until somebody writes
+        self._lock, self._data_version = threading.Lock(), 0
+        self.path, self.metric = os.fspath(path), metric
+        if metric not in _METRICS:
+            raise ValidationError(f"unknown metric {metric!r}; there are {', '.join(_METRICS)}")
 
     @classmethod
     def from_env(cls) -> LocalVectorStore:
@@ -6093,14 +6060,11 @@ class LocalVectorStore(VectorStore):
         return cls(_variable("LLM_ORCHESTRATOR_VECTORS") or ":memory:")
 
     @contextlib.contextmanager
-    def _transaction(self, writing: bool = True) -> Iterator[Any]:
-        """The connection, for one thread at a time; what was written is kept if nothing fails."""
+    def _transaction(self, written: _Place | None = None) -> Iterator[Any]:
+        """The connection, for one thread at a time; what is written to the one place is kept if nothing fails."""
         try:
             import sqlite3
-        except ImportError:
-            raise ExecutionError("the local vector store needs the module sqlite3, which this Python lacks") from None
-        with self._lock:
-            try:
+            with self._lock:
                 if self._connection is None:  # it waits 5 s for another process's transaction
                     if self.path != ":memory:" and not os.path.exists(self.path):
                         os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
@@ -6111,32 +6075,32 @@ class LocalVectorStore(VectorStore):
                         connection.executescript(self._SCHEMA)
                     elif version != 1:
                         raise ExecutionError(f"the vector store {self.path} has the schema version {version}, not 1")
-                    if writing:
+                    if written:
                         connection.execute("BEGIN IMMEDIATE")
+                        self._matrices.pop(written, None)
                     yield connection
-            except (sqlite3.Error, OSError, UnicodeError) as error:
-                busy = "locked" in str(error)
-                raise ExecutionError(f"the vector store {self.path}: {error}", retryable=busy) from None
+        except ImportError:
+            raise ExecutionError("the local vector store needs the module sqlite3, which this Python lacks") from None
+        except (sqlite3.Error, OSError, UnicodeError) as error:
+            raise ExecutionError(f"the vector store {self.path}: {error}", retryable="locked" in str(error)) from None
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
-        import struct
-
+        from struct import pack
         dimensions, rows = len(records[0][1]), []
         for key, vector, metadata in records:
             peak = max(map(abs, vector))
-            scale = 2047 / peak if peak > 1e-100 else 0.0
-            codes = struct.pack(f"<{dimensions}H", *[int(number * scale + 2048.5) for number in vector])
-            blob, text = struct.pack(f"<{dimensions}d", *vector), json.dumps(metadata)
-            rows.append((*place, key, blob, codes, peak / 2047, math.hypot(*vector), text))
-        with self._transaction() as connection:
+            scale = 2047 / peak if peak > 1e-300 else 0.0
+            codes = pack(f"<{dimensions}H", *[int(number * scale + 2048.5) for number in vector])
+            exact = pack(f"<{dimensions}d", *vector)
+            rows.append((*place, key, exact, codes, peak / 2047, math.hypot(*vector), json.dumps(metadata)))
+        with self._transaction(place) as connection:
             known = connection.execute("SELECT length(codes) / 2 FROM vectors WHERE name = ?", place[:1]).fetchone()
             if known and known[0] != dimensions:
                 raise ExecutionError(f"the index {place[0]!r} holds vectors of {known[0]} dimensions, not {dimensions}")
             connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-            self._matrices.pop(place, None)
 
     def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
-        with self._transaction(writing=False) as connection:
+        with self._transaction() as connection:
             version = connection.execute("PRAGMA data_version").fetchone()[0]
             if version != self._data_version or len(self._matrices) > 100:  # another process wrote
                 self._data_version = version
@@ -6152,11 +6116,10 @@ class LocalVectorStore(VectorStore):
 
     def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int:
         holds = _predicate(filter)
-        with self._transaction() as connection:
+        with self._transaction(place) as connection:
             if ids is None:
                 rows = connection.execute("SELECT id, metadata FROM vectors WHERE name = ? AND namespace = ?", place)
                 ids = [key for key, text in rows.fetchall() if holds(json.loads(text))]
-            self._matrices.pop(place, None)
             one = "DELETE FROM vectors WHERE name = ? AND namespace = ? AND id = ?"
             return sum(connection.execute(one, (*place, key)).rowcount for key in ids)
 
@@ -6168,17 +6131,13 @@ class LocalVectorStore(VectorStore):
             self._connection = None
             self._matrices.clear()
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
-
+    __del__ = close
 
 class _Matrix:
-    """The records of one namespace in memory. A search compares the query with all vectors roughly, and then exactly
-    with those that may be among the nearest. For the rough part each vector is rounded to whole numbers from -2047 to
-    2047 (stored as codes, plus 2048) times its `step`, and each dimension is one large integer with 32 bits for each
-    vector: these integers times the query's numbers, rounded too, add up to the dot products with all vectors, in C.
-    How far they can be off is known, so that none is missed."""
+    """The records of one namespace in memory. A search compares the query with all vectors roughly, then exactly with
+    those that may be among the nearest. For the rough part each vector is rounded to whole numbers from -2047 to 2047
+    (stored as codes, plus 2048) times its `step`, and each dimension is one large integer with 32 bits a vector: these
+    times the query's rounded numbers add up to all dot products, in C. How far they can be off is known."""
 
     def __init__(self, rows: list[tuple[Any, ...]], metric: str) -> None:
         every: Any = zip(*rows) if rows else ((),) * 8
@@ -6191,70 +6150,56 @@ class _Matrix:
 
     @functools.cached_property
     def columns(self) -> list[int]:
-        """Each dimension as the sum of (code - 2048) * 2 ** (32 * row)."""
-        count, codes, width = len(self.ids), b"".join(self.codes), 2 * self.dimensions
-        zeros, lanes, columns = int.from_bytes(b"\0\x08\0\0" * count, "little"), bytearray(4 * count), []
-        for position in range(0, width, 2):
-            lanes[::4], lanes[1::4] = codes[position::width], codes[position + 1 :: width]
-            columns.append(int.from_bytes(lanes, "little") - zeros)
+        """Each dimension as the sum of code * 2 ** (32 * row)."""
+        codes, lanes, columns = b"".join(self.codes), bytearray(4 * len(self.ids)), []
+        for position in range(0, 2 * self.dimensions, 2):
+            lanes[::4], lanes[1::4] = (codes[place :: 2 * self.dimensions] for place in (position, position + 1))
+            columns.append(int.from_bytes(lanes, "little"))
         return columns
 
-    def nearest(self, query: list[float], top_k: int, holds: _Predicate | None) -> Iterator[Any]:
-        import operator
-        import struct
-
-        unpack, length = struct.Struct(f"<{self.dimensions}d").unpack, math.hypot(*query)
+    def nearest(self, query: list[float], top_k: int, holds: _Make | None) -> Iterator[Any]:
+        from operator import mul
+        from struct import Struct
+        unpack, length = Struct(f"<{self.dimensions}d").unpack, math.hypot(*query)
         if self.metric == "cosine":
             query = [number / length if length > 1e-100 else 0.0 for number in query]
-
         def nearness(row: int) -> float:
             if self.metric == "euclidean":
                 return -math.dist(unpack(self.vectors[row]), query)
-            product = math.fsum(map(operator.mul, unpack(self.vectors[row]), query))
+            product = math.fsum(map(mul, unpack(self.vectors[row]), query))
             if self.metric == "dot":
                 return product
             return max(-1.0, min(1.0, product / self.lengths[row])) if self.lengths[row] > 1e-100 else 0.0
-
-        rows: Sequence[int] = range(len(self.ids))
-        if holds:
-            rows = [row for row in rows if holds(self.metadata[row])]
-        if len(rows) > max(200, top_k):
+        rows = [row for row in range(len(self.ids)) if holds is None or holds(self.metadata[row])]
+        if len(rows) > max(200, top_k) and length > 1e-80:
             rows = self.likely(query, top_k, rows)
         for order, key, row in sorted([(-nearness(row), self.ids[row], row) for row in rows])[:top_k]:
             score = 1 / (1 + order) if self.metric == "euclidean" else -order
             yield key, score, json.loads(self.texts[row]), list(unpack(self.vectors[row]))
 
-    def likely(self, query: list[float], top_k: int, rows: Sequence[int]) -> Sequence[int]:
+    def likely(self, query: list[float], top_k: int, rows: list[int]) -> list[int]:
         """The rows that may be among the `top_k` nearest. Nearness is x.q / |x|, x.q or 2 x.q - |x| ** 2 here."""
-        import heapq
-        import struct
-
+        from heapq import nlargest
+        from operator import mul
+        from struct import unpack
         count, half, length = len(self.ids), math.sqrt(self.dimensions) / 2, math.hypot(*query)
-        if length < 1e-80:
-            return rows
-        largest = half + max(size / step if step else 0.0 for size, step in zip(self.lengths, self.steps))
-        scale = ((2**31 - 1) / largest - half) / length  # by Cauchy and Schwarz, no sum leaves its 32 bits
+        scale = (2**31 / (4096 * half) - half) / length  # by Cauchy and Schwarz, no sum leaves its 32 bits
         factors = [round(number * scale) for number in query]
-        middle = int.from_bytes(b"\0\0\0\x80" * count, "little")  # keeps the sums positive
-        total = sum(map(int.__mul__, self.columns, factors), middle)
-        products = struct.unpack(f"<{count}I", total.to_bytes(4 * count, "little"))
-        steps, longest, squares = self.steps, max(self.lengths), [0.0] * count
-        if self.metric == "cosine":
-            steps, longest = [step / max(size, 1e-100) for step, size in zip(steps, self.lengths)], 1.0
-        elif self.metric == "euclidean":
-            steps, longest, squares = [2 * step for step in steps], 2 * longest, [size**2 for size in self.lengths]
-        nearness = [(products[row] - 2**31) * steps[row] / scale - squares[row] for row in rows]
+        zero = (2**31 - 2048 * sum(factors)) * int.from_bytes(b"\1\0\0\0" * count, "little")  # keeps the sums positive
+        products = unpack(f"<{count}I", sum(map(mul, self.columns, factors), zero).to_bytes(4 * count, "little"))
+        cosine, euclidean = self.metric == "cosine", self.metric == "euclidean"
+        weights = [1 / max(size, 1e-100) for size in self.lengths] if cosine else [1.0 + euclidean] * count
+        steps, longest = list(map(mul, weights, self.steps)), max(map(mul, weights, self.lengths))
+        nearness = [(products[row] - 2**31) * steps[row] / scale - euclidean * self.lengths[row] ** 2 for row in rows]
         rounding = half * max(steps)  # the length of what rounding took from x, at most; then from the query
         lost = math.dist(query, [factor / scale for factor in factors])
-        error = 1.001 * (rounding * length + (longest + rounding) * lost) + 1e-9 * (longest + length) ** 2
-        least = heapq.nlargest(top_k, nearness)[-1] - 2 * error
+        error = 1.001 * (rounding * (length + lost) + longest * lost) + 1e-9 * (longest + length) ** 2
+        least = nlargest(top_k, nearness)[-1] - 2 * error
         return [row for row, value in zip(rows, nearness) if value >= least]
-
 
 class _RemoteVectorStore(Provider, VectorStore):
     """Base of the vendors' clients: the settings of a provider, and the `metric` of the collections that it creates.
     Where the vendor has no namespaces, one is a collection of its own, INDEX__NAMESPACE."""
-
     max_batch, NEEDS_KEY = VectorStore.max_batch, False
     OPTIONS: Mapping[str, str | None] = {"metric": None}
 
@@ -6273,15 +6218,12 @@ class _RemoteVectorStore(Provider, VectorStore):
             base_url = self.BASE_URL if base_url == "localhost" else f"{scheme}://{base_url}"
         return base_url.rstrip("/")
 
-    def call(
-        self, method: str, path: str, names: Iterable[str] = (), payload: Any = None, expected: int = 0, host: str = ""
-    ) -> Any:
-        """The answer at a path with these names in it; None if its status is the error that was expected."""
+    def call(self, method: str, path: str, names: Iterable[str] = (), payload: Any = None, expected: int = 0) -> Any:
+        """The answer at an address, or a path, with these names in it; None if its status is the expected error."""
         from urllib.parse import quote
-
-        address = (host or self.base_url) + path.format(*(quote(name, safe="") for name in names))
+        host = self.base_url if path.startswith("/") else ""
         try:
-            return self._rest.call(method, address, payload)
+            return self._rest.call(method, host + path.format(*(quote(name, safe="") for name in names)), payload)
         except ProviderError as error:
             if error.status != expected:
                 raise
@@ -6289,33 +6231,26 @@ class _RemoteVectorStore(Provider, VectorStore):
 
     def score(self, distance: float, metric: str) -> float:
         """A vendor's distance as a number that is the larger, the nearer a record is."""
-        known = {"cosine": 1 - distance, "ip": 1 - distance, "dot": -distance}
-        return known[metric] if metric in known else 1 / (1 + math.sqrt(abs(distance)))  # the l2 of both is squared
-
+        if metric in ("cosine", "ip", "dot"):
+            return -distance if metric == "dot" else 1 - distance
+        return 1 / (1 + math.sqrt(abs(distance)))  # the l2 of both is squared
 
 def _collection(place: _Place) -> list[str]:
     return ["__".join(filter(None, place))]
 
-
 def _as_uuid(identifier: str) -> str:
     """The id itself if it is a UUID, otherwise one made of it (version 5)."""
     import uuid
-
-    with contextlib.suppress(ValueError):
-        if str(uuid.UUID(identifier)) == identifier:
-            return identifier
-    return str(uuid.uuid5(uuid.NAMESPACE_OID, identifier))
-
+    is_one = re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", identifier)
+    return identifier if is_one else str(uuid.uuid5(uuid.NAMESPACE_OID, identifier))
 
 def _without_nulls(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata for databases that have no null; to a filter it is a missing field anyway."""
     return {key: value for key, value in metadata.items() if value is not None}
 
-
 class QdrantStore(_RemoteVectorStore):
     """Qdrant (https://api.qdrant.tech). Ids that are neither whole numbers nor UUIDs become UUIDs, and the payload
     keeps them as `_id`. The score is Qdrant's."""
-
     TYPE, BASE_URL, KEY_HEADER = "qdrant", "http://localhost:6333", ("api-key", "")
     KEY_VARIABLES, URL_VARIABLES = ("QDRANT_API_KEY",), ("QDRANT_URL",)
 
@@ -6324,23 +6259,19 @@ class QdrantStore(_RemoteVectorStore):
 
     def filter(self, source: Any) -> dict[str, Any]:
         def test(field: str, operator: str, values: list[Any], negated: bool) -> dict[str, Any]:
-            key, tests = field if re.fullmatch(r"[\w-]+", field) else f'"{field}"', []
+            tests, bounds = [], ("gte", "lte") if operator == "$in" else (operator[1:],)
             for value in values:
-                bounds = ("gte", "lte") if operator == "$in" else (operator[1:],)
                 exact = operator == "$in" and not isinstance(value, float)  # to match, integers must be integers
                 fits = {"match": {"value": value}} if exact else {"range": dict.fromkeys(bounds, value)}
-                tests.append({"key": key, **fits})
+                tests.append({"key": field if re.fullmatch(r"[\w-]+", field) else f'"{field}"', **fits})
             return {"must_not": tests} if negated else tests[0] if len(tests) == 1 else {"should": tests}
-
         joints = {"and": "must", "or": "should"}
         return {"must": [_filtered(source, lambda joint, parts: {joints[joint]: parts}, test)] if source else []}
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
-        points: list[dict[str, Any]] = []
-        for key, vector, metadata in records:
-            points.append({"id": self.point_id(key), "vector": vector, "payload": metadata})
-            if str(points[-1]["id"]) != key:
-                points[-1]["payload"] = {**metadata, "_id": key}
+        points = [{"id": self.point_id(key), "vector": vector, "payload": found} for key, vector, found in records]
+        for point, (key, _, metadata) in zip(points, records):
+            point["payload"] = metadata if str(point["id"]) == key else {**metadata, "_id": key}
         path, name, body = "/collections/{}/points?wait=true", _collection(place), {"points": points}
         if self.call("PUT", path, name, body, expected=404) is None:
             shape = {"size": len(records[0][1]), "distance": _METRICS[self.metric][0]}
@@ -6359,11 +6290,9 @@ class QdrantStore(_RemoteVectorStore):
         chosen = {"filter": self.filter(filter)} if ids is None else {"points": list(map(self.point_id, ids))}
         self.call("POST", "/collections/{}/points/delete?wait=true", _collection(place), chosen)
 
-
 class PineconeStore(_RemoteVectorStore):
     """Pinecone (https://docs.pinecone.io/reference/api). `base_url` is the host of the index; without it, Pinecone is
     asked for the host by the index's name. Indexes are not created here. The score is Pinecone's."""
-
     TYPE, BASE_URL, KEY_HEADER, NEEDS_KEY = "pinecone", "https://api.pinecone.io", ("Api-Key", ""), True
     KEY_VARIABLES, URL_VARIABLES = ("PINECONE_API_KEY",), ("PINECONE_INDEX_HOST",)
     OPTIONS: Mapping[str, str | None] = {"controller_host": "PINECONE_CONTROLLER_HOST"}
@@ -6376,9 +6305,9 @@ class PineconeStore(_RemoteVectorStore):
         host = self.base_url if self.base_url != self.BASE_URL else self.hosts.get(place[0])
         if host is None:
             controller = self.address(self.options["controller_host"] or self.BASE_URL)
-            found = self.call("GET", "/indexes/{}", place[:1], host=controller)
+            found = self.call("GET", controller + "/indexes/{}", place[:1])
             host = self.hosts[place[0]] = self.address(found["host"])
-        return self.call("POST", path, payload={**body, "namespace": place[1]}, host=host)
+        return self.call("POST", host + path, payload={**body, "namespace": place[1]})
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
         vectors = [{"id": key, "values": values, "metadata": _without_nulls(found)} for key, values, found in records]
@@ -6394,11 +6323,9 @@ class PineconeStore(_RemoteVectorStore):
         wanted: dict[str, Any] = {"filter": _mongo_filter(filter)} if filter else {"deleteAll": True}
         self.ask(place, "/vectors/delete", wanted if ids is None else {"ids": ids})
 
-
 class ChromaStore(_RemoteVectorStore):
     """Chroma's API v2 (https://docs.trychroma.com). The metadata's `text` becomes the document too. The score is
     1 - distance for cosine and ip, 1 / (1 + root of the distance) for l2. Filters do not look into lists there."""
-
     TYPE, BASE_URL, KEY_HEADER = "chroma", "http://localhost:8000", ("x-chroma-token", "")
     KEY_VARIABLES, URL_VARIABLES = ("CHROMA_API_KEY",), ("CHROMA_URL", "CHROMA_HOST")
     OPTIONS: Mapping[str, str | None] = {"metric": None, "tenant": "CHROMA_TENANT", "database": "CHROMA_DATABASE"}
@@ -6407,19 +6334,16 @@ class ChromaStore(_RemoteVectorStore):
     def ask(self, place: _Place, verb: str, body: dict[str, Any], create: bool = False) -> tuple[Any, str]:
         """(answer, metric) of a collection, which goes by a UUID."""
         names = [self.options["tenant"] or "default_tenant", self.options["database"] or "default_database"]
-        if create:
-            settings = {"hnsw": {"space": _METRICS[self.metric][1]}}
-            wanted = {"name": _collection(place)[0], "get_or_create": True, "configuration": settings}
-            found = self.call("POST", self.PATH, names, wanted)
-        else:
-            found = self.call("GET", self.PATH + "/{}", names + _collection(place))
+        one, settings = _collection(place), {"hnsw": {"space": _METRICS[self.metric][1]}}
+        new = {"name": one[0], "get_or_create": True, "configuration": settings}
+        found = self.call("POST", self.PATH, names, new) if create else self.call("GET", self.PATH + "/{}", names + one)
         settings = found.get("configuration_json") or {}
         answer = self.call("POST", f"{self.PATH}/{{}}/{verb}", [*names, found["id"]], body)
         return answer, (settings.get("hnsw") or settings.get("spann") or {}).get("space", "l2")
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
         ids, vectors, every = [list(column) for column in zip(*records)]
-        texts = [metadata["text"] if isinstance(metadata.get("text"), str) else None for _, _, metadata in records]
+        texts = [found["text"] if isinstance(found.get("text"), str) else None for found in every]
         body = {"ids": ids, "embeddings": vectors, "documents": texts, "metadatas": list(map(_without_nulls, every))}
         self.ask(place, "upsert", body, create=True)
 
@@ -6431,22 +6355,19 @@ class ChromaStore(_RemoteVectorStore):
         nothing = [[None] * len(answer["ids"][0])]
         columns = [(answer.get(name) or nothing)[0] for name in ("ids", *include[:3], "embeddings")]
         for key, distance, metadata, document, values in zip(*columns):
-            text = {} if document is None else {"text": document}
-            yield key, self.score(distance, metric), {**text, **(metadata or {})}, values
+            metadata = {**({} if document is None else {"text": document}), **(metadata or {})}
+            yield key, self.score(distance, metric), metadata, values
 
     def _remove(self, place: _Place, ids: list[str] | None, filter: Any) -> int | None:
         where = _mongo_filter(filter) if filter else {"_": {"$ne": ""}}  # the last is true of everything
         answer, _ = self.ask(place, "delete", {"where": where} if ids is None else {"ids": ids})
         return answer.get("deleted") if isinstance(answer, Mapping) else None
 
-
 class WeaviateStore(_RemoteVectorStore):
     """Weaviate's REST and GraphQL API (https://docs.weaviate.io). Its ids are UUIDs; the property `record` keeps the
     real id and metadata as JSON. The score is 1 - distance for cosine, -distance for dot, else 1 / (1 + its root)."""
-
     TYPE, BASE_URL = "weaviate", "http://localhost:8080"
     KEY_VARIABLES, URL_VARIABLES = ("WEAVIATE_API_KEY",), ("WEAVIATE_URL",)
-    PROPERTY = "(?!(id|record)$)[A-Za-z_][A-Za-z0-9_]{0,200}"  # what may be the name of one
 
     def opened(self, place: _Place, create: bool = False) -> tuple[str, str, dict[str, str]]:
         """(name, metric, types of the properties) of a collection."""
@@ -6463,54 +6384,44 @@ class WeaviateStore(_RemoteVectorStore):
         return name, (found.get("vectorIndexConfig") or {}).get("distance", "cosine"), types
 
     def _write(self, place: _Place, records: list[_Record]) -> None:
-        name, _, types = self.opened(place, create=True)
-        objects = []
+        (name, _, types), objects = self.opened(place, create=True), []
         for key, vector, metadata in records:
-            properties = {"record": json.dumps({"id": key, "metadata": metadata})}
-            for field, value in metadata.items():
-                kinds = {_PLAIN_TYPES.get(type(item), "") for item in (value if isinstance(value, list) else [value])}
-                if len(kinds) == 1 and "" not in kinds and re.fullmatch(self.PROPERTY, field):
-                    properties[field] = value  # what filters can test
+            properties: dict[str, Any] = {}
             objects.append({"class": name, "id": _as_uuid(key), "vector": vector, "properties": properties})
-            for field, value in properties.items():
+            for field, value in [("record", json.dumps({"id": key, "metadata": metadata})), *metadata.items()]:
+                many = isinstance(value, list)
+                kinds = {_PLAIN_TYPES.get(type(item), "") for item in (value if many else [value])}
+                if len(kinds) != 1 or "" in kinds or not re.fullmatch("(?!id$)[A-Za-z_][A-Za-z0-9_]{0,200}", field):
+                    continue  # filters cannot test it
+                properties.setdefault(field, value)
                 if field not in types:
-                    many = isinstance(value, list)
-                    types[field] = _PLAIN_TYPES[type(value[0] if many else value)] + "[]" * many
+                    types[field] = kinds.pop() + "[]" * many
                     words = {"tokenization": "field"} if "text" in types[field] else {}  # so that equal is equal
                     settings = {"name": field, "dataType": [types[field]], **words}
                     self.call("POST", "/v1/schema/{}/properties", [name], settings)
         for entry in self.call("POST", "/v1/batch/objects", payload={"objects": objects}):
-            self.refuse(((entry.get("result") or {}).get("errors") or {}).get("error"))
-
-    def refuse(self, errors: Any) -> None:
-        """Raises the first of the errors in an answer whose status is 200."""
-        if errors:
-            raise self._rest.error(None, {}, {"error": errors[0]}, "")
+            errors = ((entry.get("result") or {}).get("errors") or {}).get("error")
+            self._rest.check({}, {"error": errors and errors[0]})
 
     def filter(self, source: Any, types: Mapping[str, str]) -> Any:
-        def joined(joint: str, parts: list[Any]) -> dict[str, Any]:
+        def joined(joint: str, parts: list[Any]) -> Any:
             return {"operator": joint.capitalize(), "operands": parts}
-
-        def test(field: str, operator: str, values: list[Any], negated: bool) -> dict[str, Any]:
-            word, tests = "NotEqual", []
-            if operator != "$in" or not negated:
-                word = _FILTER_TESTS[_not_negated(field, operator, negated)][1]
+        def test(field: str, operator: str, values: list[Any], negated: bool) -> Any:
+            word, tests = _FILTER_TESTS[_comparison(field, operator, negated)][1], []
             for value in values:
                 kind = types.get(field, _PLAIN_TYPES.get(type(value), "text")).replace("[]", "").capitalize()
                 tests.append({"path": [field], "operator": word, f"value{kind}": value})
             return tests[0] if len(tests) == 1 else joined("and" if negated else "or", tests)
-
         return _filtered(source, joined, test)
 
     def _nearest(self, place: _Place, query: list[float], top_k: int, filter: Any, vectors: bool) -> Iterable[Any]:
         name, metric, types = self.opened(place)
-        plain = ("text", "int", "number", "boolean", "date", "uuid")
-        fields = [field for field, kind in types.items() if kind.replace("[]", "") in plain]
+        fields = [field for field, kind in types.items() if re.match(r"(text|int|number|boolean|date|uuid)\b", kind)]
         where = f" where:{_graphql(self.filter(filter, types))}" if filter else ""
         asked = f"{' '.join(fields)} _additional{{id distance{' vector' * vectors}}}"
         near = f"nearVector:{{vector:{json.dumps(query)}}} limit:{top_k}{where}"
         answer = self.call("POST", "/v1/graphql", payload={"query": f"{{Get{{{name}({near}){{{asked}}}}}}}"})
-        self.refuse(answer.get("errors"))
+        self._rest.check({}, {"error": answer.get("errors") and answer["errors"][0]})
         for found in answer["data"]["Get"][name]:
             extra, record = found.pop("_additional"), found.get("record")
             ours = json.loads(record) if record else {"id": extra["id"], "metadata": _without_nulls(found)}
@@ -6528,7 +6439,6 @@ class WeaviateStore(_RemoteVectorStore):
             count += answer["successful"]
         return count
 
-
 def _graphql(value: Any, key: str = "") -> str:
     """A value as a literal of GraphQL, whose map keys and operators have no quotes."""
     if isinstance(value, Mapping):
@@ -6537,12 +6447,9 @@ def _graphql(value: Any, key: str = "") -> str:
         return f"[{' '.join(map(_graphql, value))}]"
     return str(value) if key == "operator" else json.dumps(value, ensure_ascii=False)
 
-
 VECTOR_STORES: dict[str, Any] = {
     "local": LocalVectorStore, "qdrant": QdrantStore, "pinecone": PineconeStore, "weaviate": WeaviateStore,
-    "chroma": ChromaStore,
-}  # fmt: skip
-
+    "chroma": ChromaStore}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 12. Step handlers: one function a step type, and the tables of transforms and actions

@@ -175,6 +175,12 @@ def test_the_search_among_many_is_exact(metric: str, kind: str, size: int, seed:
     assert results == sorted(results, key=lambda match: (-match["score"], match["id"])) or metric == "euclidean"
 
 
+def test_among_many_a_tiny_vector_is_as_near_as_its_direction() -> None:
+    store = LocalVectorStore()
+    store.upsert("docs", [record("tiny", *[9e-101] * 4), *(record(str(number), 1, 0, 0, 0) for number in range(300))])
+    assert found(store, "docs", [1, 1, 1, 1], 1) == ["tiny"]
+
+
 def test_equal_scores_come_in_the_order_of_their_ids() -> None:
     store = LocalVectorStore()
     ids = [f"{number:03}" for number in range(300)]
