@@ -495,3 +495,10 @@ def test_a_resumed_run_takes_over_how_it_was_started_and_one_that_cannot_be_resu
     assert (done.returncode, done.stdout) == (2, "done\n")
     assert "has changed" in done.stderr
     assert (program.folder / "made" / "x").read_text() == "y"
+
+
+def test_the_pytest_example_passes() -> None:
+    example = Path(__file__).parent.parent / "examples" / "test_simple_workflow.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(example)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
