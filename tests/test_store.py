@@ -1176,7 +1176,7 @@ def test_other_ages_are_refused(text: Any) -> None:
 
 def test_a_workflow_s_hash_is_that_of_its_meaning() -> None:
     texts = ["name: a\nsteps: [{id: x, type: llm}]", "# hi\nsteps:\n- type: llm\n  id: 'x'\nname: a", "name: b\nsteps: []"]
-    first, same, other = (engine._workflow_hash(engine.load_yaml(text)) for text in texts)
+    first, same, other = (engine._digest(engine.load_yaml(text)) for text in texts)
     assert first == same
     assert first != other
 
