@@ -8986,13 +8986,11 @@ _SQLITE_FAULTS = {
     "not a database": "it is damaged, or no SQLite database", "readonly": "it cannot be written",
     "unable to open": "it cannot be opened", "[Errno": "it cannot be opened", "UNIQUE": "there is one already"}
 
-class _Database:
-    """One connection to a database, shared by threads, in which everything happens in transactions.
+class _Database(contextlib.AbstractContextManager[Any]):
+    """One connection to a database, shared by threads, in which everything happens in transactions: a file of SQLite that
+    many processes may use (WAL, mode 0600, a version with migrations; `busy_timeout_seconds` to wait for a lock). For
+    another database, override `connect`, `statement`, `begin_transaction` and `explain`; the SQL is portable."""
 
-    As it stands, it is a file of SQLite that many processes may use: WAL, mode 0600, a version with migrations. For
-    another database, override `connect`, `statement`, `begin_transaction` and `explain`; the SQL is portable.
-    `busy_timeout_seconds` is how long to wait while another process keeps the file locked.
-    """
     SCHEMA: tuple[str, ...] = ()  # a script a version: statements separated by semicolons
     APPLICATION_ID, SYNCHRONOUS = 0, "NORMAL"  # the former tells our kinds of files from each other and from others'
 
@@ -9012,8 +9010,8 @@ class _Database:
         if self.name != ":memory:":
             with contextlib.suppress(FileExistsError):  # SQLite gives -wal and -shm the mode of the file
                 os.close(os.open(self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        settings: dict[str, Any] = {"timeout": self.busy_timeout_seconds, "isolation_level": None}
-        connection = sqlite3.connect(self.name, check_same_thread=False, **settings)
+        waiting = self.busy_timeout_seconds
+        connection = sqlite3.connect(self.name, timeout=waiting, isolation_level=None, check_same_thread=False)
         try:
             self._migrate(connection)
         except BaseException:
@@ -9098,9 +9096,6 @@ class _Database:
                 connection, self._connection, self._closed = self._connection, None, True
                 _ = connection and connection.close()
 
-    def __enter__(self) -> Any:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -9112,16 +9107,16 @@ _WRITES = {  # what is done to one run in one commit, in this order; without the
     " lease_until = ? WHERE run_id = ? AND COALESCE(holder, '') = ?",
     "text": "INSERT INTO texts VALUES (?, ?) ON CONFLICT (hash) DO NOTHING",
     "change": "UPDATE runs SET status = COALESCE(?, status), text_hash = ?, document = ? WHERE run_id = ?",
-    "forget": "DELETE FROM steps WHERE run_id = ? AND step_id = ?",
     "step": "INSERT INTO steps VALUES (?, ?, ?, ?)"
     " ON CONFLICT (run_id, step_id) DO UPDATE SET status = excluded.status, state = excluded.state",
+    "forget": "DELETE FROM steps WHERE run_id = ? AND step_id = ?",
     "event": "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?)",
     "release": "UPDATE runs SET holder = NULL, lease_until = NULL WHERE run_id = ?"}
 _COLUMNS = ("run_id", "workflow", "status", "started_at", "updated_at", "holder", "lease_until",  # those of lists
             "document", "text_hash", "body", "audit_count", "audit_head")
 _LIST_SQL = f"SELECT {', '.join(_COLUMNS[:7])} FROM runs WHERE"
 _RUN_SQL = f"SELECT {', '.join(_COLUMNS)} FROM runs LEFT JOIN texts ON hash = text_hash WHERE run_id = ?"
-_EVENTS_SQL = "SELECT number, time, kind, details, hash FROM audit WHERE run_id = ? ORDER BY number"
+_EVENTS_SQL = "SELECT * FROM audit WHERE run_id = ? ORDER BY number"
 _MAYBE_RUNNING = (
     "run_id IN (SELECT run_id FROM runs WHERE status = ? UNION SELECT run_id FROM runs WHERE holder IS NOT NULL)")
 
@@ -9131,24 +9126,19 @@ def _run_entry(run: Mapping[str, Any]) -> dict[str, Any]:
     status = "running" if held_by else "interrupted" if run["status"] == "running" else run["status"]
     return {**{name: run[name] for name in _COLUMNS[:5]}, "status": status, "held_by": held_by}
 
-def _link(head: str, number: int, moment: float, kind: str, details: str) -> str:
-    """An event's hash in its chain: it covers the event and the hash of the one before."""
-    return _digest(f"{head}\n{number}\n{moment!r}\n{kind}\n{details}")
-
 class _HeldRun:
-    """A run that a store may write: who holds it in the database, the end of its audit chain, its fields, and why it
-    may be written no longer."""
+    """A run that a store may write: its holder in the database, the end of its audit chain, its text and its fields."""
 
     def __init__(self, run_id: str, holder: str, count: int, head: str, text_hash: str, fields: dict[str, Any]) -> None:
         self.run_id, self.holder, self.count, self.head = run_id, holder, count, head
         self.text_hash, self.fields = text_hash, fields
-        self.fault: OrchestratorError | None = None
+        self.fault: OrchestratorError | None = None  # why it may be written no longer
 
-    def event(self, kind: str, about: Any) -> tuple[Any, ...]:
-        """The row of the next event, about what is JSON already or is to be."""
-        details, now = about if isinstance(about, str) else _stored_json(about), time.time()
-        self.count, self.head = self.count + 1, _link(self.head, self.count + 1, now, kind, details)
-        return self.run_id, self.count, now, kind, details, self.head
+    def event(self, kind: str, details: str, moment: float) -> tuple[Any, ...]:
+        """The row of the next event; its hash covers the event and the hash of the one before."""
+        self.count += 1
+        self.head = _digest(f"{self.head}\n{self.count}\n{moment!r}\n{kind}\n{details}")
+        return self.run_id, self.count, moment, kind, details, self.head
 
     def change(self, status: str | None, fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """(what an event says of it, rows for `_WRITES`) of a change of status and fields."""
@@ -9168,24 +9158,21 @@ class Store(_Database):
     subclass that overrides what `_Database` names keeps runs in another SQL database. To write a run takes its lease,
     which `begin` and `claim` get and the store renews by itself until `update(release=True)` or `close`. All methods
     raise OrchestratorError and may be called from any thread. `record` and `note` return at once; what the others do is
-    durable when they return: on the disk (synchronous = FULL), which costs a fraction of a model call.
-    """
+    durable when they return: on the disk (synchronous = FULL), which costs a fraction of a model call."""
+
     APPLICATION_ID, SYNCHRONOUS = 0x4C4C4D53, "FULL"
     SCHEMA = ("""
         CREATE TABLE texts (hash TEXT PRIMARY KEY, body TEXT NOT NULL);
-        CREATE TABLE runs (
-            run_id TEXT PRIMARY KEY, workflow TEXT NOT NULL, status TEXT NOT NULL, started_at DOUBLE PRECISION NOT NULL,
-            updated_at DOUBLE PRECISION NOT NULL, text_hash TEXT NOT NULL, document TEXT NOT NULL,
-            holder TEXT, lease_until DOUBLE PRECISION, audit_count INTEGER NOT NULL, audit_head TEXT NOT NULL);
-        CREATE TABLE steps (
-            run_id TEXT, step_id TEXT, status TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY (run_id, step_id));
-        CREATE TABLE audit (
-            run_id TEXT, number INTEGER, time DOUBLE PRECISION NOT NULL, kind TEXT NOT NULL, details TEXT NOT NULL,
-            hash TEXT NOT NULL, PRIMARY KEY (run_id, number));
-        CREATE INDEX runs_by_start ON runs (started_at);
-        CREATE INDEX runs_by_status ON runs (status, started_at);
-        CREATE INDEX runs_by_workflow ON runs (workflow, started_at);
-        CREATE INDEX runs_by_text ON runs (text_hash);
+        CREATE TABLE runs (run_id TEXT PRIMARY KEY, workflow TEXT NOT NULL, status TEXT NOT NULL,
+            started_at DOUBLE PRECISION NOT NULL, updated_at DOUBLE PRECISION NOT NULL, text_hash TEXT NOT NULL,
+            document TEXT NOT NULL, holder TEXT, lease_until DOUBLE PRECISION, audit_count INTEGER NOT NULL,
+            audit_head TEXT NOT NULL);
+        CREATE TABLE steps (run_id TEXT, step_id TEXT, status TEXT NOT NULL, state TEXT NOT NULL,
+            PRIMARY KEY (run_id, step_id));
+        CREATE TABLE audit (run_id TEXT, number INTEGER, time DOUBLE PRECISION NOT NULL, kind TEXT NOT NULL,
+            details TEXT NOT NULL, hash TEXT NOT NULL, PRIMARY KEY (run_id, number));
+        CREATE INDEX runs_by_start ON runs (started_at); CREATE INDEX runs_by_status ON runs (status, started_at);
+        CREATE INDEX runs_by_workflow ON runs (workflow, started_at); CREATE INDEX runs_by_text ON runs (text_hash);
         CREATE INDEX runs_by_holder ON runs (holder) WHERE holder IS NOT NULL;
         CREATE INDEX failed_steps ON steps (run_id) WHERE status = 'failed'""",)
 
@@ -9214,9 +9201,7 @@ class Store(_Database):
         self._take(held, "run_claimed", {"from": holder})
         return self.load(run_id)
 
-    def record(
-        self, run_id: str, step_id: str, state: Mapping[str, Any], on_durable: Callable[[Any], Any] | None = None
-    ) -> None:
+    def record(self, run_id: str, step_id: str, state: Mapping[str, Any], on_durable: Any = None) -> None:
         """The final state of a step (full id): JSON with at least `status`.
 
         `on_durable(error)` is called in the writer's thread, where it must not wait for the store: with None once this
@@ -9243,7 +9228,6 @@ class Store(_Database):
 
     def forget(self, run_id: str, step_ids: Iterable[str]) -> None:
         """Deletes the states of steps (full ids), which are to run again."""
-        self.flush()
         gone = list(step_ids)
         rows = [("forget", (run_id, step_id)) for step_id in gone]
         self._write_now(self._own(run_id), "steps_forgotten", {"step_ids": gone}, rows)
@@ -9265,10 +9249,8 @@ class Store(_Database):
             return {**json.loads(run["document"]), **_run_entry(run), **about, "steps": states}
 
     def runs(self, limit: int = 100, status: str | None = None, workflow: str | None = None) -> list[dict[str, Any]]:
-        """Runs, newest first: run_id, workflow, status, started_at and updated_at (seconds since 1970), held_by.
-
-        A run whose process ended without a word is shown, and found, as `interrupted`.
-        """
+        """Runs, newest first: run_id, workflow, status, started_at and updated_at (seconds since 1970), held_by. A run
+        whose process ended without a word is shown, and found, as `interrupted`."""
         unsure = status in ("running", "interrupted")  # which of both, the leases tell
         asked = {"workflow = ?": workflow, _MAYBE_RUNNING if unsure else "status = ?": "running" if unsure else status}
         where = {condition: value for condition, value in asked.items() if value is not None}
@@ -9277,10 +9259,8 @@ class Store(_Database):
         return [entry for entry in entries if status in (None, entry["status"])][:limit]
 
     def failures(self, run_id: str | None = None, limit: int = 1000) -> list[dict[str, Any]]:
-        """Steps that failed for good, newest run first: run_id, workflow, inputs, started_at, step_id and the state.
-
-        Of a container and the children that made it fail, only the children.
-        """
+        """Steps that failed for good, newest run first: run_id, workflow, inputs, started_at, step_id and the state. Of
+        a container and the children that made it fail, only the children."""
         names, only = ("run_id", "workflow", "started_at", "step_id"), "" if run_id is None else "AND runs.run_id = ?"
         sql = (
             "SELECT runs.run_id, workflow, started_at, step_id, document, state FROM steps JOIN runs"
@@ -9293,21 +9273,17 @@ class Store(_Database):
                     for row in rows if (row[0], row[3]) not in outer]
 
     def audit(self, run_id: str) -> list[dict[str, Any]]:
-        """A run's events in order: number (from 1), time, kind, details, hash.
-
-        The details of kind `steps` are the steps that ended: full id -> [status, hash of the state].
-        """
+        """A run's events in order: number (from 1), time, kind, details, hash. Details of kind `steps` are the steps that
+        ended: full id -> [status, hash of the state]."""
         names = ("number", "time", "kind", "details", "hash")
         with self._transaction(write=False) as execute:
             rows = execute(_EVENTS_SQL, (run_id,)).fetchall()
-            return [{**dict(zip(names, row)), "details": json.loads(row[3])} for row in rows]
+            return [{**dict(zip(names, row[1:])), "details": json.loads(row[4])} for row in rows]
 
     def verify(self, run_id: str) -> list[str]:
         """What does not fit in a run's audit trail, step states and outcome: edits, deletions, insertions, reorderings.
-
-        Not to be seen: that a whole run was removed, or that the whole chain was written anew along with the run's row.
-        Who keeps the `audit_head` of `load` elsewhere sees the latter too.
-        """
+        Not to be seen: that a whole run was removed, or that the whole chain was written anew along with the run's row;
+        who keeps the `audit_head` of `load` elsewhere sees the latter too."""
         with self._transaction(write=False) as execute:
             run, events = self._find(execute, run_id), execute(_EVENTS_SQL, (run_id,)).fetchall()
             steps = execute("SELECT step_id, status, state FROM steps WHERE run_id = ?", (run_id,)).fetchall()
@@ -9317,19 +9293,21 @@ class Store(_Database):
         """All about a run: what `load` gives, and its `audit`."""
         return {**self.load(run_id), "audit": self.audit(run_id)}
 
-    def delete(self, run_id: str) -> None:
-        """Deletes a run and all that belongs to it; an error while a process holds it."""
+    def delete(self, *run_ids: str) -> None:
+        """Deletes runs and all that belongs to them; an error, and nothing is deleted, while a process holds one."""
         with self._transaction() as execute:
-            self._find(execute, run_id, free_for="")
-            self._delete(execute, [run_id])
+            for run_id in run_ids:
+                self._find(execute, run_id, free_for="")
+                for table in ("steps", "audit", "runs"):
+                    execute(f"DELETE FROM {table} WHERE run_id = ?", (run_id,))
+            execute("DELETE FROM texts WHERE NOT EXISTS (SELECT 1 FROM runs WHERE text_hash = hash)")
 
     def prune(self, older_than_seconds: float) -> list[str]:
         """Deletes the ended runs that nothing was written to for so long and returns their ids; paused ones stay."""
-        condition, latest = "updated_at < ? AND status <> 'paused' ORDER BY updated_at", time.time() - older_than_seconds
-        old = [entry["run_id"] for entry in self._list(condition, latest) if not entry["held_by"]]
+        entries = self._list("updated_at < ? AND status <> 'paused'", time.time() - older_than_seconds)
+        old = [entry["run_id"] for entry in entries if not entry["held_by"]]
         for start in range(0, len(old), 100):  # short transactions: others write meanwhile
-            with self._transaction() as execute:
-                self._delete(execute, old[start : start + 100])
+            self.delete(*old[start : start + 100])
         return old
 
     def journal(self, run_id: str, loop: asyncio.AbstractEventLoop) -> _Journal:
@@ -9348,11 +9326,9 @@ class Store(_Database):
         if self._writer is not None:
             self._wake.set()
             self._writer.join()
-        with self._lock, contextlib.suppress(OrchestratorError):
-            if self._held:
-                with self._transaction() as execute:
-                    execute("UPDATE runs SET holder = NULL, lease_until = NULL WHERE holder = ?", (self.holder,))
-            self._held.clear()
+        if self._held:
+            with contextlib.suppress(OrchestratorError), self._transaction() as execute:
+                execute("UPDATE runs SET holder = NULL, lease_until = NULL WHERE holder = ?", (self.holder,))
         super().close()
         self._commit()  # what came too late: who waits is told so
 
@@ -9371,11 +9347,6 @@ class Store(_Database):
         with self._transaction(write=False) as execute:
             rows = execute(f"{_LIST_SQL} {condition}", parameters).fetchall()
             return [_run_entry(dict(zip(_COLUMNS, row))) for row in rows]
-
-    def _delete(self, execute: Callable[..., Any], run_ids: list[str]) -> None:
-        for table in ("steps", "audit", "runs"):
-            execute(f"DELETE FROM {table} WHERE run_id = ?", [(run_id,) for run_id in run_ids], many=True)
-        execute("DELETE FROM texts WHERE NOT EXISTS (SELECT 1 FROM runs WHERE text_hash = hash)")
 
     # The writer
 
@@ -9411,14 +9382,11 @@ class Store(_Database):
 
     def _write_now(self, held: _HeldRun | None, kind: str, about: Any, rows: Any) -> None:
         """Returns when this, and all before it, is durable."""
-        landed, errors = threading.Event(), []
-        def land(error: OrchestratorError | None) -> None:
-            errors.append(error)
-            landed.set()
-        self._submit(held, kind, about and _stored_json(about), rows, land)
-        landed.wait()
-        if errors[0] is not None:
-            raise errors[0]
+        import queue
+        outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._submit(held, kind, about and _stored_json(about), rows, outcome.put)
+        if (error := outcome.get()) is not None:
+            raise error
 
     def _write(self) -> None:
         """The writer's thread: what gathers while one commit is made goes into the next."""
@@ -9433,16 +9401,16 @@ class Store(_Database):
         """Makes one commit of the jobs that wait, renews all leases when it is time, and tells those who wait."""
         with self._lock:
             jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
-            runs = {job[0] for job in jobs if job[0] is not None and job[0].fault is None}
-            held_now = list(self._held.values()) if time.monotonic() >= self._next_heartbeat else []
-            beating = [held for held in held_now if held.fault is None and held.holder == self.holder]
+            runs = {held for held, *_ in jobs if held is not None and held.fault is None}
+            known = list(self._held.values()) if time.monotonic() >= self._next_heartbeat else []
+            beating = {held for held in known if held.fault is None and held.holder == self.holder}
             try:
                 if runs or beating:
-                    self._write_rows(_gathered(jobs, beating))
+                    with self._transaction() as execute:
+                        self._write_rows(execute, jobs, runs | beating)
                 if beating:
                     self._next_heartbeat = time.monotonic() + _HEARTBEAT_SECONDS
-            except Exception as error:
-                fault = error if isinstance(error, OrchestratorError) else OrchestratorError(f"{self.name}: {error!r}")
+            except OrchestratorError as fault:
                 for held in runs:
                     held.fault = fault
         for held, _, _, _, on_durable in jobs:
@@ -9450,46 +9418,41 @@ class Store(_Database):
                 with contextlib.suppress(Exception):  # one listener's fault is not the others'
                     on_durable(held and held.fault)
 
-    def _write_rows(self, by_run: Mapping[_HeldRun, dict[str, list[Any]]]) -> None:
+    def _write_rows(self, execute: Callable[..., Any], jobs: list[Any], runs: Iterable[_HeldRun]) -> None:
+        """Renews the leases of runs and writes the rows of jobs, with one event for all steps that follow each other."""
+        by_run: dict[_HeldRun, dict[str, list[Any]]] = {held: collections.defaultdict(list) for held in runs}
+        for held, kind, about, rows, _ in jobs:
+            if held not in by_run:
+                continue  # no run, or not ours any more
+            events = by_run[held]["event"]
+            for name, row in rows:
+                by_run[held][name].append(row)
+            if kind != "steps" or not events or events[-1][0] != "steps":
+                events.append((kind, about or {}))
+            if kind == "steps":
+                events[-1][1][row[1]] = [row[2], _digest(row[3])]
         now = time.time()
-        with self._transaction() as execute:
-            for held, rows in by_run.items():
-                lease = (now if rows["event"] else None, self.holder, now + _LEASE_SECONDS, held.run_id, held.holder)
-                rows["renew"], held.holder = [(held.count, held.head, *lease)], self.holder
-                for name, sql in _WRITES.items():
-                    if rows[name] and execute(sql, rows[name], many=True).rowcount != 1 and name == "renew":
-                        held.fault = OrchestratorError(f"run {held.run_id} was deleted or taken by another process")
-                        break
+        for held, writes in by_run.items():
+            events = [(kind, _stored_json(about) if kind == "steps" else about) for kind, about in writes["event"]]
+            writes["event"] = [held.event(kind, details, now) for kind, details in events]
+            lease = (now if events else None, self.holder, now + _LEASE_SECONDS, held.run_id, held.holder)
+            writes["renew"], held.holder = [(held.count, held.head, *lease)], self.holder
+            for name, sql in _WRITES.items():
+                if writes[name] and execute(sql, writes[name], many=True).rowcount != 1 and name == "renew":
+                    held.fault = OrchestratorError(f"run {held.run_id} was deleted or taken by another process")
+                    break
 
 SQLiteStore = Store
 
-def _gathered(jobs: list[Any], beating: list[_HeldRun]) -> dict[_HeldRun, dict[str, list[Any]]]:
-    """The rows of jobs for `_WRITES` by run, with those of the events: one for all steps that follow each other."""
-    by_run: dict[_HeldRun, dict[str, list[Any]]] = {held: collections.defaultdict(list) for held in beating}
-    for held, kind, about, rows, _ in jobs:
-        if held is None or held.fault is not None:
-            continue
-        writes = by_run.setdefault(held, collections.defaultdict(list))
-        for name, row in rows:
-            writes[name].append(row)
-        events = writes["event"]
-        if kind != "steps" or not events or events[-1][0] != "steps":
-            events.append((kind, about or {}))
-        if kind == "steps":
-            _, step_id, status, state = row
-            events[-1][1][step_id] = [status, _digest(state)]
-    for held, writes in by_run.items():
-        writes["event"] = [held.event(kind, about) for kind, about in writes["event"]]
-    return by_run
-
 def _audit_problems(run: Mapping[str, Any], events: Iterable[Any], steps: Iterable[Any]) -> Iterator[str]:
     """Breaks in a run's chain of events, and where its row and its steps are not what the events tell."""
-    number, link, told = 0, _digest(run["run_id"]), {"status": "running"}
+    chain, told = _HeldRun(run["run_id"], "", 0, _digest(run["run_id"]), "", {}), {"status": "running"}
     states: dict[str, Any] = {}
-    for found, moment, kind, details, hash in events:
-        if found != number + 1 or hash != _link(link, number + 1, moment, kind, details):
-            yield f"event {found} ({kind}) was changed or added, or the one before it was changed, removed or moved"
-        number, link = found, hash  # so that each fault is told once
+    for row in events:
+        _, number, moment, kind, details, link = row
+        if chain.event(kind, details, moment) != tuple(row):
+            yield f"event {number} ({kind}) was changed or added, or the one before it was changed, removed or moved"
+        chain.count, chain.head = number, link  # so that each fault is told once
         with contextlib.suppress(ValueError, KeyError, TypeError):  # of those, the chain tells
             about = json.loads(details)
             if kind == "steps_forgotten":
@@ -9498,8 +9461,8 @@ def _audit_problems(run: Mapping[str, Any], events: Iterable[Any], steps: Iterab
                 states.update(about)
             elif "document" in about:
                 told.update(about, status=told["status"] if kind in ("run_started", "run_changed") else kind[4:])
-    if (number, link) != (run["audit_count"], run["audit_head"]):
-        yield f"the last event is number {number}, and not the one that was written as number {run['audit_count']}"
+    if (chain.count, chain.head) != (run["audit_count"], run["audit_head"]):
+        yield f"the last event is number {chain.count}, and not the one that was written as number {run['audit_count']}"
     body, text_hash = run["body"], run["text_hash"]
     if text_hash and (body is None or _digest(json.loads(body)) != text_hash):
         yield "the text of the workflow is not what was recorded"
@@ -9516,11 +9479,11 @@ class _Journal:
     """A run's side of its store, for one event loop: what is written down, and how much of it is durable."""
 
     def __init__(self, store: Any, run_id: str, loop: asyncio.AbstractEventLoop) -> None:
+        import asyncio
         self.store, self.run_id, self.loop = store, run_id, loop
-        self.written, self.durable, self.delivering = 0, 0, False
+        self.written, self.waking, self.progress = 0, False, asyncio.Event()
+        self.landed: list[Any] = []  # for each step that was written, in order, None or what kept it out
         self.error: OrchestratorError | None = None
-        self.landed: collections.deque[OrchestratorError | None] = collections.deque()
-        self.waiting: list[tuple[int, asyncio.Future[None]]] = []
 
     def begin(self, workflow: Workflow, executor: WorkflowExecutor) -> None:
         """Writes down what is to be run."""
@@ -9546,29 +9509,24 @@ class _Journal:
 
     def land(self, error: OrchestratorError | None) -> None:
         """Called in the writer's thread, once for each step, in their order."""
+        if error is not None:
+            self.error = error
         self.landed.append(error)
-        if not self.delivering:
-            self.delivering = True
+        if not self.waking:
+            self.waking = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self.loop.call_soon_threadsafe(self.deliver)
+                self.loop.call_soon_threadsafe(self.wake)
 
-    def deliver(self) -> None:
-        self.delivering = False
-        while self.landed:
-            error = self.landed.popleft()
-            self.error, self.durable = self.error or error, self.durable + 1
-        waiting, self.waiting = self.waiting, []
-        for number, waiter in waiting:
-            if number > self.durable and self.error is None:
-                self.waiting.append((number, waiter))
-            elif not waiter.done():
-                waiter.set_result(None)
+    def wake(self) -> None:
+        self.waking = False
+        self.progress.set()
 
     async def barrier(self) -> None:
         """Returns when all that was written down until now is durable; raises what kept it out."""
-        if self.durable < self.written and self.error is None:
-            self.waiting.append((self.written, self.loop.create_future()))
-            await self.waiting[-1][1]
+        number = self.written
+        while self.error is None and len(self.landed) < number:
+            self.progress.clear()
+            await self.progress.wait()
         if self.error is not None:
             raise self.error
 
@@ -9604,15 +9562,13 @@ def _request_document(name: str, request: Any, provider: Any = None) -> dict[str
     kind = "completion" if hasattr(request, "messages") else "embedding"
     given = {key: value for key, value in vars(request).items() if value not in (None, {}, [])}
     asked = {key: value for key, value in given.items() if key not in ("on_text", "stream")}
-    source: dict[str, Any] = {"provider": name}
-    if provider is not None:
-        options = {key: value for key, value in getattr(provider, "options", {}).items() if value is not None}
-        named = getattr(provider, "TYPE", None) or getattr(provider, "__qualname__", type(provider).__qualname__)
-        address = getattr(provider, "base_url", None)
-        source = {"provider": named, "base_url": address, "options": _without_secrets(options)}
-    if "params" in asked:
-        asked["params"] = _without_secrets(asked["params"])
-    return {"kind": kind, **source, **asked}
+    asked = {key: _without_secrets(value) if key == "params" else value for key, value in asked.items()}
+    if provider is None:
+        return {"kind": kind, "provider": name, **asked}
+    options = {key: value for key, value in getattr(provider, "options", {}).items() if value is not None}
+    named = getattr(provider, "TYPE", None) or getattr(provider, "__qualname__", type(provider).__qualname__)
+    address = getattr(provider, "base_url", None)
+    return {"kind": kind, "provider": named, "base_url": address, "options": _without_secrets(options), **asked}
 
 def _answer_document(answer: Any, model: str = "") -> dict[str, Any]:
     """A response, a text that stands for one, or an error of the ProviderError family, as JSON; {} for others."""
@@ -9634,17 +9590,14 @@ def _answer_from(kind: str, document: Mapping[str, Any]) -> Any:
     raise error
 
 class ResponseCache(_Database):
-    """Answers by the content of their requests, in one SQLite file that threads and processes share.
+    """Answers by the content of their requests, in one SQLite file that threads and processes share. A request is kept
+    as its hash only. An answer older than `max_age_seconds` is not given out. When the answers together exceed
+    `max_bytes`, those go that were not asked for the longest. A failing cache only warns in the log."""
 
-    A request is kept as its hash only. An answer older than `max_age_seconds` is not given out. When the answers
-    together exceed `max_bytes`, those go that were not asked for the longest. A failing cache only warns in the log.
-    """
     APPLICATION_ID = 0x4C4C4D43
     SCHEMA = ("""
         CREATE TABLE answers (hash TEXT PRIMARY KEY, answer TEXT, size INTEGER, stored_at REAL, used_at REAL);
-        CREATE INDEX answers_by_use ON answers (used_at);
-        CREATE TABLE total (size INTEGER);
-        INSERT INTO total VALUES (0)""",)
+        CREATE INDEX answers_by_use ON answers (used_at, size)""",)
 
     def __init__(
         self, path: str | os.PathLike[str], max_age_seconds: float | None = None, max_bytes: int | None = None
@@ -9652,7 +9605,7 @@ class ResponseCache(_Database):
         super().__init__(path)
         self.max_age_seconds, self.max_bytes = math.inf if max_age_seconds is None else max_age_seconds, max_bytes
         with self._transaction() as execute:
-            self._drop(execute, "stored_at < ?", time.time() - self.max_age_seconds)
+            execute("DELETE FROM answers WHERE stored_at < ?", (time.time() - self.max_age_seconds,))
 
     def recall(self, name: str, provider: Any, request: Any) -> Any:
         """The answer that was kept for the request, marked as `cached` in its metadata; None if there is none."""
@@ -9676,11 +9629,11 @@ class ResponseCache(_Database):
             return
         with self._forgiving(), self._transaction() as execute:
             key, text = _digest(_request_document(name, request, provider)), _stored_json(document)
-            self._drop(execute, "hash = ?", key)
+            execute("DELETE FROM answers WHERE hash = ?", (key,))
             execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?)", (key, text, len(text), now, now))
-            execute("UPDATE total SET size = size + ?", (len(text),))
-            while self.max_bytes is not None and execute("SELECT size FROM total").fetchone()[0] > self.max_bytes:
-                self._drop(execute, "hash = (SELECT hash FROM answers ORDER BY used_at LIMIT ?)", 1)
+            total = "SELECT COALESCE(SUM(size), 0) FROM answers"
+            while self.max_bytes is not None and execute(total).fetchone()[0] > self.max_bytes:
+                execute("DELETE FROM answers WHERE hash = (SELECT hash FROM answers ORDER BY used_at LIMIT 1)")
 
     @contextlib.contextmanager
     def _forgiving(self) -> Iterator[None]:
@@ -9689,21 +9642,15 @@ class ResponseCache(_Database):
         except OrchestratorError as error:
             _logger().warning("the cache is not used: %s", error)
 
-    def _drop(self, execute: Callable[..., Any], condition: str, value: Any) -> None:
-        gone = f"(SELECT COALESCE(SUM(size), 0) FROM answers WHERE {condition})"
-        execute(f"UPDATE total SET size = size - {gone}", (value,))
-        execute(f"DELETE FROM answers WHERE {condition}", (value,))
-
 class Cassette:
     """Requests and their answers as JSON lines {"request", "response"}: written anew, or answered from."""
 
     def __init__(self, path: str, replay: bool) -> None:
-        self.path, self.replays, self.lock, self.file = path, replay, threading.Lock(), None
+        self.path, self.replays, self.lock = path, replay, threading.Lock()
         self.answers: dict[str, collections.deque[Any]] = {}  # request as JSON -> answers not given yet, in their order
+        opener = functools.partial(os.open, mode=0o600)
         try:
-            if not replay:
-                mode = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
-                self.file = os.fdopen(os.open(path, mode, 0o600), "w", encoding="ascii")
+            self.file = None if replay else open(path, "w", encoding="ascii", opener=opener)  # noqa: SIM115
         except OSError as error:
             raise OrchestratorError(f"{path}: cannot be written: {error.strerror}") from None
         for number, line in enumerate(_read_file(path).splitlines() if replay else (), 1):
@@ -9729,10 +9676,8 @@ class Cassette:
                     raise OrchestratorError(f"{self.path}: cannot be written: {error}") from None
 
     def recall(self, name: str, provider: Any, request: Any) -> Any:
-        """The next recorded answer to the same request; None while recording. What was recorded as an error is raised.
-
-        An ExecutionError shows the nearest recorded request if there is no answer to this one.
-        """
+        """The next recorded answer to the same request; None while recording. A recorded error is raised; without an
+        answer, an ExecutionError shows the nearest recorded request."""
         if not self.replays:
             return None
         document = _request_document(name, request)
