@@ -8929,7 +8929,7 @@ def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapp
 # ---------------------------------------------------------------------------------------------------------------------
 
 _LEASE_SECONDS, _HEARTBEAT_SECONDS = 30.0, 10.0
-_encoder = functools.partial(json.JSONEncoder, separators=(",", ":"), default=_unpacked)
+_encoder = functools.partial(json.JSONEncoder, separators=(",", ":"), default=_unpacked, check_circular=False)
 _encode = {False: _encoder().encode, True: _encoder(sort_keys=True).encode}
 
 def _stored_json(value: Any, sort_keys: bool = False) -> str:
@@ -8987,10 +8987,9 @@ _SQLITE_FAULTS = {
     "unable to open": "it cannot be opened", "[Errno": "it cannot be opened", "UNIQUE": "there is one already"}
 
 class _Database(contextlib.AbstractContextManager[Any]):
-    """One connection to a database, shared by threads, in which everything happens in transactions: a file of SQLite that
-    many processes may use (WAL, mode 0600, a version with migrations; `busy_timeout_seconds` to wait for a lock). For
-    another database, override `connect`, `statement`, `begin_transaction` and `explain`; the SQL is portable."""
-
+    """One connection to a database, shared by threads, in which everything happens in transactions. As it stands, it is
+    a file of SQLite that many processes may use: WAL, mode 0600, a version with migrations, `busy_timeout_seconds` to
+    wait for others. For another database, override `connect`, `statement`, `begin_transaction` and `explain`."""
     SCHEMA: tuple[str, ...] = ()  # a script a version: statements separated by semicolons
     APPLICATION_ID, SYNCHRONOUS = 0, "NORMAL"  # the former tells our kinds of files from each other and from others'
 
@@ -9007,8 +9006,8 @@ class _Database(contextlib.AbstractContextManager[Any]):
             import sqlite3
         except ImportError:
             raise OrchestratorError("this Python has no sqlite3 module, which stores and caches need") from None
-        if self.name != ":memory:":
-            with contextlib.suppress(FileExistsError):  # SQLite gives -wal and -shm the mode of the file
+        with contextlib.suppress(FileExistsError):  # SQLite gives -wal and -shm the mode of the file
+            if self.name != ":memory:":
                 os.close(os.open(self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         waiting = self.busy_timeout_seconds
         connection = sqlite3.connect(self.name, timeout=waiting, isolation_level=None, check_same_thread=False)
@@ -9114,8 +9113,8 @@ _WRITES = {  # what is done to one run in one commit, in this order; without the
     "release": "UPDATE runs SET holder = NULL, lease_until = NULL WHERE run_id = ?"}
 _COLUMNS = ("run_id", "workflow", "status", "started_at", "updated_at", "holder", "lease_until",  # those of lists
             "document", "text_hash", "body", "audit_count", "audit_head")
-_LIST_SQL = f"SELECT {', '.join(_COLUMNS[:7])} FROM runs WHERE"
 _RUN_SQL = f"SELECT {', '.join(_COLUMNS)} FROM runs LEFT JOIN texts ON hash = text_hash WHERE run_id = ?"
+_STEPS_SQL = "SELECT step_id, status, state FROM steps WHERE run_id = ?"
 _EVENTS_SQL = "SELECT * FROM audit WHERE run_id = ? ORDER BY number"
 _MAYBE_RUNNING = (
     "run_id IN (SELECT run_id FROM runs WHERE status = ? UNION SELECT run_id FROM runs WHERE holder IS NOT NULL)")
@@ -9128,7 +9127,6 @@ def _run_entry(run: Mapping[str, Any]) -> dict[str, Any]:
 
 class _HeldRun:
     """A run that a store may write: its holder in the database, the end of its audit chain, its text and its fields."""
-
     def __init__(self, run_id: str, holder: str, count: int, head: str, text_hash: str, fields: dict[str, Any]) -> None:
         self.run_id, self.holder, self.count, self.head = run_id, holder, count, head
         self.text_hash, self.fields = text_hash, fields
@@ -9151,6 +9149,16 @@ class _HeldRun:
         about = {"document": _digest(document), "workflow_text": self.text_hash}
         return about, [*rows, ("change", (status, self.text_hash, document, self.run_id))]
 
+def _learn(told: dict[str, Any], kind: str, about: Any) -> None:
+    """Takes down what an event says of the run and its steps."""
+    if kind == "steps":
+        told.update((f"state of step {step_id}", state) for step_id, state in about.items())
+    elif kind == "steps_forgotten":
+        _ = [told.pop(f"state of step {step_id}", None) for step_id in about["step_ids"]]
+    elif "document" in about:
+        told.update((f"run's {name}", about[name]) for name in about.keys() & {"workflow", "document", "workflow_text"})
+        told["run's status"] = told["run's status"] if kind in ("run_started", "run_changed") else kind[4:]
+
 class Store(_Database):
     """Where runs are kept: in one SQLite file, which many processes may use at once.
 
@@ -9159,7 +9167,6 @@ class Store(_Database):
     which `begin` and `claim` get and the store renews by itself until `update(release=True)` or `close`. All methods
     raise OrchestratorError and may be called from any thread. `record` and `note` return at once; what the others do is
     durable when they return: on the disk (synchronous = FULL), which costs a fraction of a model call."""
-
     APPLICATION_ID, SYNCHRONOUS = 0x4C4C4D53, "FULL"
     SCHEMA = ("""
         CREATE TABLE texts (hash TEXT PRIMARY KEY, body TEXT NOT NULL);
@@ -9202,12 +9209,10 @@ class Store(_Database):
         return self.load(run_id)
 
     def record(self, run_id: str, step_id: str, state: Mapping[str, Any], on_durable: Any = None) -> None:
-        """The final state of a step (full id): JSON with at least `status`.
-
-        `on_durable(error)` is called in the writer's thread, where it must not wait for the store: with None once this
-        and all before it is committed, or with the OrchestratorError that kept it out. After such an error every write
-        of the run is refused, until it is claimed again: what is stored is an unbroken beginning of what was recorded.
-        """
+        """The final state of a step (full id): JSON with at least `status`. The writer's thread calls `on_durable`, which
+        must not wait for the store, with None once this and all before it is committed, or with the OrchestratorError
+        that kept it out. After such an error every write of the run is refused, until it is claimed again: what is
+        stored is an unbroken beginning of what was recorded."""
         row = (run_id, step_id, state["status"], _stored_json(state))
         self._submit(self._own(run_id), "steps", None, [("step", row)], on_durable)
 
@@ -9215,10 +9220,8 @@ class Store(_Database):
         """An event for the audit trail, such as `provider_call`: JSON, with texts as their `_digest`."""
         self._submit(self._own(run_id), kind, _stored_json(details), [])
 
-    def update(
-        self, run_id: str, status: str | None = None, fields: Mapping[str, Any] | None = None, release: bool = False
-    ) -> None:
-        """Sets a run's status and fields (outputs, error, workflow_text ...); `release` gives its lease back."""
+    def update(self, run_id: str, status: str | None = None, fields: Any = None, release: bool = False) -> None:
+        """Sets a run's status and fields (a map: outputs, workflow_text ...); `release` gives its lease back."""
         held = self._own(run_id)
         about, rows = held.change(status, fields or {})
         rows += [("release", (run_id,))] if release else []
@@ -9242,10 +9245,9 @@ class Store(_Database):
         """A run: all that `begin` and `update` were given, status, times, `held_by`, and `steps`: full id -> state."""
         with self._transaction(write=False) as execute:
             run = self._find(execute, run_id)
-            steps = execute("SELECT step_id, state FROM steps WHERE run_id = ?", (run_id,)).fetchall()
             about = {name: run[name] for name in ("audit_count", "audit_head")}
             about["workflow_text"] = json.loads(run["body"]) if run["body"] else None
-            states = {step_id: json.loads(state) for step_id, state in steps}
+            states = {step_id: json.loads(state) for step_id, _, state in execute(_STEPS_SQL, (run_id,)).fetchall()}
             return {**json.loads(run["document"]), **_run_entry(run), **about, "steps": states}
 
     def runs(self, limit: int = 100, status: str | None = None, workflow: str | None = None) -> list[dict[str, Any]]:
@@ -9262,10 +9264,9 @@ class Store(_Database):
         """Steps that failed for good, newest run first: run_id, workflow, inputs, started_at, step_id and the state. Of
         a container and the children that made it fail, only the children."""
         names, only = ("run_id", "workflow", "started_at", "step_id"), "" if run_id is None else "AND runs.run_id = ?"
-        sql = (
-            "SELECT runs.run_id, workflow, started_at, step_id, document, state FROM steps JOIN runs"
-            f" ON runs.run_id = steps.run_id WHERE steps.status = 'failed' {only}"
-            f" ORDER BY started_at DESC, runs.run_id, step_id LIMIT {int(limit)}")
+        sql = ("SELECT runs.run_id, workflow, started_at, step_id, document, state FROM steps JOIN runs"
+               f" ON runs.run_id = steps.run_id WHERE steps.status = 'failed' {only}"
+               f" ORDER BY started_at DESC, runs.run_id, step_id LIMIT {int(limit)}")
         with self._transaction(write=False) as execute:
             rows = execute(sql, () if run_id is None else (run_id,)).fetchall()
             outer = {(row[0], row[3][: dot.start()]) for row in rows for dot in re.finditer(r"\.", row[3])}
@@ -9273,7 +9274,7 @@ class Store(_Database):
                     for row in rows if (row[0], row[3]) not in outer]
 
     def audit(self, run_id: str) -> list[dict[str, Any]]:
-        """A run's events in order: number (from 1), time, kind, details, hash. Details of kind `steps` are the steps that
+        """A run's events in order: number (from 1), time, kind, details, hash. Those of kind `steps` tell which steps
         ended: full id -> [status, hash of the state]."""
         names = ("number", "time", "kind", "details", "hash")
         with self._transaction(write=False) as execute:
@@ -9284,10 +9285,27 @@ class Store(_Database):
         """What does not fit in a run's audit trail, step states and outcome: edits, deletions, insertions, reorderings.
         Not to be seen: that a whole run was removed, or that the whole chain was written anew along with the run's row;
         who keeps the `audit_head` of `load` elsewhere sees the latter too."""
+        problems: list[str] = []
+        told: dict[str, Any] = {"run's status": "running"}  # by the events
         with self._transaction(write=False) as execute:
-            run, events = self._find(execute, run_id), execute(_EVENTS_SQL, (run_id,)).fetchall()
-            steps = execute("SELECT step_id, status, state FROM steps WHERE run_id = ?", (run_id,)).fetchall()
-            return list(_audit_problems(run, events, steps))
+            run, chain = self._find(execute, run_id), _HeldRun(run_id, "", 0, _digest(run_id), "", {})
+            for row in execute(_EVENTS_SQL, (run_id,)).fetchall():
+                _, number, moment, kind, details, link = row
+                if chain.event(kind, details, moment) != tuple(row):
+                    fault = "was changed or added, or the one before it was changed, removed or moved"
+                    problems.append(f"event {number} ({kind}) {fault}")
+                chain.count, chain.head = number, link  # so that each fault is told once
+                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # of those, the chain tells
+                    _learn(told, kind, json.loads(details))
+            if (chain.count, chain.head) != (run["audit_count"], run["audit_head"]):
+                problems.append(f"event {chain.count} is not the last one that was written, {run['audit_count']}")
+            text = _digest(json.loads(run["body"])) if run["body"] else ""
+            run.update(document=_digest(run["document"]), workflow_text=text if text == run["text_hash"] else None)
+            now = {f"run's {name}": run[name] for name in ("workflow", "status", "document", "workflow_text")}
+            for step_id, status, state in execute(_STEPS_SQL, (run_id,)).fetchall():
+                now[f"state of step {step_id}"] = [status, _digest(state)]
+        wrong = [what for what in {**told, **now} if told.get(what) != now.get(what)]
+        return problems + [f"the {what} is not what was recorded" for what in wrong]
 
     def export(self, run_id: str) -> dict[str, Any]:
         """All about a run: what `load` gives, and its `audit`."""
@@ -9345,7 +9363,7 @@ class Store(_Database):
 
     def _list(self, condition: str, *parameters: Any) -> list[dict[str, Any]]:
         with self._transaction(write=False) as execute:
-            rows = execute(f"{_LIST_SQL} {condition}", parameters).fetchall()
+            rows = execute(f"SELECT {', '.join(_COLUMNS[:7])} FROM runs WHERE {condition}", parameters).fetchall()
             return [_run_entry(dict(zip(_COLUMNS, row))) for row in rows]
 
     # The writer
@@ -9419,7 +9437,7 @@ class Store(_Database):
                     on_durable(held and held.fault)
 
     def _write_rows(self, execute: Callable[..., Any], jobs: list[Any], runs: Iterable[_HeldRun]) -> None:
-        """Renews the leases of runs and writes the rows of jobs, with one event for all steps that follow each other."""
+        """Renews the leases of runs and writes the rows of jobs, with one event for steps that follow each other."""
         by_run: dict[_HeldRun, dict[str, list[Any]]] = {held: collections.defaultdict(list) for held in runs}
         for held, kind, about, rows, _ in jobs:
             if held not in by_run:
@@ -9427,14 +9445,16 @@ class Store(_Database):
             events = by_run[held]["event"]
             for name, row in rows:
                 by_run[held][name].append(row)
-            if kind != "steps" or not events or events[-1][0] != "steps":
-                events.append((kind, about or {}))
-            if kind == "steps":
-                events[-1][1][row[1]] = [row[2], _digest(row[3])]
+            if about is not None:
+                events.append((kind, about))
+                continue
+            if not events or isinstance(events[-1][1], str):
+                events.append((kind, {}))
+            events[-1][1][row[1]] = [row[2], _digest(row[3])]
         now = time.time()
         for held, writes in by_run.items():
-            events = [(kind, _stored_json(about) if kind == "steps" else about) for kind, about in writes["event"]]
-            writes["event"] = [held.event(kind, details, now) for kind, details in events]
+            events = writes["event"] = [held.event(kind, about if isinstance(about, str) else _stored_json(about), now)
+                                       for kind, about in writes["event"]]
             lease = (now if events else None, self.holder, now + _LEASE_SECONDS, held.run_id, held.holder)
             writes["renew"], held.holder = [(held.count, held.head, *lease)], self.holder
             for name, sql in _WRITES.items():
@@ -9444,44 +9464,12 @@ class Store(_Database):
 
 SQLiteStore = Store
 
-def _audit_problems(run: Mapping[str, Any], events: Iterable[Any], steps: Iterable[Any]) -> Iterator[str]:
-    """Breaks in a run's chain of events, and where its row and its steps are not what the events tell."""
-    chain, told = _HeldRun(run["run_id"], "", 0, _digest(run["run_id"]), "", {}), {"status": "running"}
-    states: dict[str, Any] = {}
-    for row in events:
-        _, number, moment, kind, details, link = row
-        if chain.event(kind, details, moment) != tuple(row):
-            yield f"event {number} ({kind}) was changed or added, or the one before it was changed, removed or moved"
-        chain.count, chain.head = number, link  # so that each fault is told once
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # of those, the chain tells
-            about = json.loads(details)
-            if kind == "steps_forgotten":
-                states = {step_id: states[step_id] for step_id in states if step_id not in about["step_ids"]}
-            elif kind == "steps":
-                states.update(about)
-            elif "document" in about:
-                told.update(about, status=told["status"] if kind in ("run_started", "run_changed") else kind[4:])
-    if (chain.count, chain.head) != (run["audit_count"], run["audit_head"]):
-        yield f"the last event is number {chain.count}, and not the one that was written as number {run['audit_count']}"
-    body, text_hash = run["body"], run["text_hash"]
-    if text_hash and (body is None or _digest(json.loads(body)) != text_hash):
-        yield "the text of the workflow is not what was recorded"
-    now = {**run, "document": _digest(run["document"]), "workflow_text": text_hash}
-    for name in ("workflow", "status", "document", "workflow_text"):
-        if now[name] != told.get(name):
-            yield f"the run's {name} is not what was recorded"
-    stored = {step_id: [status, _digest(state)] for step_id, status, state in steps}
-    for step_id in {**states, **stored}:
-        if states.get(step_id) != stored.get(step_id):
-            yield f"the state of step {step_id} is not what was recorded"
-
 class _Journal:
     """A run's side of its store, for one event loop: what is written down, and how much of it is durable."""
-
     def __init__(self, store: Any, run_id: str, loop: asyncio.AbstractEventLoop) -> None:
         import asyncio
         self.store, self.run_id, self.loop = store, run_id, loop
-        self.written, self.waking, self.progress = 0, False, asyncio.Event()
+        self.written, self.woken, self.progress = 0, True, asyncio.Event()
         self.landed: list[Any] = []  # for each step that was written, in order, None or what kept it out
         self.error: OrchestratorError | None = None
 
@@ -9512,21 +9500,18 @@ class _Journal:
         if error is not None:
             self.error = error
         self.landed.append(error)
-        if not self.waking:
-            self.waking = True
+        if not self.woken:
+            self.woken = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self.loop.call_soon_threadsafe(self.wake)
-
-    def wake(self) -> None:
-        self.waking = False
-        self.progress.set()
+                self.loop.call_soon_threadsafe(self.progress.set)
 
     async def barrier(self) -> None:
         """Returns when all that was written down until now is durable; raises what kept it out."""
-        number = self.written
+        number, self.woken = self.written, False  # before each look at `landed`: what lands after it wakes the loop
         while self.error is None and len(self.landed) < number:
             self.progress.clear()
             await self.progress.wait()
+            self.woken = False
         if self.error is not None:
             raise self.error
 
@@ -9543,8 +9528,7 @@ def _workflow_text(executor: WorkflowExecutor) -> str:
     """A workflow and those that it calls, as YAML: what a run depends on besides its inputs. Made once for a plan."""
     kept = vars(executor.workflow._plan())
     if "text" not in kept:
-        called = executor._workflows(executor.workflow)
-        kept["text"] = "\n# ---- called\n".join(workflow.to_yaml() for workflow in called)
+        kept["text"] = "\n# ---- called\n".join(one.to_yaml() for one in executor._workflows(executor.workflow))
     return str(kept["text"])
 
 # ---- Requests by content: the cache, and record and replay -----------------------------------------------------------
@@ -9593,7 +9577,6 @@ class ResponseCache(_Database):
     """Answers by the content of their requests, in one SQLite file that threads and processes share. A request is kept
     as its hash only. An answer older than `max_age_seconds` is not given out. When the answers together exceed
     `max_bytes`, those go that were not asked for the longest. A failing cache only warns in the log."""
-
     APPLICATION_ID = 0x4C4C4D43
     SCHEMA = ("""
         CREATE TABLE answers (hash TEXT PRIMARY KEY, answer TEXT, size INTEGER, stored_at REAL, used_at REAL);
