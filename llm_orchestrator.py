@@ -9209,8 +9209,8 @@ class Store(_Database):
         return self.load(run_id)
 
     def record(self, run_id: str, step_id: str, state: Mapping[str, Any], on_durable: Any = None) -> None:
-        """The final state of a step (full id): JSON with at least `status`. The writer's thread calls `on_durable`, which
-        must not wait for the store, with None once this and all before it is committed, or with the OrchestratorError
+        """The final state of a step (full id): JSON with at least `status`. The writer's thread calls `on_durable`; it
+        must not wait for the store: with None once this and all before it is committed, or the OrchestratorError
         that kept it out. After such an error every write of the run is refused, until it is claimed again: what is
         stored is an unbroken beginning of what was recorded."""
         row = (run_id, step_id, state["status"], _stored_json(state))
