@@ -9194,10 +9194,9 @@ class Store(_Database):
     def begin(self, run: Mapping[str, Any]) -> None:
         """A new run: `run_id`, `workflow` (its name), `workflow_text`, and whatever else is JSON (inputs ...)."""
         run_id, workflow, now, head = run["run_id"], run["workflow"], time.time(), _digest(run["run_id"])
-        held, begun = _HeldRun(run_id, "", 0, head, "", {}), run.get("started_at", now)
-        about, rows = held.change(None, {"started_at": begun, **run})
-        begin = ("begin", (run_id, workflow, begun, now, head))
-        self._take(held, "run_started", {"workflow": workflow, **about}, begin, *rows)
+        held, begin = _HeldRun(run_id, "", 0, head, "", {}), (run_id, workflow, run.get("started_at", now), now, head)
+        about, rows = held.change(None, {"started_at": now, **run})
+        self._take(held, "run_started", {"workflow": workflow, **about}, ("begin", begin), *rows)
 
     def claim(self, run_id: str) -> dict[str, Any]:
         """The run as `load` gives it, now held by this store; an error if another process, or this one, holds it."""
@@ -9209,10 +9208,10 @@ class Store(_Database):
         return self.load(run_id)
 
     def record(self, run_id: str, step_id: str, state: Mapping[str, Any], on_durable: Any = None) -> None:
-        """The final state of a step (full id): JSON with at least `status`. The writer's thread calls `on_durable`; it
-        must not wait for the store: with None once this and all before it is committed, or the OrchestratorError
-        that kept it out. After such an error every write of the run is refused, until it is claimed again: what is
-        stored is an unbroken beginning of what was recorded."""
+        """The final state of a step (full id): JSON with a `status`. The writer's thread calls `on_durable`, which must
+        not wait for the store, with None once this and all before it is committed, or with the OrchestratorError that
+        kept it out. After such an error every write of the run is refused, until it is claimed again: what is stored
+        is an unbroken beginning of what was recorded."""
         row = (run_id, step_id, state["status"], _stored_json(state))
         self._submit(self._own(run_id), "steps", None, [("step", row)], on_durable)
 
@@ -9245,10 +9244,10 @@ class Store(_Database):
         """A run: all that `begin` and `update` were given, status, times, `held_by`, and `steps`: full id -> state."""
         with self._transaction(write=False) as execute:
             run = self._find(execute, run_id)
-            about = {name: run[name] for name in ("audit_count", "audit_head")}
-            about["workflow_text"] = json.loads(run["body"]) if run["body"] else None
+            end = {name: run[name] for name in ("audit_count", "audit_head")}
+            text = json.loads(run["body"]) if run["body"] else None
             states = {step_id: json.loads(state) for step_id, _, state in execute(_STEPS_SQL, (run_id,)).fetchall()}
-            return {**json.loads(run["document"]), **_run_entry(run), **about, "steps": states}
+            return {**json.loads(run["document"]), **_run_entry(run), **end, "workflow_text": text, "steps": states}
 
     def runs(self, limit: int = 100, status: str | None = None, workflow: str | None = None) -> list[dict[str, Any]]:
         """Runs, newest first: run_id, workflow, status, started_at and updated_at (seconds since 1970), held_by. A run
