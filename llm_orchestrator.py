@@ -8846,9 +8846,8 @@ def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapp
 # ---------------------------------------------------------------------------------------------------------------------
 
 _LEASE_SECONDS, _HEARTBEAT_SECONDS = 30.0, 10.0
-_encoder = functools.partial(json.JSONEncoder, separators=(",", ":"), default=_unpacked)
+_encoder = functools.partial(json.JSONEncoder, separators=(",", ":"), default=_unpacked, check_circular=False)
 _encode = {False: _encoder().encode, True: _encoder(sort_keys=True).encode}
-
 
 def _stored_json(value: Any, sort_keys: bool = False) -> str:
     """One line of JSON in ASCII, which every database keeps unchanged."""
@@ -8857,79 +8856,59 @@ def _stored_json(value: Any, sort_keys: bool = False) -> str:
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise OrchestratorError(f"what was to be stored has no JSON form: {error}") from None
 
-
 def _digest(value: Any) -> str:
     """The SHA-256 of a text, or of a value as JSON with sorted keys, in hexadecimal."""
     import hashlib
-
     text = value if isinstance(value, str) else _stored_json(value, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-
-_workflow_hash = _digest  # of the document: comments, layout and the order of keys do not count
-
-
 def _workflow_diff(recorded: str, current: str) -> str:
-    """How two workflow texts differ, as a unified diff; "" if they do not."""
+    """How two texts differ, as a unified diff; "" if they do not."""
     import difflib
-
     texts = recorded.splitlines(), current.splitlines()
     return "\n".join(difflib.unified_diff(*texts, "recorded", "current", lineterm=""))
 
-
 def _parse_age(text: str) -> float:
     """Seconds from "90s", "45m", "12h", "30d" or "2w"; ValidationError for anything else."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])", str(text).strip())
-    if not match:
-        raise ValidationError(f"an age is a number with s, m, h, d or w, such as 30d or 12h, not {_shown(text)}")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]
-
+    if match := re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])", str(text).strip()):
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]
+    raise ValidationError(f"an age is a number with s, m, h, d or w, such as 30d or 12h, not {_shown(text)}")
 
 @functools.lru_cache(maxsize=64)
 def _process_name(pid: int) -> tuple[str, str, str]:
     """(host/scope, pid, random): this process, and no other ever; `scope` is the kernel and container of its pid."""
     import platform
-
     scope = []
     with contextlib.suppress(OSError, OrchestratorError):  # Linux
         scope = [_read_file("/proc/sys/kernel/random/boot_id").decode(), os.readlink("/proc/self/ns/pid")]
     return f"{platform.node() or 'localhost'}/{_digest(scope)[:8]}", str(pid), os.urandom(4).hex()
 
-
-def _whoami() -> str:
-    """user@host (process id), for the audit."""
-    user = next((os.environ[name] for name in ("USER", "LOGNAME", "USERNAME") if os.environ.get(name)), "unknown")
-    return f"{user}@{_process_name(os.getpid())[0].partition('/')[0]} (process {os.getpid()})"
-
-
 def _is_alive(holder: str | None, lease_until: float | None) -> bool:
     """Whether a lease holds: it has not run out, and its process is not known to have ended (here, one can know)."""
     if not holder or (lease_until or 0) <= time.time():
         return False
-    host, pid, token = ["", "", *holder.rsplit(":", 2)][-3:]
-    own_host, own_pid, own_token = _process_name(os.getpid())
-    if host != own_host or os.name != "posix":  # on Windows, os.kill ends a process
+    (host, pid, token), own = ["", "", *holder.rsplit(":", 2)][-3:], _process_name(os.getpid())
+    if host != own[0] or os.name != "posix":  # on Windows, os.kill ends a process
         return True
-    if pid == own_pid:
-        return token.startswith(own_token)  # or else an earlier process had our pid
+    if pid == own[1]:
+        return token.startswith(own[2])  # or else an earlier process had our pid
     try:
         os.kill(int(pid), 0)
     except (OSError, ValueError, OverflowError) as error:
         return not isinstance(error, ProcessLookupError)
     return True
 
+_SQLITE_FAULTS = {
+    "locked": "another process keeps it locked", "full": "no room is left on the disk", "malformed": "it is damaged",
+    "not a database": "it is damaged, or no SQLite database", "readonly": "it cannot be written",
+    "unable to open": "it cannot be opened", "[Errno": "it cannot be opened", "UNIQUE": "there is one already"}
 
-class _Database:
-    """One connection to a database, shared by threads, in which everything happens in transactions.
-
-    As it stands, it is a file of SQLite that many processes may use: WAL, mode 0600, a version with migrations. For
-    another database, override `connect`, `statement`, `begin_transaction` and `explain`; the SQL is portable.
-    `busy_timeout_seconds` is how long to wait while another process keeps the file locked.
-    """
-
+class _Database(contextlib.AbstractContextManager[Any]):
+    """One connection to a database, shared by threads, in which everything happens in transactions. As it stands, it is
+    a file of SQLite that many processes may use: WAL, mode 0600, a version with migrations, `busy_timeout_seconds` to
+    wait for others. For another database, override `connect`, `statement`, `begin_transaction` and `explain`."""
     SCHEMA: tuple[str, ...] = ()  # a script a version: statements separated by semicolons
-    APPLICATION_ID = 0  # tells our kinds of files from each other and from others'
-    SYNCHRONOUS = "NORMAL"
+    APPLICATION_ID, SYNCHRONOUS = 0, "NORMAL"  # the former tells our kinds of files from each other and from others'
 
     def __init__(self, path: str | os.PathLike[str], busy_timeout_seconds: float = 10.0) -> None:
         self.name, self.busy_timeout_seconds = os.fspath(path), busy_timeout_seconds
@@ -8944,11 +8923,11 @@ class _Database:
             import sqlite3
         except ImportError:
             raise OrchestratorError("this Python has no sqlite3 module, which stores and caches need") from None
-        if self.name != ":memory:":
-            with contextlib.suppress(FileExistsError):  # SQLite gives -wal and -shm the mode of the file
+        with contextlib.suppress(FileExistsError):  # SQLite gives -wal and -shm the mode of the file
+            if self.name != ":memory:":
                 os.close(os.open(self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        settings: dict[str, Any] = {"timeout": self.busy_timeout_seconds, "isolation_level": None}
-        connection = sqlite3.connect(self.name, check_same_thread=False, **settings)
+        waiting = self.busy_timeout_seconds
+        connection = sqlite3.connect(self.name, timeout=waiting, isolation_level=None, check_same_thread=False)
         try:
             self._migrate(connection)
         except BaseException:
@@ -8958,10 +8937,8 @@ class _Database:
 
     def _migrate(self, connection: Any) -> None:
         """Brings the tables to this version; a newer or a strange file is refused."""
-
         def pragma(text: str) -> Any:
             return (connection.execute(f"PRAGMA {text}").fetchone() or [None])[0]
-
         ours, deadline = (self.APPLICATION_ID, len(self.SCHEMA)), time.monotonic() + self.busy_timeout_seconds
         pragma(f"synchronous = {self.SYNCHRONOUS}")
         if (pragma("application_id"), pragma("user_version"), pragma("journal_mode")) == (*ours, "wal"):
@@ -9002,16 +8979,15 @@ class _Database:
     @contextlib.contextmanager
     def _transaction(self, write: bool = True) -> Iterator[Callable[..., Any]]:
         """Gives execute(sql, parameters, many=False) -> cursor. Commits at the end, or undoes everything."""
+        self._check_open()  # without the lock: after a fork, nobody might let it go
         with self._lock:
             self._check_open()
             try:
                 self._connection = self._connection or self.connect()
                 with contextlib.closing(self._connection.cursor()) as cursor:
-
                     def execute(sql: str, parameters: Sequence[Any] = (), many: bool = False) -> Any:
                         (cursor.executemany if many else cursor.execute)(self.statement(sql), parameters)
                         return cursor
-
                     self.begin_transaction(cursor, write)
                     yield execute
                     self._connection.commit()
@@ -9031,83 +9007,58 @@ class _Database:
 
     def close(self) -> None:
         """Ends the connection; whatever is called afterwards is refused."""
-        if self._pid != os.getpid():
-            return  # the connection, and who knows which locks, are the parent's
-        with self._lock:
-            connection, self._connection, self._closed = self._connection, None, True
-            if connection is not None:
-                with contextlib.suppress(Exception):  # it was lost
-                    connection.close()
-
-    def __enter__(self) -> Any:
-        return self
+        if self._pid == os.getpid():  # or else the connection, and who knows which locks, are the parent's
+            with self._lock, contextlib.suppress(Exception):  # it may be lost
+                connection, self._connection, self._closed = self._connection, None, True
+                _ = connection and connection.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-
-_SQLITE_FAULTS = {
-    "locked": "another process keeps it locked", "full": "no room is left on the disk", "malformed": "it is damaged",
-    "not a database": "it is damaged, or no SQLite database", "readonly": "it cannot be written",
-    "unable to open": "it cannot be opened", "[Errno": "it cannot be opened", "UNIQUE": "there is one already",
-}  # fmt: skip
-
-
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
-_WRITES = {  # what is done to one run in one commit, in this order
-    "begin": f"INSERT INTO runs VALUES ({', '.join('?' * 11)})",
-    "take": "UPDATE runs SET holder = ?, lease_until = ? WHERE run_id = ?"
-    " AND COALESCE(holder, '') = ? AND COALESCE(lease_until, 0) = ?",
-    "renew": "UPDATE runs SET audit_count = ?, audit_head = ?, updated_at = ?, lease_until = ?"
-    " WHERE run_id = ? AND holder = ?",
+_WRITES = {  # what is done to one run in one commit, in this order; without the lease, nothing after its renewal
+    "begin": "INSERT INTO runs VALUES (?, ?, 'running', ?, ?, '', '', NULL, NULL, 0, ?)",
+    "renew": "UPDATE runs SET audit_count = ?, audit_head = ?, updated_at = COALESCE(?, updated_at), holder = ?,"
+    " lease_until = ? WHERE run_id = ? AND COALESCE(holder, '') = ?",
     "text": "INSERT INTO texts VALUES (?, ?) ON CONFLICT (hash) DO NOTHING",
     "change": "UPDATE runs SET status = COALESCE(?, status), text_hash = ?, document = ? WHERE run_id = ?",
-    "forget": "DELETE FROM steps WHERE run_id = ? AND step_id = ?",
     "step": "INSERT INTO steps VALUES (?, ?, ?, ?)"
     " ON CONFLICT (run_id, step_id) DO UPDATE SET status = excluded.status, state = excluded.state",
+    "forget": "DELETE FROM steps WHERE run_id = ? AND step_id = ?",
     "event": "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?)",
-    "release": "UPDATE runs SET holder = NULL, lease_until = NULL WHERE run_id = ?",
-}
-_LISTED = ("run_id", "workflow", "status", "started_at", "updated_at", "holder", "lease_until")
-_LISTED_SQL = f"SELECT {', '.join(_LISTED)} FROM runs"
+    "release": "UPDATE runs SET holder = NULL, lease_until = NULL WHERE run_id = ?"}
+_COLUMNS = ("run_id", "workflow", "status", "started_at", "updated_at", "holder", "lease_until",  # those of lists
+            "document", "text_hash", "body", "audit_count", "audit_head")
+_RUN_SQL = f"SELECT {', '.join(_COLUMNS)} FROM runs LEFT JOIN texts ON hash = text_hash WHERE run_id = ?"
+_STEPS_SQL = "SELECT step_id, status, state FROM steps WHERE run_id = ?"
+_EVENTS_SQL = "SELECT * FROM audit WHERE run_id = ? ORDER BY number"
 _MAYBE_RUNNING = (
-    "run_id IN (SELECT run_id FROM runs WHERE status = ? UNION SELECT run_id FROM runs WHERE holder IS NOT NULL)"
-)
-_RUN_SQL = (
-    "SELECT document, audit_count, audit_head, text_hash, body, workflow, status"
-    " FROM runs LEFT JOIN texts ON hash = text_hash WHERE run_id = ?"
-)
+    "run_id IN (SELECT run_id FROM runs WHERE status = ? UNION SELECT run_id FROM runs WHERE holder IS NOT NULL)")
 
-
-def _run_entry(row: Sequence[Any]) -> dict[str, Any]:
-    """A row of `_LISTED` as users see it: what a process holds is running, whatever became of it before."""
-    held_by = row[5] if _is_alive(*row[5:]) else None
-    status = "running" if held_by else "interrupted" if row[2] == "running" else row[2]
-    return {**dict(zip(_LISTED[:-2], row)), "status": status, "held_by": held_by}
-
-
-def _link(head: str, number: int, moment: float, kind: str, details: str) -> str:
-    """An event's hash in its chain: it covers the event and the hash of the one before."""
-    return _digest(f"{head}\n{number}\n{moment!r}\n{kind}\n{details}")
-
+def _run_entry(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of runs as users see it: what a process holds is running, whatever became of it before."""
+    held_by = run["holder"] if _is_alive(run["holder"], run["lease_until"]) else None
+    status = "running" if held_by else "interrupted" if run["status"] == "running" else run["status"]
+    return {**{name: run[name] for name in _COLUMNS[:5]}, "status": status, "held_by": held_by}
 
 class _HeldRun:
-    """A run that a store may write: the end of its audit chain, its fields, and why it may be written no longer."""
+    """A run that a store may write: its holder in the database, the end of its audit chain, its text and its fields."""
+    def __init__(self, run_id: str, holder: str, count: int, head: str, text_hash: str, fields: dict[str, Any]) -> None:
+        self.run_id, self.holder, self.count, self.head = run_id, holder, count, head
+        self.text_hash, self.fields = text_hash, fields
+        self.fault: OrchestratorError | None = None  # why it may be written no longer
 
-    def __init__(self, run_id: str, count: int, head: str, text_hash: str, fields: dict[str, Any]) -> None:
-        self.run_id, self.count, self.head, self.text_hash, self.fields = run_id, count, head, text_hash, fields
-        self.fault: OrchestratorError | None = None
-
-    def event(self, kind: str, details: str, now: float) -> tuple[Any, ...]:
-        """The row of the next event."""
-        self.count, self.head = self.count + 1, _link(self.head, self.count + 1, now, kind, details)
-        return self.run_id, self.count, now, kind, details, self.head
+    def event(self, kind: str, details: str, moment: float) -> tuple[Any, ...]:
+        """The row of the next event; its hash covers the event and the hash of the one before."""
+        self.count += 1
+        self.head = _digest(f"{self.head}\n{self.count}\n{moment!r}\n{kind}\n{details}")
+        return self.run_id, self.count, moment, kind, details, self.head
 
     def change(self, status: str | None, fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """(what an event says of it, rows for `_WRITES`) of a change of status and fields."""
-        changed: dict[str, Any] = {**self.fields, **fields}
-        text, rows = changed.pop("workflow_text", None), []
+        changed, rows = {**self.fields, **fields}, []
+        text = changed.pop("workflow_text", None)
         document, self.fields = _stored_json(changed), changed
         if text is not None:  # kept once for all runs of a workflow
             self.text_hash = _digest(text)
@@ -9115,6 +9066,15 @@ class _HeldRun:
         about = {"document": _digest(document), "workflow_text": self.text_hash}
         return about, [*rows, ("change", (status, self.text_hash, document, self.run_id))]
 
+def _learn(told: dict[str, Any], kind: str, about: Any) -> None:
+    """Takes down what an event says of the run and its steps."""
+    if kind == "steps":
+        told.update((f"state of step {step_id}", state) for step_id, state in about.items())
+    elif kind == "steps_forgotten":
+        _ = [told.pop(f"state of step {step_id}", None) for step_id in about["step_ids"]]
+    elif "document" in about:
+        told.update((f"run's {name}", about[name]) for name in about.keys() & {"workflow", "document", "workflow_text"})
+        told["run's status"] = told["run's status"] if kind in ("run_started", "run_changed") else kind[4:]
 
 class Store(_Database):
     """Where runs are kept: in one SQLite file, which many processes may use at once.
@@ -9123,85 +9083,61 @@ class Store(_Database):
     subclass that overrides what `_Database` names keeps runs in another SQL database. To write a run takes its lease,
     which `begin` and `claim` get and the store renews by itself until `update(release=True)` or `close`. All methods
     raise OrchestratorError and may be called from any thread. `record` and `note` return at once; what the others do is
-    durable when they return. A commit is on the disk before it is reported (synchronous = FULL): that costs a fraction
-    of a model call and survives a power failure.
-    """
-
+    durable when they return: on the disk (synchronous = FULL), which costs a fraction of a model call."""
     APPLICATION_ID, SYNCHRONOUS = 0x4C4C4D53, "FULL"
-    SCHEMA = (
-        """
+    SCHEMA = ("""
         CREATE TABLE texts (hash TEXT PRIMARY KEY, body TEXT NOT NULL);
-        CREATE TABLE runs (
-            run_id TEXT PRIMARY KEY, workflow TEXT NOT NULL, status TEXT NOT NULL, started_at DOUBLE PRECISION NOT NULL,
-            updated_at DOUBLE PRECISION NOT NULL, text_hash TEXT NOT NULL, document TEXT NOT NULL,
-            holder TEXT, lease_until DOUBLE PRECISION, audit_count INTEGER NOT NULL, audit_head TEXT NOT NULL);
-        CREATE TABLE steps (
-            run_id TEXT, step_id TEXT, status TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY (run_id, step_id));
-        CREATE TABLE audit (
-            run_id TEXT, number INTEGER, time DOUBLE PRECISION NOT NULL, kind TEXT NOT NULL, details TEXT NOT NULL,
-            hash TEXT NOT NULL, PRIMARY KEY (run_id, number));
-        CREATE INDEX runs_by_start ON runs (started_at);
-        CREATE INDEX runs_by_status ON runs (status, started_at);
-        CREATE INDEX runs_by_workflow ON runs (workflow, started_at);
-        CREATE INDEX runs_by_text ON runs (text_hash);
+        CREATE TABLE runs (run_id TEXT PRIMARY KEY, workflow TEXT NOT NULL, status TEXT NOT NULL,
+            started_at DOUBLE PRECISION NOT NULL, updated_at DOUBLE PRECISION NOT NULL, text_hash TEXT NOT NULL,
+            document TEXT NOT NULL, holder TEXT, lease_until DOUBLE PRECISION, audit_count INTEGER NOT NULL,
+            audit_head TEXT NOT NULL);
+        CREATE TABLE steps (run_id TEXT, step_id TEXT, status TEXT NOT NULL, state TEXT NOT NULL,
+            PRIMARY KEY (run_id, step_id));
+        CREATE TABLE audit (run_id TEXT, number INTEGER, time DOUBLE PRECISION NOT NULL, kind TEXT NOT NULL,
+            details TEXT NOT NULL, hash TEXT NOT NULL, PRIMARY KEY (run_id, number));
+        CREATE INDEX runs_by_start ON runs (started_at); CREATE INDEX runs_by_status ON runs (status, started_at);
+        CREATE INDEX runs_by_workflow ON runs (workflow, started_at); CREATE INDEX runs_by_text ON runs (text_hash);
         CREATE INDEX runs_by_holder ON runs (holder) WHERE holder IS NOT NULL;
-        CREATE INDEX failed_steps ON steps (run_id) WHERE status = 'failed'
-        """,
-    )
+        CREATE INDEX failed_steps ON steps (run_id) WHERE status = 'failed'""",)
 
     def __init__(self, path: str | os.PathLike[str], busy_timeout_seconds: float = 10.0) -> None:
-        import queue
-
         super().__init__(path, busy_timeout_seconds)
         self.holder = ":".join(_process_name(os.getpid())) + f".{os.urandom(4).hex()}"
         self._held: dict[str, _HeldRun] = {}
-        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what `_submit` puts there, or None to end
+        self._jobs: collections.deque[Any] = collections.deque()  # what `_submit` puts there
+        self._wake, self._ending, self._next_heartbeat = threading.Event(), False, 0.0
         self._writer: threading.Thread | None = None
-        self._next_heartbeat = 0.0
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """A new run: `run_id`, `workflow` (its name), `workflow_text`, and whatever else is JSON (inputs ...)."""
         run_id, workflow, now, head = run["run_id"], run["workflow"], time.time(), _digest(run["run_id"])
-        held, begun = _HeldRun(run_id, 0, head, "", {}), run.get("started_at", now)
-        details, rows = held.change(None, {"started_at": begun, **run})
-        row = (run_id, workflow, "running", begun, now, "", "", self.holder, now + _LEASE_SECONDS, 0, head)
-        self._take(held, "run_started", {"by": _whoami(), "workflow": workflow, **details}, [("begin", row), *rows])
+        held, begin = _HeldRun(run_id, "", 0, head, "", {}), (run_id, workflow, run.get("started_at", now), now, head)
+        about, rows = held.change(None, {"started_at": now, **run})
+        self._take(held, "run_started", {"workflow": workflow, **about}, ("begin", begin), *rows)
 
     def claim(self, run_id: str) -> dict[str, Any]:
         """The run as `load` gives it, now held by this store; an error if another process, or this one, holds it."""
         with self._transaction(write=False) as execute:
-            holder, lease_until = self._lease(execute, run_id)
-            document, count, head, text_hash, *_ = execute(_RUN_SQL, (run_id,)).fetchone()
-            held = _HeldRun(run_id, count, head, text_hash, json.loads(document))
-        known = self._held.get(run_id)
-        if (known is not None and known.fault is None) if holder == self.holder else _is_alive(holder, lease_until):
-            ending = f"its lease ends in {lease_until - time.time():.0f} s unless renewed"
-            raise OrchestratorError(f"run {run_id} is held by a running process, {holder}; {ending}")
-        self._held.pop(run_id, None)
-        row = (self.holder, time.time() + _LEASE_SECONDS, run_id, holder, lease_until)
-        self._take(held, "run_claimed", {"by": _whoami(), "from": holder}, [("take", row)])
+            run = self._find(execute, run_id, free_for=self.holder)
+            holder, fields = run["holder"] or "", dict(json.loads(run["document"]))
+            held = _HeldRun(run_id, holder, run["audit_count"], run["audit_head"], run["text_hash"], fields)
+        self._take(held, "run_claimed", {"from": holder})
         return self.load(run_id)
 
-    def record(
-        self, run_id: str, step_id: str, state: Mapping[str, Any], on_durable: Callable[[Any], Any] | None = None
-    ) -> None:
-        """The final state of a step (full id): JSON with at least `status`.
-
-        `on_durable(error)` is called in the writer's thread, where it must not wait for the store: with None once this
-        and all before it is committed, or with the OrchestratorError that kept it out. After such an error every write
-        of the run is refused, until it is claimed again: what is stored is an unbroken beginning of what was recorded.
-        """
+    def record(self, run_id: str, step_id: str, state: Mapping[str, Any], on_durable: Any = None) -> None:
+        """The final state of a step (full id): JSON with a `status`. The writer's thread calls `on_durable`, which must
+        not wait for the store, with None once this and all before it is committed, or with the OrchestratorError that
+        kept it out. After such an error every write of the run is refused, until it is claimed again: what is stored
+        is an unbroken beginning of what was recorded."""
         row = (run_id, step_id, state["status"], _stored_json(state))
         self._submit(self._own(run_id), "steps", None, [("step", row)], on_durable)
 
     def note(self, run_id: str, kind: str, details: Mapping[str, Any]) -> None:
         """An event for the audit trail, such as `provider_call`: JSON, with texts as their `_digest`."""
-        self._submit(self._own(run_id), kind, details, [])
+        self._submit(self._own(run_id), kind, _stored_json(details), [])
 
-    def update(
-        self, run_id: str, status: str | None = None, fields: Mapping[str, Any] | None = None, release: bool = False
-    ) -> None:
-        """Sets a run's status and fields (outputs, error, workflow_text ...); `release` gives its lease back."""
+    def update(self, run_id: str, status: str | None = None, fields: Any = None, release: bool = False) -> None:
+        """Sets a run's status and fields (a map: outputs, workflow_text ...); `release` gives its lease back."""
         held = self._own(run_id)
         about, rows = held.change(status, fields or {})
         rows += [("release", (run_id,))] if release else []
@@ -9211,103 +9147,101 @@ class Store(_Database):
 
     def forget(self, run_id: str, step_ids: Iterable[str]) -> None:
         """Deletes the states of steps (full ids), which are to run again."""
-        self.flush()
         gone = list(step_ids)
         rows = [("forget", (run_id, step_id)) for step_id in gone]
         self._write_now(self._own(run_id), "steps_forgotten", {"step_ids": gone}, rows)
 
     def flush(self) -> None:
         """Returns when everything recorded so far is committed or has failed."""
-        self._write_now(None, "", None, [])
+        self._check_open()
+        if self._writer is not None:
+            self._write_now(None, "", None, [])
 
     def load(self, run_id: str) -> dict[str, Any]:
         """A run: all that `begin` and `update` were given, status, times, `held_by`, and `steps`: full id -> state."""
         with self._transaction(write=False) as execute:
-            self._lease(execute, run_id)
-            listed = execute(f"{_LISTED_SQL} WHERE run_id = ?", (run_id,)).fetchone()
-            document, count, head, _, body, *_ = execute(_RUN_SQL, (run_id,)).fetchone()
-            steps = execute("SELECT step_id, state FROM steps WHERE run_id = ?", (run_id,)).fetchall()
-            about = {"audit_count": count, "audit_head": head, "workflow_text": json.loads(body) if body else None}
-            states = {step_id: json.loads(state) for step_id, state in steps}
-            return {**json.loads(document), **_run_entry(listed), **about, "steps": states}
+            run = self._find(execute, run_id)
+            end = {name: run[name] for name in ("audit_count", "audit_head")}
+            text = json.loads(run["body"]) if run["body"] else None
+            states = {step_id: json.loads(state) for step_id, _, state in execute(_STEPS_SQL, (run_id,)).fetchall()}
+            return {**json.loads(run["document"]), **_run_entry(run), **end, "workflow_text": text, "steps": states}
 
     def runs(self, limit: int = 100, status: str | None = None, workflow: str | None = None) -> list[dict[str, Any]]:
-        """Runs, newest first: run_id, workflow, status, started_at and updated_at (seconds since 1970), held_by.
-
-        A run whose process ended without a word is shown, and found, as `interrupted`.
-        """
+        """Runs, newest first: run_id, workflow, status, started_at and updated_at (seconds since 1970), held_by. A run
+        whose process ended without a word is shown, and found, as `interrupted`."""
         unsure = status in ("running", "interrupted")  # which of both, the leases tell
         asked = {"workflow = ?": workflow, _MAYBE_RUNNING if unsure else "status = ?": "running" if unsure else status}
         where = {condition: value for condition, value in asked.items() if value is not None}
-        most = "" if unsure else f"LIMIT {int(limit)}"
-        sql = f"{_LISTED_SQL} WHERE {' AND '.join(['1 = 1', *where])} ORDER BY started_at DESC, run_id {most}"
-        with self._transaction(write=False) as execute:
-            entries = [_run_entry(row) for row in execute(sql, tuple(where.values())).fetchall()]
+        order = "ORDER BY started_at DESC, run_id" + ("" if unsure else f" LIMIT {int(limit)}")
+        entries = self._list(f"{' AND '.join(where) or '1 = 1'} {order}", *where.values())
         return [entry for entry in entries if status in (None, entry["status"])][:limit]
 
     def failures(self, run_id: str | None = None, limit: int = 1000) -> list[dict[str, Any]]:
-        """Steps that failed for good, newest run first: run_id, workflow, inputs, started_at, step_id and the state.
-
-        Of a container and the children that made it fail, only the children.
-        """
-        only = "" if run_id is None else "AND runs.run_id = ?"
-        sql = (
-            "SELECT runs.run_id, workflow, started_at, step_id, document, state FROM steps JOIN runs"
-            f" ON runs.run_id = steps.run_id WHERE steps.status = 'failed' {only}"
-            f" ORDER BY started_at DESC, runs.run_id, step_id LIMIT {int(limit)}"
-        )
+        """Steps that failed for good, newest run first: run_id, workflow, inputs, started_at, step_id and the state. Of
+        a container and the children that made it fail, only the children."""
+        names, only = ("run_id", "workflow", "started_at", "step_id"), "" if run_id is None else "AND runs.run_id = ?"
+        sql = ("SELECT runs.run_id, workflow, started_at, step_id, document, state FROM steps JOIN runs"
+               f" ON runs.run_id = steps.run_id WHERE steps.status = 'failed' {only}"
+               f" ORDER BY started_at DESC, runs.run_id, step_id LIMIT {int(limit)}")
         with self._transaction(write=False) as execute:
             rows = execute(sql, () if run_id is None else (run_id,)).fetchall()
             outer = {(row[0], row[3][: dot.start()]) for row in rows for dot in re.finditer(r"\.", row[3])}
-            names = ("run_id", "workflow", "started_at", "step_id")
-            return [
-                {**dict(zip(names, row)), "inputs": json.loads(row[4]).get("inputs"), **json.loads(row[5])}
-                for row in rows if (row[0], row[3]) not in outer
-            ]  # fmt: skip
+            return [{**dict(zip(names, row)), "inputs": json.loads(row[4]).get("inputs"), **json.loads(row[5])}
+                    for row in rows if (row[0], row[3]) not in outer]
 
     def audit(self, run_id: str) -> list[dict[str, Any]]:
-        """A run's events in order: number (from 1), time, kind, details, hash.
-
-        The details of kind `steps` are the steps that ended: full id -> [status, hash of the state].
-        """
+        """A run's events in order: number (from 1), time, kind, details, hash. Those of kind `steps` tell which steps
+        ended: full id -> [status, hash of the state]."""
         names = ("number", "time", "kind", "details", "hash")
         with self._transaction(write=False) as execute:
-            rows = self._events(execute, run_id)
-            return [{**dict(zip(names, row)), "details": json.loads(row[3])} for row in rows]
+            rows = execute(_EVENTS_SQL, (run_id,)).fetchall()
+            return [{**dict(zip(names, row[1:])), "details": json.loads(row[4])} for row in rows]
 
     def verify(self, run_id: str) -> list[str]:
         """What does not fit in a run's audit trail, step states and outcome: edits, deletions, insertions, reorderings.
-
-        Not to be seen: that a whole run was removed, or that the whole chain was written anew along with the run's row.
-        Who keeps the `audit_head` of `load` elsewhere sees the latter too.
-        """
+        Not to be seen: that a whole run was removed, or that the whole chain was written anew along with the run's row;
+        who keeps the `audit_head` of `load` elsewhere sees the latter too."""
+        problems: list[str] = []
+        told: dict[str, Any] = {"run's status": "running"}  # by the events
         with self._transaction(write=False) as execute:
-            self._lease(execute, run_id)
-            events, run = self._events(execute, run_id), execute(_RUN_SQL, (run_id,)).fetchone()
-            steps = execute("SELECT step_id, status, state FROM steps WHERE run_id = ?", (run_id,)).fetchall()
-            return list(_audit_problems(run_id, events, steps, *run))
+            run, chain = self._find(execute, run_id), _HeldRun(run_id, "", 0, _digest(run_id), "", {})
+            for row in execute(_EVENTS_SQL, (run_id,)).fetchall():
+                _, number, moment, kind, details, link = row
+                if chain.event(kind, details, moment) != tuple(row):
+                    fault = "was changed or added, or the one before it was changed, removed or moved"
+                    problems.append(f"event {number} ({kind}) {fault}")
+                chain.count, chain.head = number, link  # so that each fault is told once
+                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # of those, the chain tells
+                    _learn(told, kind, json.loads(details))
+            if (chain.count, chain.head) != (run["audit_count"], run["audit_head"]):
+                problems.append(f"event {chain.count} is not the last one that was written, {run['audit_count']}")
+            text = _digest(json.loads(run["body"])) if run["body"] else ""
+            run.update(document=_digest(run["document"]), workflow_text=text if text == run["text_hash"] else None)
+            now = {f"run's {name}": run[name] for name in ("workflow", "status", "document", "workflow_text")}
+            for step_id, status, state in execute(_STEPS_SQL, (run_id,)).fetchall():
+                now[f"state of step {step_id}"] = [status, _digest(state)]
+        wrong = [what for what in {**told, **now} if told.get(what) != now.get(what)]
+        return problems + [f"the {what} is not what was recorded" for what in wrong]
 
     def export(self, run_id: str) -> dict[str, Any]:
         """All about a run: what `load` gives, and its `audit`."""
         return {**self.load(run_id), "audit": self.audit(run_id)}
 
-    def delete(self, run_id: str) -> None:
-        """Deletes a run and all that belongs to it; an error while a process holds it."""
+    def delete(self, *run_ids: str) -> None:
+        """Deletes runs and all that belongs to them; an error, and nothing is deleted, while a process holds one."""
         with self._transaction() as execute:
-            lease = self._lease(execute, run_id)
-            if _is_alive(*lease):
-                raise OrchestratorError(f"run {run_id} is held by a running process, {lease[0]}")
-            self._delete(execute, [run_id])
+            for run_id in run_ids:
+                self._find(execute, run_id, free_for="")
+                for table in ("steps", "audit", "runs"):
+                    execute(f"DELETE FROM {table} WHERE run_id = ?", (run_id,))
+            execute("DELETE FROM texts WHERE NOT EXISTS (SELECT 1 FROM runs WHERE text_hash = hash)")
 
     def prune(self, older_than_seconds: float) -> list[str]:
         """Deletes the ended runs that nothing was written to for so long and returns their ids; paused ones stay."""
-        sql = f"{_LISTED_SQL} WHERE updated_at < ? AND status <> 'paused' ORDER BY updated_at"
-        with self._transaction(write=False) as execute:
-            entries = [_run_entry(row) for row in execute(sql, (time.time() - older_than_seconds,)).fetchall()]
+        entries = self._list("updated_at < ? AND status <> 'paused'", time.time() - older_than_seconds)
         old = [entry["run_id"] for entry in entries if not entry["held_by"]]
         for start in range(0, len(old), 100):  # short transactions: others write meanwhile
-            with self._transaction() as execute:
-                self._delete(execute, old[start : start + 100])
+            self.delete(*old[start : start + 100])
         return old
 
     def journal(self, run_id: str, loop: asyncio.AbstractEventLoop) -> _Journal:
@@ -9322,32 +9256,31 @@ class Store(_Database):
         """Commits what was recorded, gives the leases back and ends the writer; later calls are refused."""
         if self._closed or self._pid != os.getpid():
             return
+        self._ending = True
         if self._writer is not None:
-            self._jobs.put(None)
+            self._wake.set()
             self._writer.join()
-        with self._lock, contextlib.suppress(OrchestratorError):
-            if self._held:
-                with self._transaction() as execute:
-                    execute("UPDATE runs SET holder = NULL, lease_until = NULL WHERE holder = ?", (self.holder,))
-            self._held.clear()
+        if self._held:
+            with contextlib.suppress(OrchestratorError), self._transaction() as execute:
+                execute("UPDATE runs SET holder = NULL, lease_until = NULL WHERE holder = ?", (self.holder,))
         super().close()
-        self._commit(self._waiting_jobs())  # of threads that came too late: they are told so
+        self._commit()  # what came too late: who waits is told so
 
-    def _lease(self, execute: Callable[..., Any], run_id: str) -> tuple[str, float]:
-        """(holder or "", end of the lease) of a run; an error if there is no such run."""
-        row = execute("SELECT holder, lease_until FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+    def _find(self, execute: Callable[..., Any], run_id: str, free_for: str | None = None) -> dict[str, Any]:
+        """A run's `_COLUMNS`; an error if there is none or, if it is to be `free_for` a holder, another one has it."""
+        row = execute(_RUN_SQL, (run_id,)).fetchone()
         if row is None:
             raise OrchestratorError(f"{self.name} has no run {run_id!r}")
-        return str(row[0] or ""), float(row[1] or 0)
+        run = dict(zip(_COLUMNS, row))
+        if free_for is not None and run["holder"] != free_for and _is_alive(run["holder"], run["lease_until"]):
+            ending = f"its lease ends in {run['lease_until'] - time.time():.0f} s unless renewed"
+            raise OrchestratorError(f"run {run_id} is held by a running process, {run['holder']}; {ending}")
+        return run
 
-    def _events(self, execute: Callable[..., Any], run_id: str) -> Any:
-        sql = "SELECT number, time, kind, details, hash FROM audit WHERE run_id = ? ORDER BY number"
-        return execute(sql, (run_id,)).fetchall()
-
-    def _delete(self, execute: Callable[..., Any], run_ids: list[str]) -> None:
-        for table in ("steps", "audit", "runs"):
-            execute(f"DELETE FROM {table} WHERE run_id = ?", [(run_id,) for run_id in run_ids], many=True)
-        execute("DELETE FROM texts WHERE NOT EXISTS (SELECT 1 FROM runs WHERE text_hash = hash)")
+    def _list(self, condition: str, *parameters: Any) -> list[dict[str, Any]]:
+        with self._transaction(write=False) as execute:
+            rows = execute(f"SELECT {', '.join(_COLUMNS[:7])} FROM runs WHERE {condition}", parameters).fetchall()
+            return [_run_entry(dict(zip(_COLUMNS, row))) for row in rows]
 
     # The writer
 
@@ -9358,69 +9291,60 @@ class Store(_Database):
             raise (held and held.fault) or OrchestratorError(f"run {run_id} is not held: begin or claim it first")
         return held
 
-    def _take(self, held: _HeldRun, kind: str, about: Mapping[str, Any], rows: list[Any]) -> None:
-        if self._held.setdefault(held.run_id, held) is not held:
-            raise OrchestratorError(f"run {held.run_id} is held by a running process, this one")
-        try:
-            self._write_now(held, kind, about, rows)
-        except OrchestratorError:
-            self._held.pop(held.run_id, None)
-            raise
-
-    def _submit(self, held: _HeldRun | None, kind: str, about: Any, rows: list[Any], on_durable: Any = None) -> None:
-        """Queues rows for `_WRITES`, and an event about them, for the next commit."""
+    def _take(self, held: _HeldRun, kind: str, about: Mapping[str, Any], *rows: Any) -> None:
         self._check_open()
-        self._jobs.put((held, kind, about and _stored_json(about), rows, on_durable))
-        if self._writer is None:
-            with self._lock:
-                if self._writer is None:
-                    self._writer = threading.Thread(target=self._write, name="llm_orchestrator-store", daemon=True)
-                    self._writer.start()
-        if self._closed:  # in this moment
-            self._commit(self._waiting_jobs())
+        with self._lock:
+            known = self._held.get(held.run_id)
+            if known is not None and known.fault is None:
+                raise OrchestratorError(f"run {held.run_id} is held by a running process, this one")
+            self._held[held.run_id] = held
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write, name="llm_orchestrator-store", daemon=True)
+                self._writer.start()
+        user = next((os.environ[name] for name in ("USER", "LOGNAME", "USERNAME") if os.environ.get(name)), "unknown")
+        host, pid, _ = _process_name(os.getpid())
+        by = f"{user}@{host.partition('/')[0]} (process {pid})"
+        self._write_now(held, kind, {"by": by, **about}, rows)
 
-    def _write_now(self, held: _HeldRun | None, kind: str, about: Any, rows: list[Any]) -> None:
+    def _submit(self, held: _HeldRun | None, kind: str, about: Any, rows: Any, on_durable: Any = None) -> None:
+        """Queues rows for `_WRITES`, and an event about them, for the next commit."""
+        self._jobs.append((held, kind, about, rows, on_durable))
+        if not self._wake.is_set():
+            self._wake.set()
+        if self._closed:  # in this moment
+            self._commit()
+
+    def _write_now(self, held: _HeldRun | None, kind: str, about: Any, rows: Any) -> None:
         """Returns when this, and all before it, is durable."""
         import queue
-
         outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._submit(held, kind, about, rows, outcome.put)
-        error = outcome.get()
-        if error is not None:
+        self._submit(held, kind, about and _stored_json(about), rows, outcome.put)
+        if (error := outcome.get()) is not None:
             raise error
-
-    def _waiting_jobs(self) -> list[Any]:
-        import queue
-
-        jobs: list[Any] = []
-        with contextlib.suppress(queue.Empty):
-            while len(jobs) < 1000:
-                jobs.append(self._jobs.get_nowait())
-        return jobs
 
     def _write(self) -> None:
         """The writer's thread: what gathers while one commit is made goes into the next."""
-        import queue
+        is_last = False
+        while not is_last:
+            self._wake.wait(_HEARTBEAT_SECONDS)
+            self._wake.clear()
+            is_last = self._ending
+            self._commit()
 
-        jobs: list[Any] = []
-        while None not in jobs:
-            jobs = []
-            with contextlib.suppress(queue.Empty):
-                jobs = [self._jobs.get(timeout=_HEARTBEAT_SECONDS), *self._waiting_jobs()]
-            self._commit([job for job in jobs if job is not None])
-
-    def _commit(self, jobs: list[Any]) -> None:
-        """Makes one commit of jobs and tells those who wait for them."""
+    def _commit(self) -> None:
+        """Makes one commit of the jobs that wait, renews all leases when it is time, and tells those who wait."""
         with self._lock:
-            runs = {job[0] for job in jobs if job[0] is not None and job[0].fault is None}
-            beating = [run_id for run_id, held in self._held.items() if held.fault is None]
-            if time.monotonic() < self._next_heartbeat:
-                beating = []
+            jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
+            runs = {held for held, *_ in jobs if held is not None and held.fault is None}
+            known = list(self._held.values()) if time.monotonic() >= self._next_heartbeat else []
+            beating = {held for held in known if held.fault is None and held.holder == self.holder}
             try:
                 if runs or beating:
-                    self._write_rows(_gathered(jobs), beating)
-            except Exception as error:
-                fault = error if isinstance(error, OrchestratorError) else OrchestratorError(f"{self.name}: {error!r}")
+                    with self._transaction() as execute:
+                        self._write_rows(execute, jobs, runs | beating)
+                if beating:
+                    self._next_heartbeat = time.monotonic() + _HEARTBEAT_SECONDS
+            except OrchestratorError as fault:
                 for held in runs:
                     held.fault = fault
         for held, _, _, _, on_durable in jobs:
@@ -9428,92 +9352,42 @@ class Store(_Database):
                 with contextlib.suppress(Exception):  # one listener's fault is not the others'
                     on_durable(held and held.fault)
 
-    def _write_rows(self, by_run: Mapping[_HeldRun, dict[str, list[Any]]], beating: list[str]) -> None:
+    def _write_rows(self, execute: Callable[..., Any], jobs: list[Any], runs: Iterable[_HeldRun]) -> None:
+        """Renews the leases of runs and writes the rows of jobs, with one event for steps that follow each other."""
+        by_run: dict[_HeldRun, dict[str, list[Any]]] = {held: collections.defaultdict(list) for held in runs}
+        for held, kind, about, rows, _ in jobs:
+            if held not in by_run:
+                continue  # no run, or not ours any more
+            events = by_run[held]["event"]
+            for name, row in rows:
+                by_run[held][name].append(row)
+            if about is not None:
+                events.append((kind, about))
+                continue
+            if not events or isinstance(events[-1][1], str):
+                events.append((kind, {}))
+            events[-1][1][row[1]] = [row[2], _digest(row[3])]
         now = time.time()
-        with self._transaction() as execute:
-            for held, rows in by_run.items():
-                rows["renew"] = [(held.count, held.head, now, now + _LEASE_SECONDS, held.run_id, self.holder)]
-                for name, sql in _WRITES.items():
-                    if name in rows and execute(sql, rows[name], many=True).rowcount != 1 and name == "renew":
-                        held.fault = OrchestratorError(f"run {held.run_id} was deleted or taken by another process")
-                        break
-            if beating:
-                leases = [(now + _LEASE_SECONDS, run_id, self.holder) for run_id in beating]
-                execute("UPDATE runs SET lease_until = ? WHERE run_id = ? AND holder = ?", leases, many=True)
-                self._next_heartbeat = time.monotonic() + _HEARTBEAT_SECONDS
-
+        for held, writes in by_run.items():
+            events = writes["event"] = [held.event(kind, about if isinstance(about, str) else _stored_json(about), now)
+                                       for kind, about in writes["event"]]
+            lease = (now if events else None, self.holder, now + _LEASE_SECONDS, held.run_id, held.holder)
+            writes["renew"], held.holder = [(held.count, held.head, *lease)], self.holder
+            for name, sql in _WRITES.items():
+                if writes[name] and execute(sql, writes[name], many=True).rowcount != 1 and name == "renew":
+                    held.fault = OrchestratorError(f"run {held.run_id} was deleted or taken by another process")
+                    break
 
 SQLiteStore = Store
 
-
-def _gathered(jobs: list[Any]) -> dict[_HeldRun, dict[str, list[Any]]]:
-    """The rows of jobs for `_WRITES` by run, with those of the events: one for all steps that follow each other."""
-    by_run: dict[_HeldRun, dict[str, list[Any]]] = {}
-    events: dict[_HeldRun, list[tuple[str, Any]]] = collections.defaultdict(list)
-    for held, kind, about, rows, _ in jobs:
-        if held is None or held.fault is not None:
-            continue
-        writes = by_run.setdefault(held, collections.defaultdict(list))
-        for name, row in rows:
-            writes[name].append(row)
-        if kind != "steps":
-            events[held].append((kind, about))
-            continue
-        if not events[held] or events[held][-1][0] != "steps":
-            events[held].append(("steps", {}))
-        _, step_id, status, state = row
-        events[held][-1][1][step_id] = [status, _digest(state)]
-    for held, happened in events.items():
-        for kind, about in happened:
-            details = _stored_json(about) if kind == "steps" else about
-            by_run[held]["event"].append(held.event(kind, details, time.time()))
-    return by_run
-
-
-def _audit_problems(
-    run_id: str, events: Iterable[Any], steps: Iterable[Any], document: str, count: int, head: str, text_hash: str,
-    body: str | None, workflow: str, status: str,
-) -> Iterator[str]:  # fmt: skip
-    """Breaks in a run's chain of events, and where its row and its steps are not what the events tell."""
-    number, link = 0, _digest(run_id)
-    run: dict[str, Any] = {"status": "running"}
-    states: dict[str, Any] = {}
-    for found, moment, kind, details, hash in events:
-        if found != number + 1 or hash != _link(link, number + 1, moment, kind, details):
-            yield f"event {found} ({kind}) was changed or added, or the one before it was changed, removed or moved"
-        number, link = found, hash  # so that each fault is told once
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # of those, the chain tells
-            about = json.loads(details)
-            if kind == "steps_forgotten":
-                states = {step_id: states[step_id] for step_id in states if step_id not in about["step_ids"]}
-            elif kind == "steps":
-                states.update(about)
-            elif "document" in about:
-                run.update(about, status=run["status"] if kind in ("run_started", "run_changed") else kind[4:])
-    if (number, link) != (count, head):
-        yield f"the last event is number {number}, and not the one that was written as number {count}"
-    if text_hash and (body is None or _digest(json.loads(body)) != text_hash):
-        yield "the text of the workflow is not what was recorded"
-    now = {"workflow": workflow, "status": status, "document": _digest(document), "workflow_text": text_hash}
-    for name in now:
-        if now[name] != run.get(name):
-            yield f"the run's {name} is not what was recorded"
-    stored = {step_id: [step_status, _digest(state)] for step_id, step_status, state in steps}
-    for step_id in {**states, **stored}:
-        if states.get(step_id) != stored.get(step_id):
-            yield f"the state of step {step_id} is not what was recorded"
-
-
 class _Journal:
     """A run's side of its store, for one event loop: what is written down, and how much of it is durable."""
-
     def __init__(self, store: Any, run_id: str, loop: asyncio.AbstractEventLoop) -> None:
+        import asyncio
         self.store, self.run_id, self.loop = store, run_id, loop
-        self.written = self.durable = 0
+        self.written, self.woken, self.progress = 0, True, asyncio.Event()
+        self.landed: list[Any] = []  # for each step that was written, in order, None or what kept it out
         self.error: OrchestratorError | None = None
-        self.landed: collections.deque[OrchestratorError | None] = collections.deque()
-        self.delivering = False
-        self.waiting: list[tuple[int, asyncio.Future[None]]] = []
 
     def begin(self, workflow: Workflow, executor: WorkflowExecutor) -> None:
         """Writes down what is to be run."""
@@ -9524,8 +9398,7 @@ class _Journal:
     def step(self, result: StepResult) -> None:
         """Writes down how a step ended."""
         try:
-            state = {**result.to_dict(), "order": list(result.order)}
-            self.store.record(self.run_id, result.step_id, state, self.land)
+            self.store.record(self.run_id, result.step_id, {**result.to_dict(), "order": list(result.order)}, self.land)
             self.written += 1
         except OrchestratorError as error:
             self.error = self.error or error
@@ -9533,64 +9406,50 @@ class _Journal:
     def call(self, step_id: str, provider: str, request: Any, answer: Any) -> None:
         """Notes a call of a provider: hashes of what was asked and answered, not the texts."""
         asked, answered = _request_document(provider, request), _answer_document(answer, request.model)
-        names = ("input_tokens", "output_tokens", "tokens", "error")
-        used = {name: answered[name] for name in names if answered.get(name) is not None}
+        counted = ((name, answered.get(name)) for name in ("input_tokens", "output_tokens", "tokens", "error"))
+        used = {name: value for name, value in counted if value is not None}
         about = {"step_id": step_id, "provider": provider, "model": request.model, **used}
         self.store.note(self.run_id, "provider_call", {**about, "asked": _digest(asked), "answered": _digest(answered)})
 
     def land(self, error: OrchestratorError | None) -> None:
         """Called in the writer's thread, once for each step, in their order."""
+        if error is not None:
+            self.error = error
         self.landed.append(error)
-        if not self.delivering:
-            self.delivering = True
+        if not self.woken:
+            self.woken = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self.loop.call_soon_threadsafe(self.deliver)
-
-    def deliver(self) -> None:
-        self.delivering = False
-        while self.landed:
-            error = self.landed.popleft()
-            self.error, self.durable = self.error or error, self.durable + 1
-        waiting, self.waiting = self.waiting, []
-        for number, waiter in waiting:
-            if number > self.durable and self.error is None:
-                self.waiting.append((number, waiter))
-            elif not waiter.done():
-                waiter.set_result(None)
+                self.loop.call_soon_threadsafe(self.progress.set)
 
     async def barrier(self) -> None:
         """Returns when all that was written down until now is durable; raises what kept it out."""
-        if self.durable < self.written and self.error is None:
-            waiter = self.loop.create_future()
-            self.waiting.append((self.written, waiter))
-            await waiter
+        number, self.woken = self.written, False  # before each look at `landed`: what lands after it wakes the loop
+        while self.error is None and len(self.landed) < number:
+            self.progress.clear()
+            await self.progress.wait()
+            self.woken = False
         if self.error is not None:
             raise self.error
 
     def end(self, result: RunResult) -> None:
         """Writes down the outcome and gives the run back; what keeps it out becomes the result's error."""
-        waiting = [step_id for step_id, step in result.steps.items() if step.reason == "approval"]
-        names = ("outputs", "error", "usage", "duration_ms")
         try:
-            fields = {name: getattr(result, name) for name in names}
-            self.store.update(self.run_id, result.status, {**fields, "waiting": waiting}, release=True)
+            fields = {name: getattr(result, name) for name in ("outputs", "error", "usage", "duration_ms")}
+            fields["waiting"] = [step_id for step_id, step in result.steps.items() if step.reason == "approval"]
+            self.store.update(self.run_id, result.status, fields, release=True)
         except OrchestratorError as error:
             result.status, result.exception, result.error = "failed", error, _error_summary(error)
-
 
 def _workflow_text(executor: WorkflowExecutor) -> str:
     """A workflow and those that it calls, as YAML: what a run depends on besides its inputs. Made once for a plan."""
     kept = vars(executor.workflow._plan())
     if "text" not in kept:
-        called = executor._workflows(executor.workflow)
-        kept["text"] = "\n# ---- called\n".join(workflow.to_yaml() for workflow in called)
+        kept["text"] = "\n# ---- called\n".join(one.to_yaml() for one in executor._workflows(executor.workflow))
     return str(kept["text"])
-
 
 # ---- Requests by content: the cache, and record and replay -----------------------------------------------------------
 
 _SECRET_NAME = re.compile(r"api[-_]?key|authori[sz]ation|secret|password|credential|cookie|(^|[-_])token$", re.I)
-
 
 def _without_secrets(value: Any) -> Any:
     """A JSON value without the entries whose names say that they are keys."""
@@ -9598,22 +9457,18 @@ def _without_secrets(value: Any) -> Any:
         return {name: _without_secrets(item) for name, item in value.items() if not _SECRET_NAME.search(str(name))}
     return [_without_secrets(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-
 def _request_document(name: str, request: Any, provider: Any = None) -> dict[str, Any]:
     """What an answer depends on, as JSON without keys: the provider (by name, or what it is if given), the request."""
     kind = "completion" if hasattr(request, "messages") else "embedding"
     given = {key: value for key, value in vars(request).items() if value not in (None, {}, [])}
     asked = {key: value for key, value in given.items() if key not in ("on_text", "stream")}
-    source: dict[str, Any] = {"provider": name}
-    if provider is not None:
-        options = {key: value for key, value in getattr(provider, "options", {}).items() if value is not None}
-        options = _without_secrets(options)
-        named = getattr(provider, "TYPE", None) or getattr(provider, "__qualname__", type(provider).__qualname__)
-        source = {"provider": named, "base_url": getattr(provider, "base_url", None), "options": options}
-    if "params" in asked:
-        asked["params"] = _without_secrets(asked["params"])
-    return {"kind": kind, **source, **asked}
-
+    asked = {key: _without_secrets(value) if key == "params" else value for key, value in asked.items()}
+    if provider is None:
+        return {"kind": kind, "provider": name, **asked}
+    options = {key: value for key, value in getattr(provider, "options", {}).items() if value is not None}
+    named = getattr(provider, "TYPE", None) or getattr(provider, "__qualname__", type(provider).__qualname__)
+    address = getattr(provider, "base_url", None)
+    return {"kind": kind, "provider": named, "base_url": address, "options": _without_secrets(options), **asked}
 
 def _answer_document(answer: Any, model: str = "") -> dict[str, Any]:
     """A response, a text that stands for one, or an error of the ProviderError family, as JSON; {} for others."""
@@ -9623,36 +9478,25 @@ def _answer_document(answer: Any, model: str = "") -> dict[str, Any]:
         return {"error": {"type": type(answer).__name__, "message": str(answer), **vars(answer)}}
     return dict(vars(CompletionResponse(answer, model))) if isinstance(answer, str) else {}
 
-
 def _answer_from(kind: str, document: Mapping[str, Any]) -> Any:
     """The response to a completion or embedding that `_answer_document` wrote down; an error is raised."""
     if "error" not in document:
         answer: Any = CompletionResponse("") if kind == "completion" else EmbeddingResponse([])
         vars(answer).update(document)
         return answer
-    known = {error.__name__: error for error in ProviderError.__subclasses__()}
-    fault = dict(document["error"])
+    known, fault = {error.__name__: error for error in ProviderError.__subclasses__()}, dict(document["error"])
     error = known.get(fault.pop("type"), ProviderError)(fault.pop("message"))
     vars(error).update(fault)
     raise error
 
-
 class ResponseCache(_Database):
-    """Answers by the content of their requests, in one SQLite file that threads and processes share.
-
-    A request is kept as its hash only. An answer older than `max_age_seconds` is not given out. When the answers
-    together exceed `max_bytes`, those go that were not asked for the longest. A failing cache only warns in the log.
-    """
-
+    """Answers by the content of their requests, in one SQLite file that threads and processes share. A request is kept
+    as its hash only. An answer older than `max_age_seconds` is not given out. When the answers together exceed
+    `max_bytes`, those go that were not asked for the longest. A failing cache only warns in the log."""
     APPLICATION_ID = 0x4C4C4D43
-    SCHEMA = (
-        """
+    SCHEMA = ("""
         CREATE TABLE answers (hash TEXT PRIMARY KEY, answer TEXT, size INTEGER, stored_at REAL, used_at REAL);
-        CREATE INDEX answers_by_use ON answers (used_at);
-        CREATE TABLE total (size INTEGER);
-        INSERT INTO total VALUES (0)
-        """,
-    )
+        CREATE INDEX answers_by_use ON answers (used_at, size)""",)
 
     def __init__(
         self, path: str | os.PathLike[str], max_age_seconds: float | None = None, max_bytes: int | None = None
@@ -9660,23 +9504,22 @@ class ResponseCache(_Database):
         super().__init__(path)
         self.max_age_seconds, self.max_bytes = math.inf if max_age_seconds is None else max_age_seconds, max_bytes
         with self._transaction() as execute:
-            self._drop(execute, "stored_at < ?", time.time() - self.max_age_seconds)
+            execute("DELETE FROM answers WHERE stored_at < ?", (time.time() - self.max_age_seconds,))
 
     def recall(self, name: str, provider: Any, request: Any) -> Any:
         """The answer that was kept for the request, marked as `cached` in its metadata; None if there is none."""
-        document, now = _request_document(name, request, provider), time.time()
+        document, now, answer = _request_document(name, request, provider), time.time(), None
         with self._forgiving():
             key, sql = _digest(document), "SELECT answer FROM answers WHERE hash = ? AND stored_at >= ?"
             with self._transaction(write=False) as execute:
                 row = execute(sql, (key, now - self.max_age_seconds)).fetchone()
                 answer = _answer_from(document["kind"], json.loads(row[0])) if row else None
             if answer is not None:
-                with self._forgiving(), self._transaction() as execute:
-                    execute("UPDATE answers SET used_at = ? WHERE hash = ?", (now, key))
                 if document["kind"] == "completion":
                     answer.metadata["cached"] = True
-            return answer
-        return None
+                with self._transaction() as execute:
+                    execute("UPDATE answers SET used_at = ? WHERE hash = ?", (now, key))
+        return answer
 
     def keep(self, name: str, provider: Any, request: Any, answer: Any) -> None:
         """Keeps a provider's answer, in place of an older one to the same request; errors are not kept."""
@@ -9685,11 +9528,11 @@ class ResponseCache(_Database):
             return
         with self._forgiving(), self._transaction() as execute:
             key, text = _digest(_request_document(name, request, provider)), _stored_json(document)
-            self._drop(execute, "hash = ?", key)
+            execute("DELETE FROM answers WHERE hash = ?", (key,))
             execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?)", (key, text, len(text), now, now))
-            execute("UPDATE total SET size = size + ?", (len(text),))
-            while self.max_bytes is not None and execute("SELECT size FROM total").fetchone()[0] > self.max_bytes:
-                self._drop(execute, "hash = (SELECT hash FROM answers ORDER BY used_at LIMIT ?)", 1)
+            total = "SELECT COALESCE(SUM(size), 0) FROM answers"
+            while self.max_bytes is not None and execute(total).fetchone()[0] > self.max_bytes:
+                execute("DELETE FROM answers WHERE hash = (SELECT hash FROM answers ORDER BY used_at LIMIT 1)")
 
     @contextlib.contextmanager
     def _forgiving(self) -> Iterator[None]:
@@ -9698,22 +9541,15 @@ class ResponseCache(_Database):
         except OrchestratorError as error:
             _logger().warning("the cache is not used: %s", error)
 
-    def _drop(self, execute: Callable[..., Any], condition: str, value: Any) -> None:
-        gone = f"(SELECT COALESCE(SUM(size), 0) FROM answers WHERE {condition})"
-        execute(f"UPDATE total SET size = size - {gone}", (value,))
-        execute(f"DELETE FROM answers WHERE {condition}", (value,))
-
-
 class Cassette:
     """Requests and their answers as JSON lines {"request", "response"}: written anew, or answered from."""
 
     def __init__(self, path: str, replay: bool) -> None:
-        self.path, self.replays, self.lock, self.file = path, replay, threading.Lock(), None
+        self.path, self.replays, self.lock = path, replay, threading.Lock()
         self.answers: dict[str, collections.deque[Any]] = {}  # request as JSON -> answers not given yet, in their order
+        opener = functools.partial(os.open, mode=0o600)
         try:
-            if not replay:
-                mode = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
-                self.file = os.fdopen(os.open(path, mode, 0o600), "w", encoding="ascii")
+            self.file = None if replay else open(path, "w", encoding="ascii", opener=opener)  # noqa: SIM115
         except OSError as error:
             raise OrchestratorError(f"{path}: cannot be written: {error.strerror}") from None
         for number, line in enumerate(_read_file(path).splitlines() if replay else (), 1):
@@ -9739,29 +9575,24 @@ class Cassette:
                     raise OrchestratorError(f"{self.path}: cannot be written: {error}") from None
 
     def recall(self, name: str, provider: Any, request: Any) -> Any:
-        """The next recorded answer to the same request; None while recording. What was recorded as an error is raised.
-
-        An ExecutionError shows the nearest recorded request if there is no answer to this one.
-        """
+        """The next recorded answer to the same request; None while recording. A recorded error is raised; without an
+        answer, an ExecutionError shows the nearest recorded request."""
         if not self.replays:
             return None
         document = _request_document(name, request)
         key = _stored_json(document, sort_keys=True)
         with self.lock:
-            answer = self.answers[key].popleft() if self.answers.get(key) else None
-        if answer is None:
-            reason = "it was recorded, but not as often" if key in self.answers else self._nearest(key)
-            raise ExecutionError(f"{self.path} has no answer to this request: {reason}")
-        return _answer_from(document["kind"], answer)
+            if self.answers.get(key):
+                return _answer_from(document["kind"], self.answers[key].popleft())
+        reason = "it was recorded, but not as often" if key in self.answers else self._nearest(key)
+        raise ExecutionError(f"{self.path} has no answer to this request: {reason}")
 
     def _nearest(self, key: str) -> str:
         """How the request differs from the recorded one that has most words in common with it."""
         words = set(re.findall(r"\w+", key))
-
         def likeness(recorded: str) -> float:
             others = set(re.findall(r"\w+", recorded))
             return len(words & others) / (len(words | others) or 1)
-
         if not self.answers:
             return "nothing is recorded"
         nearest = max(self.answers, key=likeness)
@@ -9771,7 +9602,6 @@ class Cassette:
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 15. Events, logging, metrics

@@ -195,6 +195,30 @@ def test_a_failing_listener_harms_nobody_else(store: SQLiteStore) -> None:
 # ---- Leases ----------------------------------------------------------------------------------------------------------
 
 
+def test_of_many_that_claim_a_run_at_once_one_gets_it(path: str) -> None:
+    with contextlib.ExitStack() as opened:
+        stores = [opened.enter_context(SQLiteStore(path)) for _ in range(4)]
+        finished(stores[0], "r1", {})
+        for _ in range(15):
+            claimed: list[SQLiteStore] = []
+            together = threading.Barrier(8)
+
+            def claim(store: SQLiteStore, claimed: Any = claimed, together: Any = together) -> None:
+                together.wait()
+                with contextlib.suppress(OrchestratorError):
+                    store.claim("r1")
+                    claimed.append(store)
+
+            threads = [threading.Thread(target=claim, args=(store,)) for store in stores * 2]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(claimed) == 1
+            claimed[0].update("r1", "completed", release=True)
+            assert stores[0].verify("r1") == []
+
+
 def test_a_run_is_written_by_one_process_at_a_time(store: SQLiteStore, path: str) -> None:
     store.begin(RUN)
     with SQLiteStore(path) as other:
@@ -314,6 +338,32 @@ def test_a_forked_process_is_told_to_open_the_store_itself(store: SQLiteStore) -
         os._exit(outcome)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     store.update("r1", "completed", release=True)
+
+
+def test_a_process_that_is_forked_during_a_commit_does_not_hang(store: SQLiteStore) -> None:
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    held, let_go = threading.Event(), threading.Event()
+
+    def commit() -> None:
+        with store._lock:
+            held.set()
+            let_go.wait(20)
+
+    thread = threading.Thread(target=commit)
+    thread.start()
+    held.wait(20)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        for call in (store.runs, lambda: store.begin(RUN), lambda: store.claim("r1"), store.close):
+            with contextlib.suppress(OrchestratorError):
+                call()
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    let_go.set()
+    thread.join()
+    assert status == 0
 
 
 def test_many_processes_share_one_file(path: str) -> None:
@@ -804,6 +854,15 @@ def test_verify_finds_a_change_of(store: SQLiteStore, path: str, statements: str
     assert store.verify("r1")
 
 
+def test_a_note_of_any_kind_harms_no_run(store: SQLiteStore) -> None:
+    store.begin(RUN)
+    store.note("r1", "steps", {})
+    store.record("r1", "a", DONE)
+    store.note("r1", "steps_forgotten", {"step_ids": None})
+    store.update("r1", "completed", release=True)
+    assert store.verify("r1") == []
+
+
 def test_the_trail_says_who_started_the_run_and_what_was_asked(store: SQLiteStore, monkeypatch: Any) -> None:
     monkeypatch.setenv("USER", "alice")
     store.begin(RUN)
@@ -863,6 +922,23 @@ def test_pruning_spares_the_young_the_running_and_the_paused(store: SQLiteStore,
     connection = sqlite3.connect(path)
     assert connection.execute("SELECT DISTINCT run_id FROM steps ORDER BY 1").fetchall() == [("paused",), ("young",)]
     connection.close()
+
+
+def test_pruning_deletes_no_run_that_was_claimed_meanwhile(store: SQLiteStore, path: str, monkeypatch: Any) -> None:
+    finished(store, "r1", {"a": DONE})
+    found = store._list
+    with SQLiteStore(path) as other:
+
+        def found_and_then_claimed(*condition: Any) -> list[dict[str, Any]]:
+            entries = found(*condition)
+            other.claim("r1")
+            return entries
+
+        monkeypatch.setattr(store, "_list", found_and_then_claimed)
+        with pytest.raises(OrchestratorError, match="held by a running process"):
+            store.prune(0)
+        other.update("r1", "completed", release=True)
+        assert other.verify("r1") == []
 
 
 @pytest.mark.slow
@@ -1000,7 +1076,7 @@ def test_the_size_of_a_cache_is_the_sum_of_its_answers_and_within_the_limit(step
         for put, number, size in steps:
             keep(cache, number, "x" * size) if put else recall(cache, number)
             with cache._transaction() as execute:
-                total = execute("SELECT size FROM total").fetchone()[0]
+                total = execute("SELECT COALESCE(SUM(size), 0) FROM answers").fetchone()[0]
                 assert total == execute("SELECT COALESCE(SUM(LENGTH(answer)), 0) FROM answers").fetchone()[0] <= 3000
 
 
@@ -1176,7 +1252,7 @@ def test_other_ages_are_refused(text: Any) -> None:
 
 def test_a_workflow_s_hash_is_that_of_its_meaning() -> None:
     texts = ["name: a\nsteps: [{id: x, type: llm}]", "# hi\nsteps:\n- type: llm\n  id: 'x'\nname: a", "name: b\nsteps: []"]
-    first, same, other = (engine._workflow_hash(engine.load_yaml(text)) for text in texts)
+    first, same, other = (engine._digest(engine.load_yaml(text)) for text in texts)
     assert first == same
     assert first != other
 
