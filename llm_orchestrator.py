@@ -7998,7 +7998,7 @@ class _StepRun:
             except ProviderError as error:
                 answer = error
             if run.journal is not None:
-                run.journal.call(self.id, name, request, answer)
+                run.journal.call(self.id, name, request, answer, run.executor.audit_texts)
             for keeper in keepers:
                 await self.threaded(keeper.keep, name, provider, request, answer)
             if isinstance(answer, ProviderError):
@@ -8502,7 +8502,7 @@ class WorkflowExecutor:
         tools: Mapping[str, Callable[..., Any]] | None = None, vector_stores: Mapping[str, Any] | None = None,
         on_event: Callable[[dict[str, Any]], None] | None = None, offline: bool = False,
         output_folder: str | os.PathLike[str] = "output", streaming: bool = False, store: Any = None,
-        cache: Any = None, cassette: Any = None,
+        cache: Any = None, cassette: Any = None, audit_texts: bool = False,
     ) -> None:  # fmt: skip
         if not isinstance(workflow, Workflow):
             raise ValidationError(f"workflow must be a Workflow, not {type(workflow).__name__}")
@@ -8516,6 +8516,7 @@ class WorkflowExecutor:
         self.actions, self.transforms, self.tools = dict(actions or {}), dict(transforms or {}), dict(tools or {})
         self.on_event, self.offline, self.output_folder = on_event, offline, os.fspath(output_folder)
         self.streaming, self.store, self.cache, self.cassette = streaming, store, cache, cassette
+        self.audit_texts = audit_texts  # whether a store's audit trail gets prompts and answers, not their hashes alone
         self.launch: dict[str, Any] = {}  # what a store should know of how the run was started
         self.result: RunResult | None = None  # of the latest run, also when that was cancelled
         self._built: dict[tuple[Any, str], Any] = {}  # providers made here, by the workflow that sets them up and name
@@ -9403,12 +9404,13 @@ class _Journal:
         except OrchestratorError as error:
             self.error = self.error or error
 
-    def call(self, step_id: str, provider: str, request: Any, answer: Any) -> None:
-        """Notes a call of a provider: hashes of what was asked and answered, not the texts."""
+    def call(self, step_id: str, provider: str, request: Any, answer: Any, texts: bool) -> None:
+        """Notes a call of a provider: hashes of what was asked and answered, the texts only if they are wanted."""
         asked, answered = _request_document(provider, request), _answer_document(answer, request.model)
         counted = ((name, answered.get(name)) for name in ("input_tokens", "output_tokens", "tokens", "error"))
         used = {name: value for name, value in counted if value is not None}
         about = {"step_id": step_id, "provider": provider, "model": request.model, **used}
+        about.update({"request": asked, "response": answered} if texts else {})
         self.store.note(self.run_id, "provider_call", {**about, "asked": _digest(asked), "answered": _digest(answered)})
 
     def land(self, error: OrchestratorError | None) -> None:
@@ -9806,6 +9808,9 @@ _RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--print", {"dest": "path", "metavar": "PATH", "help": "print one value, raw: outputs.x, steps.a.text, status"}),
     ("-o --out", {"metavar": "FILE", "help": "write the result there instead of to stdout"}),
     ("--cache", {"metavar": "FILE", "help": "answer repeated calls from this SQLite file, and keep new answers there"}),
+    ("--cache-max-age", {"metavar": "AGE", "help": "cache: answers older than this, such as 7d, are asked anew"}),
+    ("--cache-max-mb", {"type": float, "metavar": "N", "help": "cache: the least used answers go beyond this size"}),
+    ("--audit-texts", {"action": "store_true", "help": "store: prompts and answers go into the audit, not hashes alone"}),
     ("--record", {"metavar": "FILE", "help": "write the calls of providers and their answers to this file"}),
     ("--replay", {"metavar": "FILE", "help": "answer the calls of providers from a file that --record wrote"}),
     ("--batch", {"metavar": "FILE", "help": "run once a line, a JSON object of inputs; --out takes the results"}),
@@ -9990,10 +9995,15 @@ def _make_executor(
         raise OrchestratorError("--record and --replay exclude each other")
     tape = options.record or options.replay
     cassette = opened.enter_context(contextlib.closing(Cassette(tape, bool(options.replay)))) if tape else None
-    cache = opened.enter_context(contextlib.closing(ResponseCache(options.cache))) if options.cache else None
+    cache = None
+    if options.cache:
+        age = None if options.cache_max_age is None else _parse_age(options.cache_max_age)
+        size = None if options.cache_max_mb is None else int(options.cache_max_mb * 1e6)
+        cache = opened.enter_context(contextlib.closing(ResponseCache(options.cache, age, size)))
     executor = WorkflowExecutor(
         workflow, inputs, max_concurrency=options.max_concurrency, offline=options.offline, streaming=options.stream,
         output_folder=options.output_dir or "output", on_event=on_event, store=store, cache=cache, cassette=cassette,
+        audit_texts=options.audit_texts,
         **_load_plugins(options.plugin or []),
     )  # fmt: skip
     executor.launch = {name: getattr(options, name) for name in _LAUNCH_OPTIONS}
@@ -10017,7 +10027,7 @@ def _run_batch(
     return 128 + received[0] if received else _EXIT_FAILED if batch.failed else _EXIT_COMPLETED
 
 
-_LAUNCH_OPTIONS = ("plugin", "offline", "max_concurrency", "output_dir")  # that a resumed run takes over
+_LAUNCH_OPTIONS = ("plugin", "offline", "max_concurrency", "output_dir", "audit_texts")  # that a resumed run takes over
 
 
 def _open_store(options: argparse.Namespace, opened: contextlib.ExitStack, needed: bool = False) -> Any:

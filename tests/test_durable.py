@@ -502,3 +502,21 @@ def test_the_pytest_example_passes() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(example)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_audit_holds_prompts_and_answers_only_if_they_are_wanted(store: SQLiteStore, wanted: bool) -> None:
+    workflow = Workflow("t", [ask("a", "a private prompt")])
+    run_id = WorkflowExecutor(workflow, providers={"p": Model()}, store=store, audit_texts=wanted).run().run_id
+    calls = [event["details"] for event in store.audit(run_id) if event["kind"] == "provider_call"]
+    assert len(calls) == 1 and len(calls[0]["asked"]) == 64
+    assert ("a private prompt" in json.dumps(calls)) is wanted
+    assert store.verify(run_id) == []
+
+
+def test_a_cache_has_an_age_and_a_size_limit_on_the_command_line(program: Program) -> None:
+    program.write("wf.yaml", FAILING.split("  - {id: b")[0])
+    for arguments, calls in ((), 1), ((), 0), (("--cache-max-age", "1h"), 0), (("--cache-max-mb", "0.00001"), 0):
+        done = program.run("run", "wf.yaml", "--cache", "c.db", "--print", "usage.calls", "-q", *arguments)
+        assert done.stdout == f"{calls}\n"
+    assert program.run("run", "wf.yaml", "--cache", "c.db", "--cache-max-age", "soon").returncode == 2
