@@ -9810,7 +9810,7 @@ _RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--cache", {"metavar": "FILE", "help": "answer repeated calls from this SQLite file, and keep new answers there"}),
     ("--cache-max-age", {"metavar": "AGE", "help": "cache: answers older than this, such as 7d, are asked anew"}),
     ("--cache-max-mb", {"type": float, "metavar": "N", "help": "cache: the least used answers go beyond this size"}),
-    ("--audit-texts", {"action": "store_true", "help": "store: prompts and answers go into the audit, not hashes alone"}),
+    ("--audit-texts", {"action": "store_true", "help": "store: the audit gets prompts and answers, not only hashes"}),
     ("--record", {"metavar": "FILE", "help": "write the calls of providers and their answers to this file"}),
     ("--replay", {"metavar": "FILE", "help": "answer the calls of providers from a file that --record wrote"}),
     ("--batch", {"metavar": "FILE", "help": "run once a line, a JSON object of inputs; --out takes the results"}),
