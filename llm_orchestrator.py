@@ -275,20 +275,15 @@ class ContextLengthError(ProviderError):
 # 3. YAML and JSON: text or bytes come in, plain values go out: dict, list, str, int, float, bool, None.
 # Each text is read exactly as YAML 1.2 (core schema) or JSON defines it, or refused with a ParseError at its place,
 # in linear time. The reader is a recursive descent over (text, position); regular expressions find where things end.
+# Those that not every text needs are compiled when they are used, once: `re` keeps them.
 # ---------------------------------------------------------------------------------------------------------------------
 _MAX_DEPTH = 100  # collections within collections
 _MAX_DIGITS = 3500  # characters of a whole number: int() is quadratic, and str() of newer Pythons refuses 4300 digits
 _MAX_KEY = 1024  # characters of a key up to its colon, by the specification
 _MAX_EXPANSION = 1_000_000  # nodes reached through aliases; a text counts one more for every 100 characters
-
 _USUAL = bytes(range(32, 127)) + b"\t\n"
-_CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # refused anywhere
-_ODD = re.compile("[\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")  # allowed in quotes only
-_BYTE_ORDER_MARKS = (
-    (b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be"),
-    (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"),
-)  # fmt: skip
-
+_BYTE_ORDER_MARKS = ((b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be"), (b"\xff\xfe", "utf-16-le"),
+                     (b"\xfe\xff", "utf-16-be"))
 # The expressions repeat character sets and never groups, except over a bounded stretch: a repeated group costs memory
 # for each round. The text ends with a newline, so that `text[position + 1]` is there for every character of a line.
 _FIRST = r"""[^ \t\n\-?:,\[\]{}#&*!|>'"%@`]"""  # starts a plain scalar wherever it stands
@@ -296,86 +291,56 @@ _WORD, _QUOTED = r"([A-Za-z_][\w.-]{0,1000})", r""""([^"\\\n]*)"|'([^'\n]*)'"""
 _VALUE = rf"(?:(-?{_FIRST}(?:[^:#\n]*[^:#\n \t])?)|{_QUOTED})(?:[ \t]+#[^\n]*|[ \t]*)\n( *)(?=[^ \t\n#])"
 # What nearly all lines are: `key: value` or the `key:` of what follows, and `- value`; in a flow collection: `value` or
 # `key: value` before a comma or bracket, or before another collection.
-_SIMPLE_ENTRY = re.compile(rf"{_WORD}:(?: +{_VALUE}|(?=[ \t\n]))").match
-_SIMPLE_ITEM = re.compile(rf"- +{_VALUE}").match
-_SIMPLE_FLOW = re.compile(
-    rf"""(?:{_WORD}: +|"([^"\\\n]*)" *: *)?"""
-    rf"(?:(?:(-?{_FIRST}(?:[^:#,\[\]{{}}\n]*[^:#,\[\]{{}}\n \t])?)|{_QUOTED}) *(?=[,\]}}])|(?=[\[{{]))"
-).match
+_SIMPLE_ENTRY, _SIMPLE_ITEM = rf"{_WORD}:(?: +{_VALUE}|(?=[ \t\n]))", rf"- +{_VALUE}"
+_SIMPLE_FLOW = (rf"""(?:{_WORD}: +|"([^"\\\n]*)" *: *)?(?:(?:(-?{_FIRST}(?:[^:#,\[\]{{}}\n]*[^:#,\[\]{{}}\n \t])?)"""
+                rf"|{_QUOTED}) *(?=[,\]}}])|(?=[\[{{]))")
 _NEXT_LINE = re.compile(r"(?:#[^\n]*)?\n( *)(?=[^ \t\n#])").match
-_NO_GROUPS = (None,) * 5
-_NEVER = re.compile("(?!)").match
-
 _BLOCK_PLAIN = re.compile(rf"{_FIRST}|[-?:](?=[^ \t\n])").match
 _BLOCK_STOP = re.compile(r"\n|:(?=[ \t\n])|(?<=[ \t])#").search
 _FLOW_PLAIN = re.compile(rf"{_FIRST}|[-?:](?=[^ \t\n,\[\]{{}}])").match
 _FLOW_STOP = re.compile(r"[\n,\[\]{}]|:(?=[ \t\n,\[\]{}])|(?<=[ \t])#").search
 _SIMPLE_KEY = re.compile(rf"{_WORD}:(?=[ \t\n])").match
-_KEY = re.compile(  # any implicit key of a block mapping; matched over _MAX_KEY characters at most
-    rf"""(?P<properties>(?:[&!][^ \t\n]*[ \t]+)*)
+_KEY = rf"""(?x)(?P<properties>(?:[&!][^ \t\n]*[ \t]+)*)  # any implicit key of a block mapping; over _MAX_KEY at most
     (?:\*[^ \t\n,\[\]{{}}]+(?=[ \t\n]) | "[^"\\\n]*(?:\\.[^"\\\n]*)*" | '[^'\n]*(?:''[^'\n]*)*'
       |(?P<plain>(?:(?:{_FIRST}|[-?:](?=[^ \t\n]))[^:\#\n]*(?:(?::(?=[^ \t\n])|(?<![ \t])\#)[^:\#\n]*)*)?))
-    [ \t]*:(?=[ \t\n])""",
-    re.VERBOSE,
-).match
+    [ \t]*:(?=[ \t\n])"""
 _DASH, _QUESTION, _COLON = ("- ", "-\n", "-\t"), ("? ", "?\n", "?\t"), (": ", ":\n", ":\t")
-_SPACES: Callable[..., re.Match[str]] = re.compile(" *").match  # type: ignore[assignment]  # these four match always
-_WHITE: Callable[..., re.Match[str]] = re.compile(r"[ \t]*").match  # type: ignore[assignment]
-_BLANK: Callable[..., re.Match[str]] = re.compile(r"[ \t\n]*").match  # type: ignore[assignment]
-_EMPTY_LINES: Callable[..., re.Match[str]] = re.compile(r"[ \n]*").match  # type: ignore[assignment]
-_PROPERTY = re.compile(r"(?:&[^ \t\n,\[\]{}]+|!<[^ \t\n>]*>|![^ \t\n,\[\]{}]*)(?=[ \t\n,\]}])").match
-# The end of a text in quotes is such a match of odd length: otherwise the quote at its end is escaped.
-_CLOSING = {'"': re.compile(r'(?<!\\)\\*"').search, "'": re.compile("'+").search}
-_ALIAS = re.compile(r"\*([^ \t\n,\[\]{}]+)").match
+_RUNS: Any = (re.compile(f"[{characters}]*").match for characters in (" ", " \t", " \t\n", " \n"))  # match always
+_SPACES, _WHITE, _BLANK, _EMPTY_LINES = _RUNS
+_PROPERTY = r"(?:&[^ \t\n,\[\]{}]+|!<[^ \t\n>]*>|![^ \t\n,\[\]{}]*)(?=[ \t\n,\]}])"
 _BLOCK_HEADER = re.compile(r"[|>](?:([1-9])?([-+])?|([-+])([1-9]))(?:[ \t]+(?:#[^\n]*)?)?\n").match
-_PROLOGUE = re.compile(
-    r"(%YAML)[ \t]+1\.[0-9]+(?=[ \t\n])|(%)(?!(?:YAML|TAG)[ \t\n])[^ \t\n][^\n]*|\.\.\.(?=[ \t\n])"
-).match
-_DOCUMENT_START, _DOCUMENT_END = re.compile(r"---(?=[ \t\n])").match, re.compile(r"\n(?:---|\.\.\.)(?=[ \t\n])").search
-_BREAKS = re.compile(r"(?<![ \t])[ \t]*\n[ \t\n]*")  # of a text on several lines, with the blanks around them
-_ESCAPED = (
-    r"\\(?:u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})"
-    r"|(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))|([^\n]))"
-)
-_ESCAPE = re.compile(_ESCAPED)
-_ESCAPE_OR_BREAKS = re.compile(rf"\\\n[ \t\n]*|(?:\\[ \t]|(?<![ \t]))[ \t]*\n[ \t\n]*|{_ESCAPED}")
+_line_below = functools.lru_cache(maxsize=64)(  # finds the break before the first line with content indented by less
+    lambda indent: re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search)
+_PROLOGUE = r"(%YAML)[ \t]+1\.[0-9]+(?=[ \t\n])|(%)(?!(?:YAML|TAG)[ \t\n])[^ \t\n][^\n]*|\.\.\.(?=[ \t\n])"
+_BREAKS = r"(?<![ \t])[ \t]*\n[ \t\n]*"  # of a text on several lines, with the blanks around them
+_ESCAPE = (r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+           r"|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[^\n])")
+_ESCAPE_OR_BREAKS = rf"\\\n[ \t\n]*|(?:\\[ \t]|(?<![ \t]))[ \t]*\n[ \t\n]*|{_ESCAPE}"
 _ESCAPES = dict(zip('0abtnvfre "/\\N_LP\t', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029\t'))
-
-_YAML_WORDS: dict[str, Any] = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
-    **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), float("inf")),
-    **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), float("-inf")),
-    **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
-}
+_YAML_WORDS: dict[str, Any] = {word: value for words, value in (
+    ("~ null Null NULL", None), ("true True TRUE", True), ("false False FALSE", False), (".nan .NaN .NAN", math.nan),
+    (".inf .Inf .INF +.inf +.Inf +.INF", math.inf), ("-.inf -.Inf -.INF", -math.inf)) for word in words.split()}
+_YAML_WORDS[""] = None
 _NOT_TEXT = frozenset("0123456789+-.~tTfFnN")  # the first characters of all plain scalars that are not text
 _YAML_NUMBER = re.compile(
-    r"([-+]?[0-9]+)|(0o[0-7]+)|(0x[0-9a-fA-F]+)|[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-).fullmatch
-_TAGS: dict[str, type] = {  # object stands for the tag of what is not resolved, whatever its kind
-    "!!null": type(None), "!!bool": bool, "!!int": int, "!!float": float, "!!str": str, "!!seq": list, "!!map": dict,
-    "!": object,
-}  # fmt: skip
-_HALF = re.compile("[\ud800-\udfff]").search
+    r"([-+]?[0-9]+)|(0o[0-7]+)|(0x[0-9a-fA-F]+)|[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?").fullmatch
+_TAGS = {"!!null": type(None), "!!bool": bool, "!!int": int, "!!float": float, "!!str": str, "!!seq": list,
+         "!!map": dict, "!": object}  # "!" is the tag of what is not resolved, whatever its kind
 _COMPLEX_KEY = "a key that is a list or a mapping is not supported"
 _MERGE = object()  # stands for the key `<<` while its mapping is read
-
 
 def load_yaml(text: str | bytes) -> Any:
     """The value of a YAML 1.2 document (core schema); None for an empty one. JSON text is YAML too.
 
-    Bytes are UTF-8, or UTF-16 or UTF-32 with a byte order mark. Raises ParseError for everything that is not exactly
-    one such document, and for what is refused: tags outside the core schema, %TAG, complex keys, duplicate keys, tabs
-    before the content of a block line, nesting deeper than 100, whole numbers of more than 3500 digits, aliases that
-    expand to more than a million nodes.
+    Bytes are UTF-8, or UTF-16 or UTF-32 with a byte order mark. Raises ParseError for all but exactly one document, and
+    for other tags, %TAG, complex and duplicate keys, tabs that indent block lines, nesting deeper than 100, whole
+    numbers of more than 3500 digits, and aliases that expand to more than a million nodes.
     """
     text = _decoded(text)
     try:
         return _YamlReader(text).document()
     except RecursionError:
         raise ParseError("nested too deeply for the stack that is left", text) from None
-
 
 def _load_json(text: str | bytes) -> Any:
     """The value of a JSON text (RFC 8259) under the limits of `load_yaml`; raises ParseError."""
@@ -393,28 +358,21 @@ def _load_json(text: str | bytes) -> Any:
         raise ParseError(str(error), text) from None
     return value
 
-
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(mapping := dict(pairs)) < len(pairs):
         raise ValueError("duplicate key")
     return mapping
 
-
 def _too_deep(value: Any) -> bool:
-    """Whether collections nest deeper than a document may."""
     level: list[Any] = [[value]]
     for _ in range(_MAX_DEPTH + 1):
         children = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
         level = [child for child in children if isinstance(child, (dict, list))]
-        if not level:
-            return False
-    return True
-
+    return bool(level)
 
 def _positions(text: str) -> dict[tuple[str | int, ...], tuple[int, int]]:
-    """The (line, column), from 1, of each mapping key and list item, by path such as ("steps", 1, "prompt").
-
-    For YAML and JSON text. Never raises: where the text cannot be read, it has the places up to there.
+    """The (line, column), from 1, of each key and item of YAML or JSON text, by path such as ("steps", 1, "prompt").
+    Never raises: where the text cannot be read, it has the places up to there.
     """
     marks: dict[tuple[str | int, ...], int] = {}
     with contextlib.suppress(ParseError, RecursionError):
@@ -423,7 +381,6 @@ def _positions(text: str) -> dict[tuple[str | int, ...], tuple[int, int]]:
     starts = [0, *(newline.end() for newline in re.finditer("\n", text))]
     lines = {path: bisect_right(starts, position) for path, position in marks.items()}
     return {path: (line, marks[path] - starts[line - 1] + 1) for path, line in lines.items()}
-
 
 def _decoded(text: str | bytes) -> str:
     """The text without a byte order mark and with "\\n" line ends; refuses what neither YAML nor JSON may hold."""
@@ -437,104 +394,89 @@ def _decoded(text: str | bytes) -> str:
             raise ParseError(f"not {codec.upper()} text: byte 0x{raw[error.start]:02x}", before, len(before)) from None
     elif not isinstance(text, str):
         raise ParseError(f"expected text, not {type(text).__name__}")
-    text = text[1:] if text.startswith("\ufeff") else text
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    control = None if text.isascii() and not text.encode().translate(None, _USUAL) else _CONTROL.search(text)
-    if control:
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    usual = text.isascii() and not text.encode().translate(None, _USUAL)
+    if not usual and (control := re.search("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]", text)):
         raise ParseError(f"the character U+{ord(control[0]):04X} is not allowed in text", text, control.start())
     return text
-
 
 def _resolved(raw: str) -> Any:
     """The value of a plain scalar by the core schema. Raises ValueError for a number that is too long."""
     if raw in _YAML_WORDS:
         return _YAML_WORDS[raw]
     number = _YAML_NUMBER(raw)
-    if not number:
-        return raw
-    if not number.lastindex:
-        return float(raw)
+    if not number or not number.lastindex:
+        return float(raw) if number else raw
     if len(raw) > _MAX_DIGITS:
         raise ValueError(f"a whole number of more than {_MAX_DIGITS} digits")
     return int(raw, (10, 8, 16)[number.lastindex - 1])
-
 
 class _YamlReader:
     """Reads one document. Methods take a position and return the value there and the position behind it.
 
     Block methods return the position of the next content, which is the first of its line; `indent` is then the number
-    of spaces before it, -1 at the end of the text. A tag is given as the type that it demands, an anchor as a list to
-    which the value is added when it is complete.
+    of spaces before it, -1 at the end of the text. An anchor is a list to which the value is added when it is complete.
     """
-
     def __init__(self, text: str, marks: dict[tuple[str | int, ...], int] | None = None) -> None:
         self.source, self.padded = text, not text.endswith("\n")
         self.text = text + "\n" if self.padded else text
-        self.indent, self.expansion = 0, 0
+        self.indent = self.expansion = 0
         self.anchors: dict[str, list[Any]] = {}
         self.marks = marks
         self.path: tuple[str | int, ...] = ()  # of the last key or item, if marks are kept
         self.parents: list[tuple[str | int, ...]] = []  # the path of each open collection
-        self.odd = set() if text.isascii() and "\x7f" not in text else {match.start() for match in _ODD.finditer(text)}
+        odd = "" if text.isascii() and "\x7f" not in text else "[\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]"
+        self.odd = {match.start() for match in re.finditer(odd, text)} if odd else set()  # allowed in quotes only
         # The expressions for simple lines know nothing of marks and odd characters.
-        simple = marks is None and not self.odd
-        self.simple_entry, self.simple_item, self.simple_flow = (
-            (_SIMPLE_ENTRY, _SIMPLE_ITEM, _SIMPLE_FLOW) if simple else (_NEVER, _NEVER, _NEVER)
-        )
+        simple = (_SIMPLE_ENTRY, _SIMPLE_ITEM, _SIMPLE_FLOW) if marks is None and not self.odd else ("(?!)",) * 3
+        self.simple_entry, self.simple_item, self.simple_flow = (re.compile(pattern).match for pattern in simple)
 
     def error(self, reason: str, position: int) -> ParseError:
         return ParseError(reason, self.source, min(position, len(self.source)))
 
+    def refuse_if(self, wrong: Any, reason: str, position: int) -> None:
+        if wrong:
+            raise self.error(reason, position)
+
     def document(self) -> Any:
         """The value of the only document in the text."""
-        text = self.text
+        text, position = self.text, self.next_line(0, -1)
         directives: set[str] = set()
-        position = self.next_line(0, -1)
-        while self.indent == 0 and (line := _PROLOGUE(text, position)):
+        while self.indent == 0 and (line := re.compile(_PROLOGUE).match(text, position)):
             directive = line[1] or line[2]
             if line[1] in directives or (directives and not directive):
                 break
             directives |= {directive} if directive else set()
             position = self.rest_of_line(line.end())
-        start = _DOCUMENT_START(text, position) if self.indent == 0 else None
+        start = self.indent == 0 and text.startswith(("--- ", "---\n", "---\t"), position)
         if not start and (directives or text.startswith("%", position)):
             raise self.error("only %YAML 1.x may stand here, once, with a '---' line below it", position)
-        begin, column = (start.end(), -1) if start else (position - max(self.indent, 0), 0)
-        if end := _DOCUMENT_END(text, begin):
+        begin, column = (position + 3, -1) if start else (position - max(self.indent, 0), 0)
+        if end := re.compile(r"\n(?:---|\.\.\.)(?=[ \t\n])").search(text, begin):
             position, self.indent = end.start() + 1, 0
             while self.indent == 0 and text.startswith("...", position):
                 position = self.rest_of_line(position + 3)
-            if self.indent >= 0:
-                raise self.error("several documents in one text are not supported", position)
+            self.refuse_if(self.indent >= 0, "several documents in one text are not supported", position)
             self.text, self.padded = text[: end.start() + 1], False
         value, position = self.block_node(begin, -1, column)
-        if self.indent >= 0:
-            raise self.error("the document ends before this", position)
+        self.refuse_if(self.indent >= 0, "the document ends before this", position)
         if self.odd:
             raise self.error(f"the character U+{ord(text[min(self.odd)]):04X} needs quotes", min(self.odd))
         return value
 
     # Lines and white space
-
     def rest_of_line(self, position: int) -> int:
         """The position of the next content; refuses anything but a comment in the rest of this line."""
-        text = self.text
-        end = _WHITE(text, position).end()
-        if text[end] == ":":
-            raise self.error("'key: value' cannot stand here: it needs a line of its own, or quotes if it is text", end)
+        text, end = self.text, _WHITE(self.text, position).end()
         if text[end] != "\n" and (text[end] != "#" or text[end - 1] not in " \t"):
-            raise self.error("unexpected text", end)
+            hint = "'key: value' cannot stand here: it needs a line of its own, or quotes if it is text"
+            raise self.error(hint if text[end] == ":" else "unexpected text", end)
         return self.next_line(end)
 
     def next_line(self, position: int, parent: int = _MAX_KEY) -> int:
-        """The position of the next content behind white space and comments; sets `indent`.
-
-        Tabs may stand before it where it is no block collection, behind more spaces than `parent`.
-        """
+        """The position of the next content; sets `indent`. Tabs before it stand behind more spaces than `parent`."""
         text = self.text
-        simple = _NEXT_LINE(text, position)
-        if simple:
+        if simple := _NEXT_LINE(text, position):
             self.indent = len(simple[1])
             return simple.end()
         position = _BLANK(text, position).end()
@@ -555,8 +497,7 @@ class _YamlReader:
             position = _BLANK(text, text.find("\n", position)).end()
         if position == len(text):
             raise self.error("a '[' or '{' is not closed", start)
-        line = text.rfind("\n", start, position) + 1 if indent else 0
-        if line:
+        if indent and (line := text.rfind("\n", start, position) + 1):
             spaces = _SPACES(text, line).end() - line
             # The one liberty taken, as by all common loaders: a closing bracket may be indented like its parent.
             if spaces < indent and not (text[position] in "]}" and spaces == indent - 1 == position - line):
@@ -564,18 +505,16 @@ class _YamlReader:
         return position
 
     # Collections
-
-    def enter(self, kind: type, tag: type | None, position: int) -> None:
+    def enter(self, kind: type, tag: str | None, position: int) -> None:
         """Counts a collection that starts; `parents.pop()` ends it."""
         self.parents.append(self.path)
         if len(self.parents) > _MAX_DEPTH:
             raise self.error(f"nesting deeper than {_MAX_DEPTH}", position)
         self.check_tag(kind, tag, position)
 
-    def check_tag(self, kind: type, tag: type | None, position: int) -> None:
-        if tag not in (None, object, kind):
-            written = next(written for written in _TAGS if _TAGS[written] is tag)
-            raise self.error(f"this is no value for the tag {written}", position)
+    def check_tag(self, kind: type, tag: str | None, position: int) -> None:
+        if tag and _TAGS[tag] not in (object, kind):
+            raise self.error(f"this is no value for the tag {tag}", position)
 
     def mark(self, key: Any, position: int) -> None:
         """Notes where a key or an item of the innermost collection is, if that was asked for."""
@@ -583,14 +522,10 @@ class _YamlReader:
             self.path = (*self.parents[-1], key)
             self.marks[self.path] = position
 
-    def block_node(
-        self, position: int, parent: int, column: int, hanging: bool = False,
-        tag: type | None = None, anchor: list[Any] | None = None,
-    ) -> tuple[Any, int]:
-        """The node behind an indicator or behind properties, in a collection that is indented by `parent`.
-
-        A block collection may start on the same line if `column`, the position's own, is not -1. A list on the lines
-        below may be indented like its parent if `hanging`.
+    def block_node(self, position: int, parent: int, column: int, hanging: bool = False, tag: str | None = None,
+                   anchor: list[Any] | None = None) -> tuple[Any, int]:
+        """The node behind an indicator or properties, in a collection indented by `parent`. A collection may start on
+        this line if `column`, the position's own, is not -1; a list below may be indented like its parent if `hanging`.
         """
         text, start = self.text, position
         position = _WHITE(text, position).end()
@@ -626,8 +561,7 @@ class _YamlReader:
         return value, self.rest_of_line(end)
 
     def key(self, position: int) -> re.Match[str] | None:
-        """The key of a block mapping with its colon."""
-        return _KEY(self.text, position, position + _MAX_KEY + 2)
+        return re.compile(_KEY).match(self.text, position, position + _MAX_KEY + 2)
 
     def block_sequence(self, position: int, indent: int) -> tuple[list[Any], int]:
         """A block list whose dashes are at column `indent`."""
@@ -650,7 +584,7 @@ class _YamlReader:
         result: dict[Any, Any] = {}
         while self.indent == indent:
             entry = simple_entry(text, position)
-            key, plain, _, _, spaces = entry.groups() if entry else _NO_GROUPS
+            key, plain, _, _, spaces = entry.groups() if entry else (None,) * 5
             if key in _YAML_WORDS:
                 key = _YAML_WORDS[key]
             if not entry or key in result:
@@ -664,16 +598,14 @@ class _YamlReader:
 
     def simple(self, match: re.Match[str], group: int) -> Any:
         """The value of the scalar in three groups: plain, in double quotes, in single quotes."""
-        plain = match[group]
-        if plain is None:
+        if (plain := match[group]) is None:
             return match[group + 2] if match[group + 1] is None else match[group + 1]
         return self.scalar(plain, True, None, None, match.start(group))
 
     def block_entry(self, position: int, indent: int, result: dict[Any, Any]) -> int:
         """Reads one entry of a block mapping, of any kind, into `result`."""
         text, start, value = self.text, position, None
-        explicit = text.startswith(_QUESTION, position)
-        if explicit:
+        if explicit := text.startswith(_QUESTION, position):
             content = _WHITE(text, position + 1).end()
             key, position = self.block_node(position + 1, indent, indent + 1, True)
         else:
@@ -681,14 +613,12 @@ class _YamlReader:
                 raise self.error("expected 'key: value' here", position)
             position = match.end()
             tag, anchor, content = self.properties(start, None, None)
-            if content != match.end("properties"):
-                raise self.error("unexpected text behind an anchor or a tag", content)
+            self.refuse_if(content != match.end("properties"), "unexpected text behind an anchor or a tag", content)
             if match["plain"] is None:
                 key = self.flow_node(content, 0, False, tag, anchor)[0]
             else:
                 key = self.scalar(match["plain"].rstrip(" \t"), True, tag, anchor, content)
         key = self.checked_key(key, result, start, content)
-        self.mark("<<" if key is _MERGE else key, content if explicit else start)
         if not explicit:
             value, position = self.block_node(position, indent, -1, True)
         elif self.indent == indent and text.startswith(_COLON, position):
@@ -696,12 +626,10 @@ class _YamlReader:
         result[key] = value if key is not _MERGE else (value, start)
         return position
 
-    def flow_node(
-        self, position: int, indent: int, flow: bool = True, tag: type | None = None, anchor: list[Any] | None = None
-    ) -> tuple[Any, int, int]:
-        """A scalar on one or more lines, an alias or a flow collection; further lines are indented by `indent` or more.
-
-        In a flow collection (`flow`) it may have properties. Returns where the content behind them starts as well.
+    def flow_node(self, position: int, indent: int, flow: bool = True, tag: str | None = None,
+                  anchor: list[Any] | None = None) -> tuple[Any, int, int]:
+        """A scalar, an alias or a flow collection, on lines indented by `indent` or more, and where its content starts.
+        In a flow collection (`flow`) it may have properties, and the position is that of the next content.
         """
         text = self.text
         while flow and text[position] in "&!":
@@ -709,29 +637,29 @@ class _YamlReader:
             position = self.space(position, indent)
         first, start = text[position], position
         if first == "*":
-            if tag or anchor is not None:
-                raise self.error("an alias with an anchor or a tag", position)
-            return (*self.alias(position), start)
-        if first in "[{":
-            collection, position = self.flow_collection(position, indent, tag)
-            return self.anchored(collection, anchor), position, start
-        if first in "\"'":
-            value, position = self.quoted(position, indent)
-        elif (_FLOW_PLAIN if flow else _BLOCK_PLAIN)(text, position):
-            value, position = self.plain(position, indent, _FLOW_STOP if flow else _BLOCK_STOP)
-        elif flow and first in ",]}:" and (tag or anchor is not None):
-            value = ""
+            self.refuse_if(tag or anchor is not None, "an alias with an anchor or a tag", position)
+            value, position = self.alias(position)
+        elif first in "[{":
+            value, position = self.flow_collection(position, indent, tag)
+            self.anchored(value, anchor)
         else:
-            raise self.error(f"'{first}' cannot start a value: put text into quotes", position)
-        return self.scalar(value, first not in "\"'", tag, anchor, start), position, start
+            if quoted := first in "\"'":
+                value, position = self.quoted(position, indent)
+            elif (_FLOW_PLAIN if flow else _BLOCK_PLAIN)(text, position):
+                value, position = self.plain(position, indent, _FLOW_STOP if flow else _BLOCK_STOP)
+            elif flow and first in ",]}:" and (tag or anchor is not None):
+                value = ""
+            else:
+                raise self.error(f"'{first}' cannot start a value: put text into quotes", position)
+            value = self.scalar(value, not quoted, tag, anchor, start)
+        return value, self.space(position, indent) if flow else position, start
 
-    def flow_collection(self, position: int, indent: int, tag: type | None) -> tuple[dict[Any, Any] | list[Any], int]:
+    def flow_collection(self, position: int, indent: int, tag: str | None) -> tuple[dict[Any, Any] | list[Any], int]:
         """A list in brackets or a mapping in braces."""
         text, simple_flow, pairs = self.text, self.simple_flow, self.text[position] == "{"
-        close = "}" if pairs else "]"
-        items: list[Any] = []
-        mapping: dict[Any, Any] = {}
-        self.enter(dict if pairs else list, tag, position)
+        result: Any
+        close, result = ("}", {}) if pairs else ("]", [])
+        self.enter(type(result), tag, position)
         while text[position] != close:
             start = position = position + 1
             if text[start] in " \t\n#":
@@ -739,75 +667,68 @@ class _YamlReader:
             if text[start] == close:
                 break
             entry = simple_flow(text, start)
-            word, quoted, plain, _, _ = entry.groups() if entry else _NO_GROUPS
+            word, quoted, plain, _, _ = entry.groups() if entry else (None,) * 5
             key = quoted if word is None else _YAML_WORDS.get(word, word)
-            if not entry or pairs is (word is None and quoted is None) or key in mapping:
-                position = self.flow_entry(start, indent, mapping, None if pairs else items)
+            if not entry or pairs is (word is None and quoted is None) or (pairs and key in result):
+                position = self.flow_entry(start, indent, result)
             else:
                 position = entry.end()
                 if plain and plain[0] not in _NOT_TEXT:
                     value = plain
                 elif text[position] in "[{":
                     value, position, _ = self.flow_node(position, indent)
-                    position = self.space(position, indent)
                 else:
                     value = self.simple(entry, 3)
                 if pairs:
-                    mapping[key] = value
+                    result[key] = value
                 else:
-                    items.append(value)
+                    result.append(value)
             if text[position] not in ("," + close):
-                reason = f"expected ',' or '{close}'" if text[position] != ":" else _COMPLEX_KEY
-                raise self.error(reason, position)
+                raise self.error(f"expected ',' or '{close}'" if text[position] != ":" else _COMPLEX_KEY, position)
         self.parents.pop()
-        return self.merged(mapping) if pairs else items, position + 1
+        return self.merged(result) if pairs else result, position + 1
 
-    def flow_entry(self, start: int, indent: int, mapping: dict[Any, Any], items: list[Any] | None) -> int:
-        """Reads one entry of any kind into the mapping, or into the items, where a pair is a mapping of its own."""
-        text, value = self.text, None
-        if items is not None:
-            self.mark(len(items), start)
-        explicit = text.startswith(_QUESTION, start)
+    def flow_entry(self, start: int, indent: int, result: Any) -> int:
+        """Reads one entry of any kind into the result; a pair in a list is a mapping of its own."""
+        text, key, value, explicit = self.text, None, None, self.text.startswith(_QUESTION, start)
+        mapping = result if isinstance(result, dict) else {}
+        if mapping is not result:
+            self.mark(len(result), start)
         position = content = self.space(start + 1, indent) if explicit else start
-        if (explicit and text[position] in ",]}") or (text[position] == ":" and not _FLOW_PLAIN(text, position)):
-            key = None
-        else:
+        if not (explicit and text[position] in ",]}") and (text[position] != ":" or _FLOW_PLAIN(text, position)):
             key, position, content = self.flow_node(position, indent)
-            position = self.space(position, indent)
-        if items is not None:
+        if mapping is not result:
             if not explicit and text[position] != ":":
-                items.append(key)
+                result.append(key)
                 return position
             if not explicit and (position - start > _MAX_KEY or "\n" in text[start:position]):
                 raise self.error(f"such a key stands on one line with its ':', within {_MAX_KEY} characters", position)
             self.enter(dict, None, start)
-            mapping = {}
         key = self.checked_key(key, mapping, start, content)
-        self.mark("<<" if key is _MERGE else key, content if explicit else start)
         if text[position] == ":":
             colon, position = position, self.space(position + 1, indent)
             if text[position] not in ",]}":
-                if position == colon + 1 and text[content] not in "\"'":
-                    raise self.error("expected white space behind ':'", position)
+                unspaced = position == colon + 1 and text[content] not in "\"'"
+                self.refuse_if(unspaced, "expected white space behind ':'", position)
                 value, position, _ = self.flow_node(position, indent)
-                position = self.space(position, indent)
         mapping[key] = value if key is not _MERGE else (value, start)
-        if items is not None:
+        if mapping is not result:
             self.parents.pop()
-            items.append(self.merged(mapping))
+            result.append(self.merged(mapping))
         return position
 
     def checked_key(self, key: Any, result: dict[Any, Any], start: int, content: int) -> Any:
-        """The key, or _MERGE for a plain `<<`; refuses collections and duplicates."""
-        text = self.text
-        if isinstance(key, (dict, list)):
-            raise self.error(_COMPLEX_KEY, start)
+        """The key, marked, or _MERGE for a plain `<<`; refuses collections and duplicates."""
+        text, explicit = self.text, self.text.startswith(_QUESTION, start)
+        self.refuse_if(isinstance(key, (dict, list)), _COMPLEX_KEY, start)
+        written = key
         if key == "<<" and text[content] not in "\"'":
-            if not text.startswith("<<", content) or (content > start and text[start] != "?"):
+            if not text.startswith("<<", content) or (content > start and not explicit):
                 raise self.error("a merge key (<<) has no anchor, tag or alias", start)
             key = _MERGE
         if key in result:
             raise self.error(f"duplicate key {'<<' if key is _MERGE else key!r}"[:200], start)
+        self.mark(written, content if explicit else start)
         return key
 
     def merged(self, result: dict[Any, Any]) -> dict[Any, Any]:
@@ -816,31 +737,29 @@ class _YamlReader:
             return result
         value, position = result.pop(_MERGE)
         sources = [result, *value] if isinstance(value, list) else [result, value]
-        if not all(isinstance(source, dict) for source in sources):
-            raise self.error("a merge key (<<) needs a mapping or a list of mappings", position)
+        unfit = not all(isinstance(source, dict) for source in sources)
+        self.refuse_if(unfit, "a merge key (<<) needs a mapping or a list of mappings", position)
         joined = {key: value for source in reversed(sources) for key, value in source.items()}
         if len({(type(key), key) for source in sources for key in source}) > len(joined):
             raise self.error("merged keys that differ in YAML, but not in Python, such as 1 and true", position)
         return joined
 
     # Scalars
-
-    def scalar(self, raw: str, plain: bool, tag: type | None, anchor: list[Any] | None, position: int) -> Any:
+    def scalar(self, raw: str, plain: bool, tag: str | None, anchor: list[Any] | None, position: int) -> Any:
         """The value of a scalar, by its properties."""
         value: Any = raw
-        if tag not in (None, str, object) or (plain and not tag and (not raw or raw[0] in _NOT_TEXT)):
+        if tag not in (None, "!!str", "!") or (plain and not tag and (not raw or raw[0] in _NOT_TEXT)):
             try:
                 value = _resolved(raw)
             except ValueError as error:
                 raise self.error(str(error), position) from None
-            if tag is float and type(value) is int and raw[:2] not in ("0o", "0x"):
+            if tag == "!!float" and type(value) is int and raw[:2] not in ("0o", "0x"):
                 value = float(raw)
             self.check_tag(type(value), tag, position)
         return self.anchored(value, anchor)
 
     def plain(self, position: int, indent: int, find_stop: Callable[[str, int], Any]) -> tuple[str, int]:
-        text = self.text
-        end = find_stop(text, position).start()
+        text, end = self.text, find_stop(self.text, position).start()
         while text[end] == "\n":
             start = _BLANK(text, end).end()
             line = text.rfind("\n", end, start) + 1
@@ -850,29 +769,42 @@ class _YamlReader:
             if stop == start or _short_line(text[end:line], indent):
                 break
             end = stop
-        return _BREAKS.sub(_folded, text[position:end].rstrip(" \t\n")), end
+        return _folded(text[position:end].rstrip(" \t\n")), end
 
     def quoted(self, position: int, indent: int) -> tuple[str, int]:
         text, quote, start = self.text, self.text[position], position + 1
-        closing = _CLOSING[quote](text, start)
-        while closing and len(closing[0]) % 2 == 0:
-            closing = _CLOSING[quote](text, closing.end())
-        if not closing:
+        # The end is such a match of odd length: otherwise the quote at its end is escaped.
+        ends = re.compile(r'(?<!\\)\\*"' if quote == '"' else "'+").finditer(text, start)
+        end = next((match.end() - 1 for match in ends if len(match[0]) % 2), -1)
+        if end < 0:
             raise self.error(f"the quote {quote} is not closed", position)
-        end = closing.end() - 1
         raw = text[start:end]
         if self.odd:
-            self.odd.difference_update(match.start() for match in _ODD.finditer(text, start, end))
+            self.odd.difference_update(range(start, end))
         if "\n" in raw and _short_line(raw[raw.find("\n") :] + quote, indent):
             raise self.error("a line of this quoted text needs more indentation than its parent", position)
         if quote == "'":
-            return (_BREAKS.sub(_folded, raw) if "\n" in raw else raw).replace("''", "'"), end + 1
+            return _folded(raw).replace("''", "'"), end + 1
+        if "\\" in raw or "\n" in raw:
+            pattern = _ESCAPE_OR_BREAKS if "\n" in raw else _ESCAPE
+            raw = re.sub(pattern, functools.partial(self.unescaped, start), raw)
+        return raw, end + 1
+
+    def unescaped(self, start: int, escape: re.Match[str]) -> str:
+        """The text for an escape in double quotes, or for line breaks, one of which may be escaped."""
+        written = escape[0]
+        if character := _ESCAPES.get(written[1:]):
+            return character
+        if breaks := written.count("\n"):
+            kept = written[1:2].strip("\n") if written[0] == "\\" else ""
+            return kept + ("\n" * (breaks - 1) or ("" if written.startswith("\\\n") else " "))
+        codec = "utf-16-be" if written.count("\\") > 1 else "utf-32-be"  # a surrogate pair, or a code
+        place, hint = start + escape.start(), "is not an escape that YAML has; a backslash itself is \\\\"
+        self.refuse_if(len(written) == 2, f"{written} {hint}", place)
         try:
-            if "\n" in raw:
-                return _ESCAPE_OR_BREAKS.sub(_unescaped, raw), end + 1
-            return _ESCAPE.sub(_unescaped, raw) if "\\" in raw else raw, end + 1
-        except UnicodeEncodeError as error:
-            raise self.error(error.reason, start + error.start) from None
+            return bytes.fromhex(written[2:].replace("\\u", "").zfill(8)).decode(codec)
+        except UnicodeDecodeError:
+            raise self.error(f"{written} is not a character", place) from None
 
     def block_scalar(self, position: int, parent: int) -> tuple[str, int]:
         """A literal (|) or folded (>) scalar in a collection that is indented by `parent`."""
@@ -885,15 +817,14 @@ class _YamlReader:
         line = text.rfind("\n", 0, first) + 1  # the first with content
         indent = parent + int(digit) if digit else first - line
         if digit or (indent > parent and first < len(text)):
-            if not digit and " " * (indent + 1) in text[start:line]:
-                raise self.error("a blank line above this text has more spaces than the text", first)
+            wide = not digit and " " * (indent + 1) in text[start:line]
+            self.refuse_if(wide, "a blank line above this text has more spaces than the text", first)
             below = _line_below(indent)(text, start - 1) if indent else None
             end = below.start() + 1 if below else len(text)
         else:
             end = line if first < len(text) else first
             indent = end - start  # nothing but blank lines, none of them longer
-        if text.startswith("\t", _SPACES(text, end).end()):
-            raise self.error("a tab cannot indent this line", end)
+        self.refuse_if(text.startswith("\t", _SPACES(text, end).end()), "a tab cannot indent this line", end)
         content = text[start - 1 : end]
         if " \n" in content:  # perhaps a blank line of less indentation
             content = "\n".join([line[indent:] for line in content.split("\n")])[1:]
@@ -901,137 +832,88 @@ class _YamlReader:
             content = content.replace("\n" + " " * indent, "\n")[1:]
         if self.padded and start < end == len(text):
             content, last = content[:-1], content[content.rfind("\n", 0, -1) + 1 : -1]
-            if not last.strip(" ") and (chomping == "+" or (last and not chomping)):
-                raise self.error("the last line of this text is blank, but not ended", end)
+            open_ended = not last.strip(" ") and (chomping == "+" or (last and not chomping))
+            self.refuse_if(open_ended, "the last line of this text is blank, but not ended", end)
         body = content.rstrip("\n")
-        kept = len(content) if chomping == "+" else len(body) + (1 if body and not chomping else 0)
-        return (_folded_block(body) if text[position] == ">" else body) + content[len(body) : kept], self.next_line(end)
+        ending = content[len(body) :] if chomping == "+" else content[len(body) :][: bool(body and not chomping)]
+        if text[position] == ">":  # as in quotes, but line breaks next to a line that starts with a blank stay
+            pattern = r"(?m)^([^ \t\n].*)(\n+)(?=[^ \t\n])"
+            body = re.sub(pattern, lambda match: match[1] + (match[2][1:] or " "), body)
+        return body + ending, self.next_line(end)
 
     # Properties and aliases
-
-    def properties(self, position: int, tag: type | None, anchor: list[Any] | None) -> tuple[Any, Any, int]:
+    def properties(self, position: int, tag: str | None, anchor: list[Any] | None) -> tuple[Any, Any, int]:
         """The tag and the anchor on this line, added to those given; the position is that of the next content."""
         text = self.text
         while text[position] in "&!":
-            match = _PROPERTY(text, position)
+            match = re.compile(_PROPERTY).match(text, position)
             if not match or (tag if text[position] == "!" else anchor is not None):
                 reason = "a second anchor or tag for one value" if match else "not an anchor or a tag"
                 raise self.error(reason, position)
             if match[0][0] == "&":
                 anchor = self.anchors[match[0][1:]] = []
-            elif match[0] in _TAGS:
-                tag = _TAGS[match[0]]
-            else:
-                raise self.error(f"the tag {match[0][:80]} is not supported", position)
+            elif (tag := match[0]) not in _TAGS:
+                raise self.error(f"the tag {tag[:80]} is not supported", position)
             position = _WHITE(text, match.end()).end()
         return tag, anchor, position
 
     def alias(self, position: int) -> tuple[Any, int]:
-        match = _ALIAS(self.text, position)
+        match = re.compile(r"\*([^ \t\n,\[\]{}]+)").match(self.text, position)
         anchor = self.anchors.get(match[1]) if match else None
         if not match or not anchor:
             raise self.error("an alias without a complete value with that anchor before it", position)
-        self.expand(anchor[0], len(self.parents), position)
+        pending = [(anchor[0], len(self.parents))]
+        while pending:  # counts the nodes that the alias stands for
+            value, depth = pending.pop()
+            self.expansion += 1 + (len(value) // 100 if isinstance(value, str) else 0)
+            collection = isinstance(value, (dict, list))
+            if self.expansion > _MAX_EXPANSION or depth + collection > _MAX_DEPTH:
+                raise self.error("an alias that nests too deeply, or expands to too many nodes", position)
+            if collection:
+                pending += [(child, depth + 1) for child in value]
+                pending += [(child, depth + 1) for child in value.values()] if isinstance(value, dict) else []
         return anchor[0], match.end()
-
-    def expand(self, value: Any, depth: int, position: int) -> None:
-        """Counts the nodes that an alias stands for; refuses too many of them, and too deep ones."""
-        collection = isinstance(value, (dict, list))
-        self.expansion += 1 + (len(value) // 100 if isinstance(value, str) else 0)
-        if self.expansion > _MAX_EXPANSION or depth + collection > _MAX_DEPTH:
-            raise self.error("an alias that nests too deeply, or expands to too many nodes", position)
-        if collection:
-            for child in [*value, *value.values()] if isinstance(value, dict) else value:
-                self.expand(child, depth + 1, position)
 
     def anchored(self, value: Any, anchor: list[Any] | None) -> Any:
         if anchor is not None:
             anchor.append(value)
         return value
 
-
 def _short_line(text: str, indent: int) -> bool:
     """Whether a line below the first, blank or not, has something other than spaces before column `indent`."""
     return indent > 0 and any(len(line) > _SPACES(line).end() < indent for line in text.split("\n")[1:])
 
-
-def _folded(breaks: re.Match[str]) -> str:
-    """What line breaks in a text on several lines stand for: one is a space, more are one less."""
-    return "\n" * (breaks[0].count("\n") - 1) or " "
-
-
-def _unescaped(escape: re.Match[str]) -> str:
-    """The text for an escape in double quotes, or for line breaks, one of which may be escaped."""
-    high, low, code_2, code_4, code_8, character = escape.groups()
-    if character in _ESCAPES:
-        return _ESCAPES[character]
-    written = escape[0]
-    if "\n" in written:
-        kept = written[1:2].strip("\n") if written[0] == "\\" else ""
-        return kept + ("\n" * (written.count("\n") - 1) or ("" if written.startswith("\\\n") else " "))
-    code = int(code_2 or code_4 or code_8 or "D800", 16)
-    if high:
-        code = 0x10000 + ((int(high, 16) - 0xD800) << 10) + int(low, 16) - 0xDC00
-    if code <= 0x10FFFF and not 0xD800 <= code <= 0xDFFF:
-        return chr(code)
-    reason = "is not a character" if character is None else "is not an escape that YAML has; a backslash itself is \\\\"
-    raise UnicodeEncodeError("yaml", written, escape.start(), escape.end(), f"{written} {reason}")
-
-
-def _folded_block(body: str) -> str:
-    """The text of a folded scalar: as in quotes, but line breaks next to a line that starts with a blank stay."""
-    parts = re.split("(\n+)", body)  # lines and the breaks between them
-    for number in range(1, len(parts), 2):
-        if all(line and line[0] not in " \t" for line in (parts[number - 1], parts[number + 1])):
-            parts[number] = parts[number][1:] or " "
-    return "".join(parts)
-
-
-@functools.lru_cache(maxsize=64)
-def _line_below(indent: int) -> Callable[[str, int], Any]:
-    """Finds the line break before the first line with content that is indented by less than `indent`."""
-    return re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search
-
-
-_PLAIN_TEXT = re.compile(  # what every YAML 1.1 and 1.2 loader reads as the same text
-    r"(?!(?i:y|n|yes|no|on|off|true|false|null)$)(?:[^\W\d]|/)([\w ,./()=+-]*[\w./()])?"
-).fullmatch
-_LITERAL = re.compile("[^\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]*").fullmatch
-_UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
-
+def _folded(text: str) -> str:
+    """A text on several lines as one: a line break is a space, more are one less."""
+    return re.sub(_BREAKS, lambda breaks: "\n" * (breaks[0].count("\n") - 1) or " ", text) if "\n" in text else text
 
 def _dump_yaml(value: Any) -> str:
-    """The value as a YAML document in block style that `load_yaml` reads back as the same value.
-
-    For dict, list, tuple, str, int, float, bool and None, nested up to 100 deep; raises OrchestratorError for others.
+    """The value as a YAML document in block style that `load_yaml` reads back as the same value; for dict, list, tuple,
+    str, int, float, bool and None, nested up to 100 deep. Raises OrchestratorError for others.
     """
     try:
         return _yaml_node(value, 0, 0) + "\n"
     except RecursionError:
         raise OrchestratorError("nested too deeply for the stack that is left") from None
 
-
 def _yaml_node(value: Any, column: int, depth: int) -> str:
     """The node for a place at that column; its lines below the first are indented to it."""
-    line = "\n" + " " * column
     if isinstance(value, (dict, list, tuple)):
         if depth >= _MAX_DEPTH:
             raise OrchestratorError(f"cannot write YAML that nests deeper than {_MAX_DEPTH}")
-        if not value:
-            return "{}" if isinstance(value, dict) else "[]"
+        line = "\n" + " " * column
         if isinstance(value, dict):
-            return line.join(_yaml_entry(key, child, column, depth) for key, child in value.items())
-        return line.join("- " + _yaml_node(child, column + 2, depth + 1) for child in value)
-    if isinstance(value, str) and "\n" in value and value.strip(" \t\n") and _LITERAL(value):
+            return line.join([_yaml_entry(key, child, column, depth) for key, child in value.items()]) or "{}"
+        return line.join(["- " + _yaml_node(child, column + 2, depth + 1) for child in value]) or "[]"
+    literal = "[^\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]*"
+    if isinstance(value, str) and "\n" in value and value.strip(" \t\n") and re.fullmatch(literal, value):
         indicator = "2" if value.lstrip("\n")[0] in " \t" else ""
         if column or not indicator:
-            body = value.rstrip("\n")
+            body, pad = value.rstrip("\n"), "\n" + " " * (column or 2)
             chomping = "-" if body == value else "" if len(value) == len(body) + 1 else "+"
             lines = value.split("\n") if body == value else value[:-1].split("\n")
-            pad = "\n" + " " * (column or 2)
             return f"|{indicator}{chomping}" + "".join(pad + text if text else "\n" for text in lines)
     return _yaml_scalar(value)
-
 
 def _yaml_entry(key: Any, value: Any, column: int, depth: int) -> str:
     written = _yaml_scalar(key)
@@ -1040,18 +922,18 @@ def _yaml_entry(key: Any, value: Any, column: int, depth: int) -> str:
     gap = "\n" + " " * (column + 2) if isinstance(value, (dict, list, tuple)) and value else " "
     return f"{written}:{gap}{_yaml_node(value, column + 2, depth + 1)}"
 
-
 def _yaml_scalar(value: Any) -> str:
     """A scalar on one line."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return json.dumps(value)
     if isinstance(value, str):
-        if _PLAIN_TEXT(value):
-            return value
+        no_word = r"(?!(?i:y|n|yes|no|on|off|true|false|null)$)"
+        if re.fullmatch(no_word + r"(?:[^\W\d]|/)([\w ,./()=+-]*[\w./()])?", value):
+            return value  # what every YAML 1.1 and 1.2 loader reads as the same text
+        if re.search("[\ud800-\udfff]", value):
+            raise OrchestratorError("cannot write half of a surrogate pair as YAML")
         written = json.dumps(value, ensure_ascii=False)
-        if not _HALF(written):
-            return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", written)
-        raise OrchestratorError("cannot write half of a surrogate pair as YAML")
+        return re.sub("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]", lambda odd: f"\\u{ord(odd[0]):04x}", written)
     if isinstance(value, int) and abs(value) < 10 ** (_MAX_DIGITS - 1):
         return int.__repr__(value)
     if isinstance(value, float):
@@ -1059,18 +941,14 @@ def _yaml_scalar(value: Any) -> str:
         return written if "." in written else written.replace("e", ".0e")
     raise OrchestratorError(f"cannot write a {type(value).__name__} as YAML")
 
-
 def _to_json(value: Any, indent: int | None = None, sort_keys: bool = False) -> str:
     """A value as JSON text; numbers that JSON lacks (nan, inf) are null, as in JavaScript."""
-    separators = (",", ":" if indent is None else ": ")
-    encoder = json.JSONEncoder(
-        ensure_ascii=False, allow_nan=False, indent=indent, sort_keys=sort_keys, separators=separators
-    )
+    write = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False, indent=indent, sort_keys=sort_keys,
+                              separators=(",", ":" if indent is None else ": "))
     try:
-        return encoder.encode(value)
+        return write(value)
     except ValueError:
-        return encoder.encode(_finite(value))
-
+        return write(_finite(value))
 
 def _finite(value: Any) -> Any:
     """The value with null in place of nan and inf."""
@@ -1079,7 +957,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Templates: text -> compiled closures -> text or a value. Handlebars without HTML escaping, in two spellings, {{x}}
