@@ -348,7 +348,7 @@ def _load_json(text: str | bytes) -> Any:
     try:
         if "NaN" in text or "Infinity" in text:  # which the module takes for numbers
             json.loads(text.replace("NaN", "N_N").replace("Infinity", "I_finity"))
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_int=_resolved)
+        value = _JSON_DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text or _too_deep(value):
             load_yaml(text)  # refuses halves of surrogate pairs
     except json.JSONDecodeError as error:
@@ -362,6 +362,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(mapping := dict(pairs)) < len(pairs):
         raise ValueError("duplicate key")
     return mapping
+
+def _json_integer(raw: str) -> Any:
+    return int(raw) if len(raw) < 20 else _resolved(raw)
+
+_JSON_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_json_integer)
 
 def _too_deep(value: Any) -> bool:
     level: list[Any] = [[value]]
@@ -4389,20 +4394,26 @@ class _Target:
             if not self.secure:
                 self.path = f"http://{self.host_port}{self.path}"
                 self.own.update(self.proxy_user)
+        self.heads: dict[tuple[Any, ...], bytes] = {}
         self.key = (self.secure, self.host, self.port, self.proxy)
 
     def message(self, method: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
         """A whole request. ValueError for what cannot be sent."""
-        fields = {name.lower(): f"{name}: {value}" for name, value in (*self.own.items(), *headers.items())}
-        fields.pop("transfer-encoding", None)
-        fields.pop("content-length", None)
-        if body is not None or method in ("POST", "PUT", "PATCH"):
-            fields["content-length"] = f"Content-Length: {len(body or b'')}"
-        for name, line in fields.items():
-            if not (_FIELD(line) and _METHOD(method)):
+        key = (method, *headers.items())
+        head = self.heads.get(key)
+        if head is None:
+            fields = {name.lower(): f"{name}: {value}" for name, value in (*self.own.items(), *headers.items())}
+            for name in ("transfer-encoding", "content-length"):
+                fields.pop(name, None)
+            if not (_METHOD(method) and all(map(_FIELD, fields.values()))):
+                name = next((name for name, line in fields.items() if not _FIELD(line)), "")
                 raise ValueError(f"the method or the header {_shorten(name, 40)!r} holds something that cannot be sent")
-        lines = (f"{method} {self.path} HTTP/1.1", *fields.values(), "", "")
-        return "\r\n".join(lines).encode("latin-1") + (body or b"")
+            lines = (f"{method} {self.path} HTTP/1.1", *fields.values())
+            head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
+            self.heads = {key: head}  # the latest is enough: a client sends the same ones again and again
+        if body is not None or method in ("POST", "PUT", "PATCH"):
+            return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body or b""), body or b"")
+        return head + b"\r\n"
 
 
 def _url_parts(subject: str, url: str, **ports: int) -> tuple[str, str, int, dict[str, str], str]:
