@@ -970,9 +970,9 @@ def _finite(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
-    _Frame = dict[str, Any]  # what a tag sees besides `this`, see _root_frame
+    _Frame = dict[str, Any]  # what a tag sees besides `this`, see Template._run
     _Read = Callable[[Any, Any], Any]  # (this, frame) -> value
-    _Expression = tuple[str, Any, str, int]  # kind ("literal", "path", "key", "call"), content, text, position
+    _Expression = tuple[str, Any, str, int]  # kind ("literal", "path", "call"), content, text, position
     _Helpers = Mapping[str, Callable[..., Any]]
     Reference = tuple[tuple[str, ...], bool, int]  # segments, required, position
 
@@ -989,36 +989,29 @@ _WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)@?[A-Za-z_][\w-]*(?:
 _SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?) ?{_WORDS}(?: {_WORDS})? ?(?(1)>>|\}}\}}(?!\}}))")
 _OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<(?=(?:[^<\n]|<(?!<))*>>)"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
 _TAG = re.compile(r"(\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
-_TAG_ENDS = {
-    "{{": r"\s*(?:\}\}(?!\})|~\}\})", "{{{": r"\s*\}~?\}\}", "{{!": r"~?\}\}",
-    "{{!--": r"--~?\}\}", "<<": r"\s*~?>>", "<<<": r"\s*>~?>>", "<<!": "~?>>", "<<!--": "--~?>>", "(": r"\s*\)",
-}  # fmt: skip
+_TAG_ENDS = {"{{": r"\s*(?:\}\}(?!\})|~\}\})", "{{{": r"\s*\}~?\}\}", "{{!": r"~?\}\}", "{{!--": r"--~?\}\}",
+             "<<": r"\s*~?>>", "<<<": r"\s*>~?>>", "<<!": "~?>>", "<<!--": "--~?>>", "(": r"\s*\)"}
 _BLOCK_PARAMETERS, _RAW_BLOCK = rf"\s+\|\s*({_NAME}(?:\s+{_NAME})*)\s*\|", r"\{{4}raw\}{4}(.*?)\{{4}/raw\}{4}"
 _STANDALONE = frozenset(("#", "^", "/", "else", ">", "#>", "#*", "!"))
 _LITERAL_WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "undefined": None}
 
-
 class _Malformed(Exception):
     """(reason, position): a tag that does not read as one; an error in {{ }}, plain text in << >>."""
 
-
 class _Tag:
     """One tag: its sign ("" for a value), what it calls with what, block parameters, and `~` on either side."""
-
-    arguments: Sequence[_Expression] = ()
     named: Mapping[str, _Expression] = {}
     names: Sequence[str] = ()
     left = right = False
     indent = ""
 
-    def __init__(self, sign: str, position: int, end: int = 0, head: _Expression | None = None) -> None:
-        self.sign, self.position, self.end, self.head = sign, position, end, head
+    def __init__(self, sign: str, position: int, end: int = 0, head: Any = None, arguments: Sequence[Any] = ()) -> None:
+        self.sign, self.position, self.end, self.head, self.arguments = sign, position, end, head, arguments
 
     @property
     def name(self) -> str:
         """What the tag calls, as written: `each`, `steps.a`, `../x`."""
         return self.head[2] if self.head else ""
-
 
 def _scan(source: str) -> list[str | _Tag]:
     """The texts and tags of a template, in order. A raw block is its text between two tags that render as nothing."""
@@ -1049,20 +1042,15 @@ def _scan(source: str) -> list[str | _Tag]:
             start = search = tag.end
     return [*items, source[start:]] if start < len(source) else items
 
-
 def _read_tag(source: str, position: int) -> _Tag:
     """The tag at `position`. A `<<` tag ends on its line and holds no other `<<`, so that to fail is cheap."""
     if source.startswith("{{else}}", position):
         return _Tag("else", position, position + 8)
-    simple = _SIMPLE_TAG.match(source, position)
-    if simple:
-        found = [(simple[group], simple.start(group)) for group in (3, 4) if simple[group]]
-        head, *arguments = [("path", (0, text.lstrip("@").split("."), False), text, start) for text, start in found]
-        tag = _Tag(simple[2], position, simple.end(), head)
-        tag.arguments = arguments
-        return tag
-    match = _TAG.match(source, position)
-    assert match
+    if simple := _SIMPLE_TAG.match(source, position):
+        words = [(simple[group], simple.start(group)) for group in (3, 4) if simple[group]]
+        head, *arguments = [("path", (0, text.lstrip("@").split("."), False), text, start) for text, start in words]
+        return _Tag(simple[2], position, simple.end(), head, arguments)
+    match: Any = _TAG.match(source, position)
     opener, sign, limit = match[1], match[3] or "", len(source)
     if opener == "<<" and (stop := re.compile(r"<<|\n").search(source, match.end())):
         limit = stop.start()
@@ -1077,16 +1065,15 @@ def _read_tag(source: str, position: int) -> _Tag:
     else:
         end = _read_arguments(source, match.end(), limit, opener + (sign if sign in ("{", "<") else ""), tag, 0)
     tag.left, tag.right, tag.end = bool(match[2]), "~" in end[0][-3:], end.end()
-    if tag.sign == "" and tag.name == "else" and tag.head and tag.head[0] == "path":
+    if tag.sign == "" and tag.name == "else" and tag.head[0] == "path":
         tag.sign, tag.head, tag.arguments = "else", tag.arguments[0] if tag.arguments else None, tag.arguments[1:]
     elif tag.sign == "^" and not tag.head:
         tag.sign = "else"
     elif not tag.head and sign != "!":
         raise _Malformed("empty tag", position)
-    elif opener == "<<" and tag.sign == "" and tag.head and tag.head[0] == "literal":
+    elif opener == "<<" and tag.sign == "" and tag.head[0] == "literal":
         raise _Malformed("a number or a text is no tag", position)
     return tag
-
 
 def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _Tag, depth: int) -> re.Match[str]:
     """Reads head, arguments, named arguments and block parameters into the tag; returns the match of its end."""
@@ -1094,10 +1081,9 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
         raise _Malformed(f"sub-expressions nested deeper than {_MAX_NESTING}", position)
     nodes: list[_Expression] = []
     named: dict[str, _Expression] = {}
-    ending = re.compile(_TAG_ENDS[opener])
+    ending, parameters = re.compile(_TAG_ENDS[opener]), re.compile(_BLOCK_PARAMETERS)
     while not (end := ending.match(source, position, limit)):
         token, key = _TOKEN.match(source, position, limit), ""
-        parameters = re.compile(_BLOCK_PARAMETERS)
         if token and nodes and token["path"] == "as" and (names := parameters.match(source, token.end(), limit)):
             tag.names, position = names[1].split(), names.end()
             continue
@@ -1107,8 +1093,7 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
         if len(nodes) + len(named) > _MAX_ARGUMENTS:
             raise _Malformed(f"a tag has at most {_MAX_ARGUMENTS} arguments", position)
         if not token or (not key and named) or tag.names:
-            space = re.compile(r"\s*").match(source, position, limit)
-            position = space.end() if space else position
+            position = re.compile(r"\s*").match(source, position, limit).end()  # type: ignore[union-attr]
             rest = source[position : min(limit, position + 60)]
             if opener == "{{" and rest.startswith("}}}"):
                 raise _Malformed("'}}}' closes only '{{{': put a space before a brace that is text", position)
@@ -1119,10 +1104,8 @@ def _read_arguments(source: str, position: int, limit: int, opener: str, tag: _T
             named[_unbracketed(key)] = node
         else:
             nodes.append(node)
-    if nodes:
-        tag.head, tag.arguments, tag.named = nodes[0], nodes[1:], named
+    tag.head, tag.arguments, tag.named = nodes[0] if nodes else None, nodes[1:], named
     return end
-
 
 def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> tuple[_Expression, int]:
     """The node that a token opens (a path, a literal or a sub-expression) and where it ends."""
@@ -1133,23 +1116,21 @@ def _read_operand(source: str, token: re.Match[str], limit: int, depth: int) -> 
         return ("literal", value, value, start), end
     if text in _LITERAL_WORDS:
         return ("literal", _LITERAL_WORDS[text], text, start), end
-    if kind == "path" and (number := _LITERAL_NUMBER.fullmatch(text)):
+    if number := _LITERAL_NUMBER.fullmatch(text):
         return ("literal", float(text) if number[1] else int(text), text, start), end
     if kind == "path":
         return ("path", _split_path(text, start), text, start), end
-    inner = _Tag("(", start)
     if text != "(":
         raise _Malformed(f"unexpected {text!r} in a tag", start)
+    inner = _Tag("(", start)
     end = _read_arguments(source, end, limit, "(", inner, depth + 1).end()
     if not inner.head or inner.head[0] != "path":
         raise _Malformed("a sub-expression starts with the name of a helper", start)
     return ("call", inner, inner.name, start), end
 
-
 def _unbracketed(step: str) -> str:
     """A path step without its brackets and their escapes."""
     return re.sub(r"\\([\\\]])", r"\1", step[1:-1]) if step[0] == "[" else step
-
 
 def _split_path(text: str, position: int = 0) -> tuple[int, list[str], bool]:
     """Levels up, steps, and whether the path names its scope: "../a.[b c]" -> (1, ["a", "b c"], True)."""
@@ -1158,7 +1139,6 @@ def _split_path(text: str, position: int = 0) -> tuple[int, list[str], bool]:
     if not {*steps[first:]}.isdisjoint(scopes):
         raise _Malformed(f"invalid path {text!r}: '.', '..' and 'this' come first", position)
     return steps[:first].count(".."), [*map(_unbracketed, steps[first:])], first > 0
-
 
 def _strip_lines(items: list[str | _Tag]) -> list[Any]:
     """Applies `~`, and takes block tags, comments and partials that stand alone on a line out with their line."""
@@ -1182,28 +1162,22 @@ def _strip_lines(items: list[str | _Tag]) -> list[Any]:
                 stripped[index + 1] = re.sub(r"\A[ \t]*\r?\n?", "", stripped[index + 1])
     return [item for item in stripped if item != ""]
 
-
 # ---- Values: lookup, truth, text, comparison -------------------------------------------------------------------------
 
 _MISSING: Any = object()
 _PLAIN = frozenset((str, int, float, bool, list, dict, tuple))  # what a path may end at as it is
 _ATOMS, _NUMBERS = frozenset((str, int, float, bool)), frozenset((int, float))
-_KINDS: tuple[tuple[Any, str], ...] = (
-    (type(None), "null"), (bool, "a boolean"), ((int, float), "a number"), (str, "text"), ((list, tuple), "a list"),
-    (Mapping, "a map"), (object, "a Python object"),
-)  # fmt: skip
-
+_KINDS = {"null": type(None), "a boolean": bool, "a number": (int, float), "text": str, "a list": (list, tuple),
+          "a map": Mapping, "a Python object": object}
 
 def _kind(value: Any) -> str:
     """What an error calls a value."""
-    return next(name for types, name in _KINDS if isinstance(value, types))
-
+    return next(name for name, types in _KINDS.items() if isinstance(value, types))  # type: ignore[arg-type]
 
 def _settled(value: Any) -> Any:
     """The value that a path ends at: a view (such as a step's results) stands for its `__template_value__`."""
     hook = None if type(value) in _PLAIN else getattr(type(value), "__template_value__", None)
     return hook(value) if hook else value
-
 
 def _child(value: Any, step: str) -> Any:
     """The value under a key of a map or an index of a list, or _MISSING; never an attribute."""
@@ -1218,7 +1192,6 @@ def _child(value: Any, step: str) -> Any:
         return len(value) if step == "length" else _MISSING
     return _MISSING
 
-
 def _there(value: Any, *steps: str) -> str:
     """What is there where a path breaks off, for an error: the keys and the nearest of them, or the kind of value."""
     reached = 0
@@ -1227,15 +1200,13 @@ def _there(value: Any, *steps: str) -> str:
     where = repr(".".join(steps[:reached])) if reached else "the scope"
     if not isinstance(value, Mapping):
         return f": {where} is {_kind(value)}" + (f" of {len(value)}" if isinstance(value, (list, tuple)) else "")
-    keys = [str(key)[:50] for key, _ in zip(value, range(200))]
+    keys = [str(key)[:50] for key in itertools.islice(value, 200)]
     listed = ", ".join(keys[:10]) + (", ..." if len(keys) > 10 else "")
     return f": {where} has {listed or 'no keys'}" + _suggestion(steps[reached], keys)
-
 
 def _truthy(value: Any) -> bool:
     """Handlebars truth: false, null, "", 0 and [] are false; every map is true."""
     return bool(value) or (value is not None and type(value) not in _ATOMS and isinstance(value, (dict, Mapping)))
-
 
 def _unpacked(value: Any) -> Any:
     """What JSON does not know, as something that it does."""
@@ -1244,7 +1215,6 @@ def _unpacked(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
-
 
 def _json_text(value: Any, indent: int | None = None) -> str:
     """JSON of a value, compact unless indented; TemplateError for what JSON cannot say (nan and infinity too)."""
@@ -1255,7 +1225,6 @@ def _json_text(value: Any, indent: int | None = None) -> str:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise TemplateError(f"cannot write {_kind(value)} as text: {reason}") from None
 
-
 def _to_text(value: Any) -> str:
     """How a value is written into text: null as nothing; numbers, true, false, lists and maps as JSON."""
     if isinstance(value, str):
@@ -1265,12 +1234,10 @@ def _to_text(value: Any) -> str:
     value = _settled(value)
     return value if isinstance(value, str) else "" if value is None else _json_text(value)
 
-
 def _as_number(text: str) -> int | float | None:
     """The number that a text spells (`5`, `-0.5`, `1e3`, white space around), or None."""
     match = re.fullmatch(r"\s*([-+]?[0-9]{1,4000}(\.[0-9]+)?([eE][-+]?[0-9]+)?)\s*", text)
     return None if not match else float(match[1]) if match[2] or match[3] else int(match[1])
-
 
 def _equal(left: Any, right: Any) -> bool:
     """Equality of `==`, `in` and `eq`, as Condition describes it."""
@@ -1290,7 +1257,6 @@ def _equal(left: Any, right: Any) -> bool:
         return len(left) == len(right) and all(key in right and _equal(left[key], right[key]) for key in left)
     return bool(left == right)
 
-
 def _order(left: Any, right: Any) -> int | None:
     """-1, 0 or 1; None if either is null (or nan); TypeError for what has no order."""
     if left is None or right is None:
@@ -1304,25 +1270,20 @@ def _order(left: Any, right: Any) -> int | None:
         left, right = numbers
     return -1 if left < right else 1 if left > right else 0 if left == right else None
 
-
 # ---- Helpers: plain functions of the arguments of a tag --------------------------------------------------------------
-
 
 def _lookup(value: Any, key: Any) -> Any:
     return _settled(_child(value, _to_text(key)))
-
 
 def _length_of(value: Any) -> int:
     if not isinstance(value, (str, list, tuple, Mapping, type(None))):
         raise TypeError(f"{_kind(value)} has no length")
     return len(value or ())
 
-
 def _join_values(values: Any, separator: Any = ", ") -> str:
     if not isinstance(values, (list, tuple)):
         raise TypeError(f"needs a list, not {_kind(values)}")
     return _to_text(separator).replace("\\n", "\n").replace("\\t", "\t").join(map(_to_text, values))
-
 
 def _truncate(value: Any, length: int, suffix: Any = "...") -> str:
     text, suffix = _to_text(value), _to_text(suffix)
@@ -1330,219 +1291,85 @@ def _truncate(value: Any, length: int, suffix: Any = "...") -> str:
         raise TypeError("needs a number of characters")
     return text if len(text) <= length else text[: max(0, length - len(suffix))] + suffix[:length]
 
-
 _ORDERS: dict[str, Callable[[Any, Any], bool]] = {
-    "==": lambda left, right: _equal(left, right),
-    "!=": lambda left, right: not _equal(left, right),
-    "<": lambda left, right: _order(left, right) == -1,
-    "<=": lambda left, right: _order(left, right) in (-1, 0),
-    ">": lambda left, right: _order(left, right) == 1,
-    ">=": lambda left, right: _order(left, right) in (0, 1),
+    "==": lambda left, right: _equal(left, right), "!=": lambda left, right: not _equal(left, right),
+    "<": lambda left, right: _order(left, right) == -1, "<=": lambda left, right: _order(left, right) in (-1, 0),
+    ">": lambda left, right: _order(left, right) == 1, ">=": lambda left, right: _order(left, right) in (0, 1),
 }
 _HELPERS: dict[str, Callable[..., Any]] = {
     **dict(zip(("eq", "ne", "lt", "le", "gt", "ge"), _ORDERS.values())),
     "and": lambda *values: next((value for value in values if not _truthy(value)), values[-1]),
     "or": lambda *values: next((value for value in values if _truthy(value)), values[-1]),
-    "not": lambda value: not _truthy(value),
-    "lookup": _lookup,
-    "json": lambda value, indent=None: _json_text(value, indent),
     "default": lambda *values: next((value for value in values[:-1] if value is not None and value != ""), values[-1]),
-    "length": _length_of,
-    "join": _join_values,
-    "upper": lambda value: _to_text(value).upper(),
-    "lower": lambda value: _to_text(value).lower(),
-    "trim": lambda value: _to_text(value).strip(),
-    "truncate": _truncate,
-    "log": lambda *values, **named: "",
+    "not": lambda value: not _truthy(value), "json": lambda value, indent=None: _json_text(value, indent),
+    "upper": lambda value: _to_text(value).upper(), "lower": lambda value: _to_text(value).lower(),
+    "trim": lambda value: _to_text(value).strip(), "log": lambda *values, **named: "",
+    "lookup": _lookup, "length": _length_of, "join": _join_values, "truncate": _truncate,
 }
 _LENIENT = frozenset(("if", "unless", "default", "and", "or", "not"))  # a missing value is null in their arguments
 
-
-# ---- Closures: what tags compile to ----------------------------------------------------------------------------------
-
+# ---- Compiler: tags become closures ----------------------------------------------------------------------------------
 
 _SPECIAL = frozenset(("root", "index", "key", "first", "last", "partial-block"))  # what of a frame can be read as @name
-
-
-def _root_frame(root: Any) -> _Frame:
-    """What a tag sees besides `this`. Loops add index, key, first and last; a block parameter x is "|x"."""
-    return {
-        "root": root,
-        "this": root,
-        "outer": None,  # the frame that ../ reads
-        "around": None,  # the frame that @../ reads: that around the loop
-        "partials": {},  # inline partials: name -> (program, the frame it is defined in)
-        "partial-block": None,  # (program, the frame it is defined in)
-        "level": 0,  # of partials in partials
-    }
-
+_ELSEWHERE, _MAYBE_ROOT, _AT_ROOT, _ROOTED = range(4)  # where a path starts; rooted is one that is written @root.x
 
 def _inside(frame: _Frame, value: Any, names: Sequence[str] = ()) -> _Frame:
     """The frame of a block whose `this` is the value; its block parameter too, if it has one."""
-    parameters = {"|" + name: value for name in names[:1]}
+    parameters = dict.fromkeys(names[:1], value)
     return {**frame, **parameters} if value is frame["this"] else {**frame, **parameters, "this": value, "outer": frame}
-
-
-def _this(this: Any, frame: Any) -> Any:
-    return _settled(this)
-
 
 def _constant(value: Any) -> Callable[..., Any]:
     """A closure that gives the value, whatever it is called with, and says so."""
-
     def evaluate(this: Any, frame: Any = None) -> Any:
         return value
-
     evaluate.constant = value  # type: ignore[attr-defined]
     return evaluate
 
-
 _nothing = _constant("")
 
-
-def _frame_reader(key: str, link: str = "", levels: int = 0) -> _Read:
-    """Reads from the frame, or from the one some links up."""
-
-    def read(this: Any, frame: Any) -> Any:
+def _path_reader(steps: Sequence[str], key: str = "", link: str = "", levels: int = 0, fail: Any = None,
+                 raw: bool = False) -> _Read:
+    """Reads a path from `this`, or from a key of the frame some links up. A missing value is null unless `fail` raises.
+    Raw: a view at the end of the path stays a view."""
+    def start(frame: Any) -> Any:
         for _ in range(levels):
-            frame = frame and frame[link]
+            frame = frame and frame.get(link)
         return frame.get(key, _MISSING) if frame else _MISSING
-
-    return read if levels else lambda this, frame: frame.get(key, _MISSING)
-
-
-def _path_reader(
-    steps: Sequence[str], start: _Read | None = None, missing: _Read | None = None, raw: bool = False
-) -> _Read:
-    """Reads a path from `this` or from what `start` reads. A missing value is null unless `missing` raises."""
-
     def read(this: Any, frame: Any) -> Any:
-        value = start(this, frame) if start else this
+        value = start(frame) if key else this
         for step in steps:
-            value = _child(value, step)
+            value = value[step] if type(value) is dict and step in value else _child(value, step)
+        if type(value) in _PLAIN:
+            return value
         if value is _MISSING:
-            return missing(this, frame) if missing else None
+            return fail(start(frame) if key else this) if fail else None
         return value if raw else _settled(value)
-
-    def read_start(this: Any, frame: Any) -> Any:
-        value = start(this, frame) if start else this
-        return value if type(value) in _PLAIN else read(this, frame)
-
-    if start or not 1 <= len(steps) <= 3:
-        return read if steps or raw else read_start if start else _this
-    first, second, third = (*steps, "", "")[:3]
-
-    def read_one(this: Any, frame: Any) -> Any:
-        value = this.get(first) if type(this) is dict else None
-        return value if type(value) in _PLAIN else read(this, frame)
-
-    def read_two(this: Any, frame: Any) -> Any:
-        value = this.get(first) if type(this) is dict else None
-        value = value.get(second) if type(value) is dict else None
-        return value if type(value) in _PLAIN else read(this, frame)
-
-    def read_three(this: Any, frame: Any) -> Any:
-        value = this.get(first) if type(this) is dict else None
-        value = value.get(second) if type(value) is dict else None
-        value = value.get(third) if type(value) is dict else None
-        return value if type(value) in _PLAIN else read(this, frame)
-
-    return (read_one, read_two, read_three)[len(steps) - 1]
-
+    return read
 
 def _joined(parts: list[Any]) -> _Read:
     """A program: the texts of the parts (constant texts and closures), joined."""
     reads = [(index, part) for index, part in enumerate(parts) if not isinstance(part, str)]
     if not reads:
         return _constant("".join(parts))
-    single = parts[0]
-
     def render(this: Any, frame: Any) -> str:
         texts = parts[:]
         for index, read in reads:
             value = read(this, frame)
             texts[index] = value if type(value) is str else _to_text(value)
         return "".join(texts)
-
-    def render_single(this: Any, frame: Any) -> str:
-        value = single(this, frame)
-        return value if type(value) is str else _to_text(value)
-
-    program = render_single if len(parts) == 1 else render
-    program.parts = parts  # type: ignore[attr-defined]
-    return program
-
-
-def _column(part: Any, items: Any) -> Iterable[str]:
-    """The text of one part of a program for each of the items; the part looks at nothing else."""
-    if isinstance(part, str):
-        return [part] * len(items)
-    values = items if part is _this else [part(item, None) for item in items]
-    return [value if type(value) is str else _to_text(value) for value in values]
-
-
-def _loop(body: _Read, names: Sequence[str], framed: bool) -> Callable[[Any, Any], str]:
-    """Renders the body once for each item of a list or map, which is not empty.
-
-    A body that does not look at its frame is rendered column by column: each part for all items, then interleaved.
-    """
-    parts, names = getattr(body, "parts", [getattr(body, "constant", "")]), ["|" + name for name in names[:2]]
-
-    def render(value: Any, frame: _Frame) -> str:
-        keys: Any = range(len(value)) if isinstance(value, (list, tuple)) else list(value)
-        items = value if type(keys) is range else [value[key] for key in keys]
-        if not framed:
-            return "".join([text for row in zip(*[_column(part, items) for part in parts]) for text in row])
-        inner, last, texts = {**frame, "outer": frame, "around": frame, "first": True}, len(keys) - 1, []
-        for index, key, item in zip(range(last + 1), keys, items):
-            inner["this"], inner["index"], inner["key"], inner["last"] = item, index, key, index == last
-            if names:
-                inner.update(zip(names, (item, key)))
-            texts.append(body(item, inner))
-            inner["first"] = False
-        return "".join(texts)
-
     return render
 
-
-def _if_block(read: _Read, body: _Read, inverse: _Read, zero: _Read) -> _Read:
-    def render(this: Any, frame: Any) -> Any:
-        value = read(this, frame)
-        true = value if type(value) is bool else _truthy(value) or (value == 0 and _truthy(zero(this, frame)))
-        return body(this, frame) if true else inverse(this, frame)
-
-    return render
-
-
-def _scope_block(
-    kind: str, read: _Read, body: _Read, inverse: _Read, names: Sequence[str], framed: bool, refuse: Callable[..., None]
-) -> _Read:
-    """each: the body for each item; with: once, the value as `this`; a section ("") does as the value asks for."""
-    loop, (looped, skipped) = _loop(body, names, framed), _SCOPES[kind]
-
-    def render(this: Any, frame: Any) -> Any:
-        value = read(this, frame)
-        if isinstance(value, looped):
-            return loop(value, frame) if value else inverse(this, frame)
-        settled = _settled(value)
-        if skipped(settled):
-            refuse(value)
-            return inverse(this, frame)
-        inner = this if settled is True and not kind else value
-        return body(inner, _inside(frame, inner, names) if framed else None)
-
-    return render
-
-
-_SCOPES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool]]] = {  # what is looped over, what asks for the inverse
-    "each": ((list, tuple, dict, Mapping), lambda value: True),
-    "with": ((), lambda value: not _truthy(value) and (value is False or value != 0)),
-    "": ((list, tuple), lambda value: value is None or value is False),
-}
-
-
-# ---- Compiler --------------------------------------------------------------------------------------------------------
-
+def _looped(body: _Read, names: Sequence[str], value: Any, frame: _Frame) -> str:
+    """The body once for each item of a list or map, which is not empty."""
+    pairs = list(value.items() if isinstance(value, Mapping) else enumerate(value))
+    inner, texts = {**frame, "outer": frame, "around": frame}, []
+    for index, (key, item) in enumerate(pairs):
+        inner["this"], inner["index"], inner["key"] = item, index, key
+        inner["first"], inner["last"] = not index, index == len(pairs) - 1
+        if names:
+            inner.update(zip(names, (item, key)))
+        texts.append(body(item, inner))
+    return "".join(texts)
 
 class _Partials(dict):  # type: ignore[type-arg]
     """Partials by name: sources, each replaced by its Template when it is first asked for."""
@@ -1557,7 +1384,6 @@ class _Partials(dict):  # type: ignore[type-arg]
             source = self[name] = Template(source, self.strict, self, self.helpers, _name=name)
         return source
 
-
 class _TemplateCompiler:
     """Turns one source into its program, and collects what that refers to."""
 
@@ -1567,24 +1393,21 @@ class _TemplateCompiler:
         self.next = self.nesting = 0
         self.end = _Tag("", 0)  # the tag that ended the program compiled last
         self.inlines: dict[str, _Read] = {}  # and its inline partials
-        self.scopes: tuple[bool | None, ...] = (True,)  # is `this` the root, level by level? None: depends on a value
-        self.names: dict[str, int] = {}  # block parameters: how many scopes there are where each is `this`; 0: never
+        self.scopes: tuple[int, ...] = (_AT_ROOT,)  # where `this` is, level by level
+        self.names: frozenset[str] = frozenset()  # block parameters
         self.guards: list[tuple[str, ...]] = []  # the paths that the #if and #unless around ask for
-        self.references: list[tuple[tuple[str, ...], bool, int, bool]] = []  # the last: starts at @root
-        self.calls: list[tuple[str, bool, set[str], int]] = []  # partials: name, context is the root, keys, position
-        self.framed = False  # whether what was compiled last looks at its frame
+        self.references: list[tuple[tuple[str, ...], bool, int, int]] = []  # the last: where it starts
+        self.calls: list[tuple[str, int, set[str], int]] = []  # partials: name, where `this` is, keys, position
 
     def error(self, reason: str, position: int) -> TemplateError:
         return TemplateError(reason + (f" in partial {self.name!r}" if self.name else ""), self.source, position)
 
-    def program(self, opener: _Tag | None, scope: tuple[bool | None, ...] = (), names: Sequence[str] = ()) -> _Read:
+    def program(self, opener: _Tag | None, scope: tuple[int, ...] = (), names: Sequence[str] = ()) -> _Read:
         """Compiles up to the tag that ends the opener's body, or to the end of the source."""
         parts: list[Any] = []
         inlines: dict[str, _Read] = {}
         outer, end = (self.scopes, self.names), _Tag("", 0)
-        self.scopes += scope
-        if names:
-            self.names = {**self.names, **dict.fromkeys(names, 0), names[0]: scope == (False,) and len(self.scopes)}
+        self.scopes, self.names = self.scopes + scope, self.names.union(names)
         self.nesting += 1
         if self.nesting > _MAX_NESTING + 1:
             raise self.error(f"blocks nested deeper than {_MAX_NESTING}", opener.position if opener else 0)
@@ -1607,25 +1430,28 @@ class _TemplateCompiler:
             raise self.error(f"'{end.sign}{end.name}' outside of a block", end.position)
         (self.scopes, self.names), self.end, self.inlines, program = outer, end, inlines, _joined(parts)
         self.nesting -= 1
-        if not inlines:
-            return program
-
         def render(this: Any, frame: _Frame) -> Any:
             inner = {**frame}
             inner["partials"] = {**frame["partials"], **{name: (body, inner) for name, body in inlines.items()}}
             return program(this, inner)
-
-        return render
+        return render if inlines else program
 
     def close(self, opener: _Tag) -> None:
         """Checks that the tag that ended the last program closes the opener."""
-        assert opener.head
         if self.end.sign != "/" or not self.end.head or opener.head[1] != self.end.head[1]:
             line = self.source.count("\n", 0, opener.position) + 1
             ending = f"'/{self.end.name}'" if self.end.sign == "/" else "a second else"
             raise self.error(f"{ending} does not close '{opener.sign}{opener.name}' of line {line}", self.end.position)
 
-    def bodies(self, tag: _Tag, scope: tuple[bool | None, ...], chained: bool) -> tuple[_Read, _Read]:
+    def inline(self, tag: _Tag) -> dict[str, _Read]:
+        """{{#*inline "name"}}: a partial for the block it stands in."""
+        if tag.name != "inline" or len(tag.arguments) != 1 or tag.arguments[0][0] != "literal":
+            raise self.error('the only decorator is {{#*inline "name"}}', tag.position)
+        body = self.program(tag, (_MAYBE_ROOT,))
+        self.close(tag)
+        return {tag.arguments[0][2]: body}
+
+    def bodies(self, tag: _Tag, scope: tuple[int, ...], chained: bool) -> tuple[_Read, _Read]:
         """The body and the inverse of a block. A chained one (`else if`) leaves its end to the block it is in."""
         inside: list[Any] = [(scope, tag.names), ((), ())]  # what the body sees, and the inverse
         first, second = reversed(inside) if tag.sign == "^" else inside
@@ -1641,44 +1467,43 @@ class _TemplateCompiler:
             self.close(tag)
         return (inverse, body) if tag.sign == "^" else (body, inverse)
 
-    def inline(self, tag: _Tag) -> dict[str, _Read]:
-        """{{#*inline "name"}}: a partial for the block it stands in."""
-        if tag.name != "inline" or len(tag.arguments) != 1 or tag.arguments[0][0] != "literal":
-            raise self.error('the only decorator is {{#*inline "name"}}', tag.position)
-        body = self.program(tag, (None,))
-        self.close(tag)
-        self.framed = True
-        return {tag.arguments[0][2]: body}
-
     def block(self, tag: _Tag, chained: bool = False) -> _Read:
-        """A block: if, unless, each, with, or a section over the value of the tag."""
-        assert tag.head
+        """A block: if and unless; each: the body for each item; with: once, the value as `this`; or a section (""),
+        which does as the value of the tag asks for."""
         kind = tag.name if tag.name in _BLOCKS and tag.name not in self.helpers and tag.head[0] == "path" else ""
         if kind and len(tag.arguments) != 1:
             raise self.error(f"#{kind} takes one argument", tag.position)
-        tests, seen, guarded, around = kind in _LENIENT, len(self.references), len(self.guards), self.framed
-        self.framed = False
+        tests, seen, guarded = kind in _LENIENT, len(self.references), len(self.guards)
         read = self.expression(tag.arguments[0], tests, kind == "with") if kind else self.value(tag)
         zero = self.named(tag, True).get("includeZero", _nothing)
         if tests:
             self.guards += [steps for steps, *_ in self.references[seen:]]
         same = tests or (kind == "with" and tag.arguments[0][2] in (".", "this"))
-        around, self.framed = around or self.framed, False
-        body, inverse = self.bodies(tag, () if same else (False,) if kind else (None,), chained)
-        framed, self.framed = self.framed, around or self.framed
+        names = ["|" + name for name in tag.names[:2]]
+        body, inverse = self.bodies(tag, () if same else (_ELSEWHERE if kind else _MAYBE_ROOT,), chained)
         del self.guards[guarded:]
-        if tests:
-            return _if_block(read, *((body, inverse) if kind == "if" else (inverse, body)), zero)
-
-        def refuse(value: Any) -> None:
-            if kind == "each" and self.strict and value is not None:
-                raise self.error(f"#each needs a list or a map, not {_kind(value)}", tag.position)
-
-        return _scope_block(kind, read, body, inverse, tag.names, framed, refuse)
+        if kind == "unless":
+            body, inverse = inverse, body
+        def test(this: Any, frame: Any) -> Any:
+            value = read(this, frame)
+            true = _truthy(value) or (value is not False and value == 0 and _truthy(zero(this, frame)))
+            return body(this, frame) if true else inverse(this, frame)
+        def render(this: Any, frame: Any) -> Any:
+            value = read(this, frame)
+            settled = _settled(value)
+            if kind != "with" and isinstance(settled, _LOOPED[kind]):
+                return _looped(body, names, settled, frame) if settled else inverse(this, frame)
+            if kind == "each" and self.strict and settled is not None:
+                raise self.error(f"#each needs a list or a map, not {_kind(settled)}", tag.position)
+            absent = settled is None or settled is False or (kind and not _truthy(settled) and settled != 0)
+            if kind == "each" or absent:
+                return inverse(this, frame)
+            inner = this if settled is True and not kind else value
+            return body(inner, _inside(frame, inner, names))
+        return test if tests else render
 
     def value(self, tag: _Tag) -> _Read:
         """`{{head arguments}}`: a helper's value if there are arguments or a helper of the caller's, else a path's."""
-        assert tag.head
         kind, _, text, position = tag.head
         if kind != "call" and (tag.arguments or tag.named or text in self.helpers):
             return self.call(tag, False)
@@ -1691,11 +1516,10 @@ class _TemplateCompiler:
         function = self.helpers.get(tag.name) or _HELPERS.get(tag.name)
         if function is None:
             known = _suggestion(tag.name, [*self.helpers, *_HELPERS])
-            raise self.error(f"unknown helper {tag.name!r}{known}", tag.head[3] if tag.head else 0)
+            raise self.error(f"unknown helper {tag.name!r}{known}", tag.head[3])
         lenient = lenient or tag.name in _LENIENT
         reads = [self.expression(node, lenient, raw=function is _lookup) for node in tag.arguments]
         named, strict = self.named(tag, lenient), self.strict and not lenient
-
         def read(this: Any, frame: Any) -> Any:
             values = [read(this, frame) for read in reads]
             keywords = {key: read(this, frame) for key, read in named.items()}
@@ -1709,7 +1533,6 @@ class _TemplateCompiler:
             if value is _MISSING and strict:
                 raise self.error(f"missing value {values[1]!r}{_there(values[0], _to_text(values[1]))}", tag.position)
             return None if value is _MISSING else value
-
         return read
 
     def named(self, tag: _Tag, lenient: bool = False) -> dict[str, _Read]:
@@ -1722,48 +1545,32 @@ class _TemplateCompiler:
             return _constant(content)
         if kind == "call":
             return self.call(content, lenient)
-        depth, steps, fixed = content
-        start: _Read | None = None
-        name = steps[0] if steps else ""
+        levels, steps, fixed = content
+        name, key, link = steps[0] if steps else "", "", "outer"
         if text[0] == "@":
-            steps = steps[1:]
+            key, link, steps = name if name in _SPECIAL else "@", "around", steps[1:]
             if name == "root":
-                self.refer(steps, lenient, position, True)
-            start = _frame_reader(name if name in _SPECIAL else "@", "around", 0 if name == "root" else depth)
+                levels = 0
+                self.refer(steps, lenient, position, _ROOTED)
         elif not fixed and name in self.names:
-            if self.names[name] != len(self.scopes):  # otherwise the block parameter is `this`
-                start = _frame_reader("|" + name)
-            steps = steps[1:]
+            key, steps = "|" + name, steps[1:]
         else:
-            around = self.scopes[len(self.scopes) - 1 - depth :] if depth < len(self.scopes) else [False]
-            if around[0]:
-                self.refer(steps, lenient or None in around, position, False)
-            start = _frame_reader("this", "outer", depth) if depth else None
-        self.framed = self.framed or start is not None
-        missing = self.missing(text, steps, start, position) if self.strict and not lenient else None
-        return _path_reader(steps, start, missing, raw)
+            around = self.scopes[len(self.scopes) - 1 - levels :] if levels < len(self.scopes) else (_ELSEWHERE,)
+            self.refer(steps, lenient or _MAYBE_ROOT in around, position, around[0])
+            key = "this" if levels else ""
+        hint = f"; outside of the block: ../{text} or @root.{text}" if len(self.scopes) > 1 and not key else ""
+        def fail(value: Any) -> Any:
+            there = ": there is no such scope or loop here" if value is _MISSING else _there(value, *steps) + hint
+            raise self.error(f"missing value {text!r}{there}", position)
+        return _path_reader(steps, key, link, levels, fail if self.strict and not lenient else None, raw)
 
-    def refer(self, steps: Sequence[str], lenient: bool, position: int, absolute: bool) -> None:
-        if steps:
-            segments = tuple(steps)
-            required = not lenient and not any(segments[: len(guard)] == guard for guard in self.guards)
-            self.references.append((segments, required, position, absolute))
-
-    def missing(self, text: str, steps: Sequence[str], start: _Read | None, position: int) -> _Read:
-        """Raises the error for a missing value: what there is instead, and how to write a name outside of the block."""
-        hint = f"; outside of the block: ../{text} or @root.{text}" if len(self.scopes) > 1 and not start else ""
-
-        def fail(this: Any, frame: Any) -> Any:
-            value = start(this, frame) if start else this
-            if value is _MISSING:
-                raise self.error(f"missing value {text!r}: there is no such scope or loop here", position)
-            raise self.error(f"missing value {text!r}{_there(value, *steps)}{hint}", position)
-
-        return fail
+    def refer(self, steps: Sequence[str], lenient: bool, position: int, at_root: int) -> None:
+        if steps and at_root:
+            required = not lenient and not any((*steps[: len(guard)],) == guard for guard in self.guards)
+            self.references.append(((*steps,), required, position, at_root))
 
     def partial(self, tag: _Tag) -> _Read:
         """`{{> name context key=value}}`, or `{{#> name}}` with a block that the partial renders as @partial-block."""
-        assert tag.head
         kind, content, name, _ = tag.head
         name = _unbracketed(name) if kind == "path" else name
         name_of = self.call(content, False) if kind == "call" else None
@@ -1776,13 +1583,11 @@ class _TemplateCompiler:
             raise self.error(f"unknown partial {name!r}{_suggestion(name, partials)}", tag.position)
         context = self.expression(tag.arguments[0], raw=True) if tag.arguments else None
         named, same = self.named(tag), not tag.arguments or tag.arguments[0][2] in (".", "this")
-        self.calls.append((name, same and self.scopes[-1] is True, set(named), tag.position))
-        block = self.program(tag) if tag.sign == "#>" else None
+        self.calls.append((name, self.scopes[-1] if same else _ELSEWHERE, set(named), tag.position))
+        block: Any = self.program(tag) if tag.sign == "#>" else None
         defined = self.inlines if block else {}
         if block:
             self.close(tag)
-        self.framed = True
-
         def render(this: Any, frame: _Frame) -> str:
             known = _to_text(name_of(this, frame)) if name_of else name
             if frame["level"] >= _MAX_NESTING:
@@ -1793,30 +1598,26 @@ class _TemplateCompiler:
                 value = ChainMap(values, value) if isinstance(value, Mapping) else values  # type: ignore[arg-type]
             found = frame["partial-block"] if own_block else frame["partials"].get(known)
             template = None if found or own_block else partials.template(known)
-            if template:
-                found = template._program, frame
-            elif not (found or block):
+            if not (found or template or block):
                 raise self.error(f"unknown partial {known!r}{_suggestion(known, partials)}", tag.position)
-            program, origin = found or (block, frame)
+            program, origin = (template._program, frame) if template else found or (block, frame)
             inner = {**_inside(origin, value), "level": frame["level"] + 1}
             if template:
                 inner.update(this=value, outer=None)  # a partial does not see the contexts around it
-            if found and not own_block:
+            if (found or template) and not own_block:
                 inner["partial-block"] = (block, frame) if block else frame["partial-block"]
             if defined:
                 inner["partials"] = {**inner["partials"], **{key: (body, frame) for key, body in defined.items()}}
-            text = program(value, inner)  # type: ignore[misc]
+            text = program(value, inner)
             return re.sub(r"^(?!\Z)", indent, text, flags=re.M) if indent else str(text)
-
         return render
 
-
 _BLOCKS = frozenset(("if", "unless", "each", "with"))
+_LOOPED: dict[str, Any] = {"each": (list, tuple, Mapping), "": (list, tuple)}
 _COMPILED: dict[str, Callable[[_TemplateCompiler, _Tag], _Read]] = {
     "": _TemplateCompiler.value, ">": _TemplateCompiler.partial, "#>": _TemplateCompiler.partial,
-    **dict.fromkeys("#^", _TemplateCompiler.block),
-}  # fmt: skip
-
+    "#": _TemplateCompiler.block, "^": _TemplateCompiler.block,
+}
 
 class Template:
     """A compiled template: Handlebars without HTML escaping, `{{x}}` or `<<x>>`.
@@ -1829,26 +1630,20 @@ class Template:
     not a bare number or quoted text, and with no other `<<` in it. Otherwise it is plain text, as in `cout << x`.
     `\\{{x}}` and `\\<<x>>` are text too. Numbers that JSON cannot write (nan, infinity) are refused.
     """
+    __slots__ = ("_calls", "_partials", "_program", "_references", "_value", "is_expression", "source")
 
-    __slots__ = (
-        "_calls", "_constant", "_framed", "_partials", "_program", "_references", "_value", "is_expression", "source"
-    )  # fmt: skip
-
-    def __init__(
-        self, source: str, strict: bool = True, partials: Mapping[str, Any] | None = None,
-        helpers: _Helpers | None = None, _name: str = "",
-    ) -> None:  # fmt: skip
+    def __init__(self, source: str, strict: bool = True, partials: Mapping[str, Any] | None = None,
+                 helpers: _Helpers | None = None, _name: str = "") -> None:
         if not isinstance(source, str):
             raise TemplateError(f"a template is text, not {_kind(source)}")
         self.source = source
         self._partials = partials if isinstance(partials, _Partials) else _Partials(partials, strict, helpers)
         compiler = _TemplateCompiler(source, strict, self._partials, helpers or {}, _name)
-        first = compiler.items[0] if len(compiler.items) == 1 else ""
+        first: Any = compiler.items[0] if len(compiler.items) == 1 else ""
         self.is_expression = isinstance(first, _Tag) and first.sign == "" and first.end - first.position == len(source)
-        self._constant = not any(isinstance(item, _Tag) and item.sign != "!" for item in compiler.items)
-        self._value = compiler.value(first) if self.is_expression else compiler.program(None)  # type: ignore[arg-type]
+        self._value = compiler.value(first) if self.is_expression else compiler.program(None)
         self._program = _joined([self._value]) if self.is_expression else self._value
-        self._framed, self._references, self._calls = compiler.framed, compiler.references, compiler.calls
+        self._references, self._calls = compiler.references, compiler.calls
 
     def render(self, context: Any) -> str:
         """The text for a context (a map of names to JSON-like values). TemplateError for a missing value (strict)."""
@@ -1859,8 +1654,12 @@ class Template:
         return self._run(self._value, context)
 
     def _run(self, program: _Read, context: Any) -> Any:
+        """Runs a program in its first frame. Blocks add `outer`, the frame that ../ reads; loops also index, key,
+        first, last and `around`, the frame that @../ reads; a block parameter x is "|x". Inline partials and
+        partial-block are (program, the frame it is defined in); `level` counts partials in partials."""
+        frame = {"root": context, "this": context, "partials": {}, "partial-block": None, "level": 0}
         try:
-            return program(context, _root_frame(context) if self._framed else None)
+            return program(context, frame)
         except RecursionError:
             raise TemplateError("nested too deeply to render") from None
 
@@ -1868,46 +1667,24 @@ class Template:
     def references(self) -> tuple[Reference, ...]:
         """Every path read from the root: (segments, required, position). Required: it raises if missing and strict.
 
-        What a partial reads counts at the position of the tag that calls it; names that the tag sets are hidden."""
+        What a partial reads counts at the position of the tag that calls it; names that the tag sets are hidden. In a
+        section, whose value may be true or a map, names are read from the root only perhaps: those of steps count."""
         found: list[Reference] = []
-        waiting: list[Any] = [(self, True, frozenset(), None)]  # template, is its context the root, hidden names, place
+        waiting: list[Any] = [(self, _AT_ROOT, frozenset(), None)]  # template, where its `this` is, hidden names, place
         seen = set()
         while waiting:
-            template, at_root, hidden, place = waiting.pop(0)
-            for steps, required, position, absolute in template._references:
-                if absolute or (at_root and steps[0] not in hidden):
-                    found.append((steps, required, position if place is None else place))
+            template, context, hidden, place = waiting.pop(0)
+            for steps, required, position, root in template._references:
+                root = root if root == _ROOTED else _ELSEWHERE if steps[0] in hidden else min(root, context)
+                if root > _MAYBE_ROOT or (root and len(steps) > 1 and steps[0] in ("steps", "outputs")):
+                    found.append((steps, required and root > _MAYBE_ROOT, position if place is None else place))
             for name, same, keys, position in template._calls:
-                call = (name, at_root and same, hidden | keys)
+                call = (name, min(context, same), hidden | keys)
                 partial = None if call in seen else self._partials.template(name)
                 seen.add(call)
                 if partial:
                     waiting.append((partial, *call[1:], position if place is None else place))
         return tuple(found)
-
-
-def _compile_value(
-    value: Any, strict: bool = True, partials: Mapping[str, Any] | None = None, helpers: _Helpers | None = None,
-    depth: int = 0,
-) -> tuple[Callable[[Any], Any], tuple[Reference, ...]]:  # fmt: skip
-    """(context -> value, references) for a JSON-like value whose texts, keys aside, are templates."""
-    if depth > _MAX_NESTING:
-        raise TemplateError(f"values nested deeper than {_MAX_NESTING}")
-    if isinstance(value, str) and ("{{" in value or "<<" in value):
-        template = Template(value, strict, partials, helpers)
-        evaluate = _constant(template.render({})) if template._constant else template.evaluate
-        return evaluate, template.references
-    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
-    compiled = [_compile_value(item, strict, partials, helpers, depth + 1) for item in items]
-    results = [evaluate for evaluate, _ in compiled]
-    references = tuple(found for _, inner in compiled for found in inner)
-    if all(getattr(evaluate, "constant", _MISSING) is item for evaluate, item in zip(results, items)):
-        return _constant(value), ()
-    if isinstance(value, dict):
-        keys = list(value)
-        return lambda context: dict(zip(keys, [evaluate(context) for evaluate in results])), references
-    return lambda context: [evaluate(context) for evaluate in results], references
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Conditions: text -> compiled predicate. A parser of its own (never `eval`); a reference or a tag is an operand, so
@@ -2097,7 +1874,9 @@ class _ConditionParser:
         if "{{" not in text and "<<" not in text:
             return _constant(text)
         template = self.template(text, start)
-        return _constant(template.render({})) if template._constant else lambda this, frame: template.render(this)
+        if hasattr(template._program, "constant"):
+            return template._program
+        return lambda this, frame: template.render(this)
 
     def tag(self, start: int) -> _Read:
         try:
@@ -2350,7 +2129,6 @@ class _RegexCost:
 
 
 _regex_cost = functools.lru_cache(maxsize=256)(_RegexCost)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Workflow: plain values -> Workflow and Steps, validated

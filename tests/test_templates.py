@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_orchestrator import Template, TemplateError, _compile_value
+from llm_orchestrator import Template, TemplateError
 
 
 def render(source, context=None, **options):
@@ -283,12 +283,18 @@ def test_references_are_the_paths_read_from_the_root():
     assert reference == (("x",), True, 5)
 
 
-def test_values_compile_with_their_structure_and_constants_stay():
-    evaluate, references = _compile_value({"a": ["{{x}}", 1, {"b": "y {{x}}"}], "c": "plain"})
-    assert evaluate({"x": [1]}) == {"a": [[1], 1, {"b": "y [1]"}], "c": "plain"}
-    assert [steps for steps, *_ in references] == [("x",), ("x",)]
-    assert _compile_value([1, "{ }", {"a": None}])[0].constant == [1, "{ }", {"a": None}]
-    assert _compile_value("\\{{x}}")[0]({}) == "{{x}}"
+@pytest.mark.parametrize("source", ["{{#f}}{{steps.a.x}}{{/f}}", "{{#f}}{{#if g}}{{outputs.a.x}}{{/if}}{{/f}}",
+    "{{#f}}{{> p}}{{/f}}", "{{#*inline 'i'}}{{steps.a.x}}{{/inline}}{{> i}}", "{{^f}}{{else}}{{steps.a.x}}{{/f}}"])
+def test_a_step_that_is_read_inside_a_section_is_a_reference(source):
+    references = Template(source, partials={"p": "{{steps.a.x}}"}).references
+    assert [(steps[1:], required) for steps, required, _ in references if steps[0] in ("steps", "outputs")] == [
+        (("a", "x"), False)]
+
+
+@pytest.mark.parametrize("source", ["{{#f as |steps|}}{{steps.a.x}}{{/f}}", "{{#with f}}{{steps.a.x}}{{/with}}",
+    "{{#f}}{{steps}}{{inputs.x}}{{/f}}", "{{#each f}}{{#with .}}{{steps.a.x}}{{/with}}{{/each}}"])
+def test_a_name_that_a_block_certainly_hides_is_no_reference(source):
+    assert [steps for steps, *_ in Template(source).references] == [("f",)]
 
 
 JSON = st.recursive(
@@ -373,8 +379,6 @@ def test_values_nested_too_deeply_are_an_error():
         deep = [deep]
     with pytest.raises(TemplateError, match="nested"):
         Template("{{a}}").render({"a": deep})
-    with pytest.raises(TemplateError, match="nested"):
-        _compile_value(deep)
 
 
 @pytest.mark.slow
