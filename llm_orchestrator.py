@@ -4119,7 +4119,10 @@ class _Exchange:
         if context:
             connection.limit()
             name, plain = target.host.rstrip("."), connection.socket
-            connection.socket = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
+            try:
+                connection.socket = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
+            except OSError as error:  # its frames hold the only socket that is left, and nobody else could close it
+                raise error.with_traceback(None) from None
             self.scope.attach(connection.socket)
             connection.socket.do_handshake()
 
