@@ -1695,18 +1695,14 @@ _CONDITION_TOKEN = re.compile(
     r"""\s*(?:(?P<text>"[^"\\]*(?:\\.[^"\\]*)*"|'[^'\\]*(?:\\.[^'\\]*)*')|(?P<tag>\{\{|<<)"""
     r"""|(?P<number>-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[-+]?[0-9]+)?(?![\w.]))"""
     r"""|(?P<mark>not\s+in(?![\w.-])|\|\||&&|[=!]=(?!=)|<=|>=|[<>!()\[\],])"""
-    r"""|(?P<path>[^\W\d][\w-]*(?:\.(?:[\w-]+|\[[^\]\n]*\])|\[(?:\d+|'[^'\]\n]*'|"[^"\]\n]*")\])*))""",
-    re.S | re.I,
-)
+    r"""|(?P<path>[^\W\d][\w-]*(?:\.(?:[\w-]+|\[[^\]\n]*\])|\[(?:\d+|'[^'\]\n]*'|"[^"\]\n]*")\])*))""", re.S | re.I)
 _CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 _CONDITION_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
-_OR, _AND, _NOT, _COMPARISON = 1, 2, 3, 4  # precedence
-
+_OR, _AND, _NOT, _COMPARISON = range(1, 5)  # precedence
 
 def _holds(value: Any) -> bool:
     """Truth in conditions: as in templates, but the texts "", "false", "no" and "0" are false, in any case."""
     return value.strip().lower() not in ("", "false", "no", "0") if isinstance(value, str) else _truthy(value)
-
 
 def _contains(container: Any, item: Any) -> bool:
     """Whether an item is part of a text, a member of a list or a key of a map; nothing is in null."""
@@ -1716,35 +1712,26 @@ def _contains(container: Any, item: Any) -> bool:
         return False
     if not isinstance(item, (str, int, float)) or not isinstance(container, (str, Mapping)):
         raise TypeError(f"cannot look for {_kind(item)} in {_kind(container)}")
-    if isinstance(container, str):
-        return _to_text(item) in container
-    return _child(container, _to_text(item)) is not _MISSING
-
+    text = _to_text(item)
+    return text in container if isinstance(container, str) else _child(container, text) is not _MISSING
 
 def _on_texts(test: Callable[[str, str], bool]) -> Callable[[Any, Any], bool]:
     """A comparison of texts: numbers and booleans stand for their text, null compares as false."""
-
     def compare(left: Any, right: Any) -> bool:
         for value in (left, right):
             if not isinstance(value, (str, int, float, type(None))):
                 raise TypeError(f"needs text, not {_kind(value)}")
         return left is not None and right is not None and test(_to_text(left), _to_text(right))
-
     return compare
-
 
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     **_ORDERS,
-    "in": lambda left, right: _contains(right, left),
-    "not in": lambda left, right: not _contains(right, left),
-    "contains": _contains,
-    "startswith": _on_texts(str.startswith),
-    "endswith": _on_texts(str.endswith),
+    "in": lambda left, right: _contains(right, left), "not in": lambda left, right: not _contains(right, left),
+    "contains": _contains, "startswith": _on_texts(str.startswith), "endswith": _on_texts(str.endswith),
     "matches": _on_texts(lambda text, pattern: _guarded_search(_compile_regex(pattern), text) is not None),
 }
 _PRECEDENCE = {"or": _OR, "||": _OR, "and": _AND, "&&": _AND, **dict.fromkeys(_COMPARISONS, _COMPARISON)}
 _FUNCTIONS = {"len": _length_of, **{name: _HELPERS[name] for name in ("lower", "upper", "trim")}}
-
 
 class _ConditionParser:
     """Precedence climbing over the tokens of a condition; what it reads it returns as closures."""
@@ -1769,7 +1756,7 @@ class _ConditionParser:
         rest = re.compile(r"\s*(\S[\w.=]*)").match(self.source, self.start)
         if not rest:
             return self.error("the condition ends too early", self.start)
-        hints = {"=": ": use '=='", "'": ": this text is never closed", '"': ": this text is never closed"}
+        hints = {"=": ": use '=='", **dict.fromkeys("'\"", ": this text is never closed")}
         hint = "" if self.word else hints.get(rest[1][0], "")
         return self.error(f"unexpected {rest[1][:40]!r}{hint}", rest.start(1))
 
@@ -1799,7 +1786,6 @@ class _ConditionParser:
 
     def junction(self, terms: list[_Read], decisive: bool) -> _Read:
         """`or` (an operand that holds decides) or `and` (one that does not): the value of the deciding operand."""
-
         def read(this: Any, frame: Any) -> Any:
             value = None
             for term in terms:
@@ -1807,14 +1793,12 @@ class _ConditionParser:
                 if _holds(value) is decisive:
                     break
             return value
-
         return read
 
     def comparison(self, left: _Read) -> _Read:
         operator, start, compare = self.mark, self.start, _COMPARISONS[self.mark]
         self.advance()
         right = self.expression(_COMPARISON + 1)
-
         def read(this: Any, frame: Any) -> bool:
             first, second = left(this, frame), right(this, frame)
             try:
@@ -1823,7 +1807,6 @@ class _ConditionParser:
                 raise
             except Exception as error:  # values of other types than JSON's may raise anything
                 raise self.error(error.reason if isinstance(error, TemplateError) else error, start) from None
-
         if operator == "matches" and isinstance(pattern := getattr(right, "constant", None), str):
             try:
                 _compile_regex(pattern)
@@ -1844,9 +1827,8 @@ class _ConditionParser:
             return lambda this, frame: not _holds(inner(this, frame))
         if kind == "text":
             return self.text(word, start)
-        if kind == "number":
-            number = _as_number(word)
-            return _constant(float(word) if number is None else number)
+        if kind == "number":  # `1.` and `.5` are numbers here
+            return _constant(float(word) if (number := _as_number(word)) is None else number)
         if kind == "path":
             return self.place(word, start)
         if word == "(":
@@ -1874,9 +1856,8 @@ class _ConditionParser:
         if "{{" not in text and "<<" not in text:
             return _constant(text)
         template = self.template(text, start)
-        if hasattr(template._program, "constant"):
-            return template._program
-        return lambda this, frame: template.render(this)
+        constant = hasattr(template._program, "constant")
+        return template._program if constant else lambda this, frame: template.render(this)
 
     def tag(self, start: int) -> _Read:
         try:
@@ -1894,8 +1875,7 @@ class _ConditionParser:
         if text.lower() in _CONSTANTS:
             return _constant(_CONSTANTS[text.lower()])
         if self.mark != "(":
-            found = re.findall(r"\[[^\]]*\]|[\w-]+", text)
-            steps = tuple(step.strip("[]'\"") if step[0] == "[" else step for step in found)
+            steps = tuple(step.strip("[]'\"") for step in re.findall(r"\[[^\]]*\]|[\w-]+", text))
             self.references.append((steps, False, start))
             return _path_reader(steps)
         function = _FUNCTIONS.get(text.lower())
@@ -1904,15 +1884,12 @@ class _ConditionParser:
         self.advance()
         inner = self.expression()
         self.expect(")")
-
         def call(this: Any, frame: Any) -> Any:
             try:
                 return function(inner(this, frame))
             except TypeError as error:
                 raise self.error(error, start) from None
-
         return call
-
 
 class Condition:
     """A compiled condition, such as `steps.a.score >= 0.7 and not inputs.dry_run`.
@@ -1955,7 +1932,6 @@ class Condition:
         """Whether the condition holds."""
         return _holds(self.value(context))
 
-
 # ---- Guarded regular expressions -------------------------------------------------------------------------------------
 
 _MAX_STEPS = 100_000_000  # of backtracking in the worst case: a second or two
@@ -1963,7 +1939,6 @@ _SETS = frozenset(("LITERAL", "NOT_LITERAL", "IN", "ANY"))  # nodes that take on
 _SAMPLES = "".join(map(chr, range(128))) + "\u00e9\u0416\u4e2d\u0663\u00a0\u2028\u00b2\u20ac\U0001f600"
 _regex_parser: Any = getattr(re, "_parser", None) or getattr(re, "sre_parse", None)
 _regex_compiler: Any = getattr(re, "_compiler", None) or getattr(re, "sre_compile", None)
-
 
 def _compile_regex(pattern: str) -> re.Pattern[str]:
     """A compiled pattern for _guarded; ConditionError for a bad one, or one that short texts can make take forever."""
@@ -1973,7 +1948,6 @@ def _compile_regex(pattern: str) -> re.Pattern[str]:
     except (re.error, OverflowError, RecursionError, ValueError) as error:
         raise ConditionError(f"bad regular expression: {str(error) or 'nested too deeply'}", pattern[:200]) from None
 
-
 def _guarded(pattern: re.Pattern[str], text: str) -> re.Pattern[str]:
     """The pattern; ConditionError if to search this text with it could take more than a second or two."""
     cost = _regex_cost(pattern.pattern)
@@ -1981,14 +1955,12 @@ def _guarded(pattern: re.Pattern[str], text: str) -> re.Pattern[str]:
         raise ConditionError("this regular expression can take forever on this text; anchor it", pattern.pattern)
     return pattern
 
-
 def _guarded_search(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     """pattern.search(text), or ConditionError as in _guarded; a pattern that begins with a run takes less here."""
     cost = _regex_cost(pattern.pattern)
     if len(text) > cost.safe_length and cost.by_runs and cost.steps(text, by_runs=True) <= _MAX_STEPS:
         return cost.by_runs.search(text)
     return _guarded(pattern, text).search(text)
-
 
 class _RegexCost:
     """How many steps a search may take. Backtracking multiplies choices that the next character does not decide: the
@@ -2126,7 +2098,6 @@ class _RegexCost:
             raise ConditionError("this regular expression has too many open repeats", self.pattern)
         following = starts | (first if empty or low == 0 else frozenset())
         return following, ways, frozenset(products), ambiguous or inner[3] or undecided, sure and low == 0
-
 
 _regex_cost = functools.lru_cache(maxsize=256)(_RegexCost)
 
