@@ -3073,7 +3073,8 @@ class _Plan:
         partials = {name: text for name, text in self.section("partials").items() if isinstance(text, str)}
         self.partials = _Partials(partials, True, None)
         for name, text in partials.items():
-            self.guarded(("partials", name), f"partials: {name}", Template, text, True, self.partials)
+            if self.guarded(("partials", name), f"partials: {name}", Template, text, True, self.partials) is None:
+                self.partials[name] = ""  # it is reported here, and not by each template that uses it
         self.graph = _Graph(inputs=inputs if isinstance(self.document.get("inputs"), dict) else None)
         self.steps(self.document.get("steps"), ("steps",), self.graph)
         for siblings in self.graphs:
