@@ -71,7 +71,6 @@ else:
 # What goes wrong, as one family: every error says what was wrong, where, and what would be right.
 # ---------------------------------------------------------------------------------------------------------------------
 
-
 class OrchestratorError(Exception):
     """Base of every error that this module raises for bad input, a bad answer or a failed run."""
 
@@ -80,46 +79,32 @@ class OrchestratorError(Exception):
         """The error in one or more lines of text, without the class name."""
         return str(self)
 
-
 class ParseError(OrchestratorError):
     """YAML or JSON text that cannot be read. `line` and `column` count from 1; str() shows the line and a caret."""
 
     def __init__(self, reason: str, text: str = "", position: int = 0, source: str = "") -> None:
-        self.reason, self.source = reason, source
-        self.line = text.count("\n", 0, position) + 1
-        start = text.rfind("\n", 0, position) + 1
-        self.column = position - start + 1
-        end = text.find("\n", start)
-        self.source_line = text[start:] if end < 0 else text[start:end]
         super().__init__(reason)
+        self.reason, self.source, self.line = reason, source, text.count("\n", 0, position) + 1
+        start = text.rfind("\n", 0, position) + 1
+        self.column, self.source_line = position - start + 1, text[start:].split("\n", 1)[0]
 
     def __str__(self) -> str:
-        return f"{self.source or '<text>'}:{self.line}:{self.column}: {self.reason}" + _caret(
-            self.source_line, self.column
-        )
-
-
-def _caret(source_line: str, column: int) -> str:
-    """The source line with a caret under `column` (from 1), cut to a window of 100 characters; "" for no line."""
-    start = max(0, column - 60)
-    window = source_line[start : start + 100].replace("\t", " ")
-    window = "".join(character if character.isprintable() else "?" for character in window)
-    return f"\n    {window}\n    {' ' * (column - 1 - start)}^" if window.strip() else ""
-
+        start = max(0, self.column - 60)  # of a window of 100 characters
+        window = self.source_line[start : start + 100].replace("\t", " ")
+        window = "".join(character if character.isprintable() else "?" for character in window)
+        caret = f"\n    {window}\n    {' ' * (self.column - 1 - start)}^" if window.strip() else ""
+        return f"{self.source or '<text>'}:{self.line}:{self.column}: {self.reason}{caret}"
 
 class TemplateError(OrchestratorError):
     """A template that does not compile, or a value it needs that is missing. `line` and `column` count from 1."""
 
     def __init__(self, reason: str, source: str = "", position: int = 0) -> None:
-        self.reason = reason
-        self.line = source.count("\n", 0, position) + 1
+        self.reason, self.position, self.line = reason, position, source.count("\n", 0, position) + 1
         self.column = position - source.rfind("\n", 0, position)
         super().__init__(f"{reason} (line {self.line}, column {self.column})" if source else reason)
 
-
 class ConditionError(TemplateError):
     """A condition that does not parse, or that compares what cannot be compared."""
-
 
 def _nearest(word: Any, known: Iterable[Any]) -> list[str]:
     """The one of the known words that the word is probably meant to be, if there is one."""
@@ -128,7 +113,6 @@ def _nearest(word: Any, known: Iterable[Any]) -> list[str]:
         words = tuple(one for one in words if one[:3].lower() == word[:3] or one[-3:].lower() == word[-3:])[:300]
     return _closest(word, words)
 
-
 @functools.lru_cache(maxsize=1000)
 def _closest(word: str, words: tuple[str, ...]) -> list[str]:
     import difflib
@@ -136,40 +120,27 @@ def _closest(word: str, words: tuple[str, ...]) -> list[str]:
     lowered = {one.lower(): one for one in words}
     return [lowered[one] for one in difflib.get_close_matches(word, lowered, n=1)]
 
-
 def _suggestion(word: Any, known: Iterable[Any]) -> str:
     """`, did you mean 'prompt'?` for the nearest of the known words, or nothing."""
     return "".join(f", did you mean {nearest!r}?" for nearest in _nearest(word, known))
 
-
-def _known(word: Any, known: Iterable[Any]) -> str:
-    """The suggestion, or else all the known words."""
-    return _suggestion(word, known) or f"; there are {', '.join(map(str, known))}"
-
-
 class Problem:
-    """One thing that is wrong with a workflow: a message and its place.
+    """One thing that is wrong with a workflow: a message and its place. str() reads `wf.yaml:12:5: message`.
 
     `path` leads to it from the top of the document (keys and indexes); `line` and `column` count from 1 and are None
-    when there is no text. `severity` is "error" or "warning". str() reads `wf.yaml:12:5: message`.
+    when there is no text. `severity` is "error" or "warning".
     """
 
-    __slots__ = ("column", "custom", "cycle", "inside", "line", "message", "path", "severity", "source")
+    cycle: list[str] | None = None
+    custom: tuple[str, str] | None = None  # (argument, name) of what only a run can know
+    inside: tuple[str, int] | None = None  # a template and the position in it, for an exact place
 
     def __init__(
-        self,
-        message: str,
-        path: tuple[Any, ...] = (),
-        line: int | None = None,
-        column: int | None = None,
-        source: str = "workflow",
-        severity: str = "error",
+        self, message: str, path: tuple[Any, ...] = (), line: int | None = None, column: int | None = None,
+        source: str = "workflow", severity: str = "error",
     ) -> None:
         self.message, self.path, self.line, self.column = message, path, line, column
         self.source, self.severity = source, severity
-        self.cycle: list[str] | None = None
-        self.custom: tuple[str, str] | None = None  # (argument, name) of what only a run can know
-        self.inside: tuple[str, int] | None = None  # a template and the position in it, for an exact place
 
     def __str__(self) -> str:
         place = f"{self.source}:{self.line}:{self.column}" if self.line else self.source
@@ -178,14 +149,12 @@ class Problem:
     def __repr__(self) -> str:
         return f"Problem({str(self)!r})"
 
-
 class ValidationError(OrchestratorError):
     """A workflow, its inputs or an argument is wrong. `problems` lists everything that was found, in order."""
 
     def __init__(self, problems: Iterable[Problem] | str) -> None:
         self.problems = [Problem(problems)] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(map(str, self.problems)))
-
 
 class DagError(ValidationError):
     """The steps depend on each other in a circle. `cycle` names them: ["a", "b", "a"]."""
@@ -194,7 +163,6 @@ class DagError(ValidationError):
         super().__init__(problems)
         self.cycle = cycle
 
-
 class ExecutionError(OrchestratorError):
     """A step could not do its work. `step_id` is its full id; `retryable` says whether another attempt may help."""
 
@@ -202,10 +170,8 @@ class ExecutionError(OrchestratorError):
         super().__init__(reason)
         self.step_id, self.retryable = step_id, retryable
 
-
 class RunTimeoutError(OrchestratorError):
     """The whole run took longer than its `timeout_seconds`."""
-
 
 class ProviderError(OrchestratorError):
     """A call of a provider or another server failed.
@@ -217,14 +183,8 @@ class ProviderError(OrchestratorError):
     _retryable = False
 
     def __init__(
-        self,
-        reason: str,
-        *,
-        provider: str = "",
-        status: int | None = None,
-        retryable: bool | None = None,
-        retry_after: float | None = None,
-        request_id: str | None = None,
+        self, reason: str, *, provider: str = "", status: int | None = None, retryable: bool | None = None,
+        retry_after: float | None = None, request_id: str | None = None,
     ) -> None:
         super().__init__(f"{provider}: {reason}" if provider else reason)
         self.provider, self.status, self.retry_after, self.request_id = provider, status, retry_after, request_id
@@ -232,40 +192,29 @@ class ProviderError(OrchestratorError):
 
     def _too_long_a_wait(self, limit_seconds: float) -> None:
         """Adds to the message why a retryable error was not retried."""
-        self.args = (
-            f"{self}; the server asks to wait {self.retry_after:g} s, longer than max_delay {limit_seconds:g} s",
-        )
-
+        asked = f"the server asks to wait {self.retry_after:g} s, longer than max_delay {limit_seconds:g} s"
+        self.args = (f"{self}; {asked}",)
 
 class AuthenticationError(ProviderError):
     """The key is missing, wrong, or not allowed to do this (401, 403)."""
 
-
 class RateLimitError(ProviderError):
     """Too many requests or tokens for the moment (429)."""
-
     _retryable = True
-
 
 class QuotaExceededError(ProviderError):
     """No money or quota is left (402, 429 `insufficient_quota`); waiting does not help."""
 
-
 class ProviderTimeoutError(ProviderError):
     """No answer in time (408, 504, or our own deadline)."""
-
     _retryable = True
-
 
 class ProviderConnectionError(ProviderError):
     """The server could not be reached, or the connection was lost before the answer was complete."""
-
     _retryable = True
-
 
 class BadResponseError(ProviderError):
     """The server answered something that is no answer. The message shows how it begins."""
-
 
 class ContextLengthError(ProviderError):
     """The request is longer than what the model can read."""
@@ -2113,9 +2062,8 @@ _LONGEST_SECONDS = 1e9  # that a clock, a lock and a socket all take; longer dur
 _MAX_WORKFLOW_DEPTH = 16
 if TYPE_CHECKING:
     _Path = tuple[Any, ...]  # of keys and indexes, from the top of the document
-    _Check = Callable[[Any], str | None]
+    _Check = Callable[[Any], str | None]  # value -> what is wrong with it ("must be ..."), or None
     _Render = Callable[[Any], Any]
-
 
 def _seconds(value: Any, bare_unit: str) -> float | None:
     """A duration in seconds from a number (in `bare_unit`) or a text such as "1.5s" or "200ms"; None if it is none."""
@@ -2127,14 +2075,13 @@ def _seconds(value: Any, bare_unit: str) -> float | None:
         seconds = value * _UNIT_SECONDS[bare_unit]
     return min(seconds, _LONGEST_SECONDS) if 0 <= seconds < 1e12 else None
 
-
 def _type_name(value: Any) -> str:
     """What a reader calls the type of a value: text, a number, a list ..."""
-    if isinstance(value, bool):
-        return "a boolean"
-    named = ((str, "text"), (int, "a number"), (float, "a number"), (Mapping, "a map"), ((list, tuple), "a list"))
-    return "null" if value is None else next((name for kind, name in named if isinstance(value, kind)), "an object")
-
+    named: tuple[tuple[Any, str], ...] = (
+        (type(None), "null"), (bool, "a boolean"), (str, "text"), ((int, float), "a number"), (Mapping, "a map"),
+        ((list, tuple), "a list"), (object, "an object"),
+    )
+    return next(name for kind, name in named if isinstance(value, kind))
 
 def _shown(value: Any) -> str:
     """A short picture of a wrong value for an error message."""
@@ -2143,87 +2090,69 @@ def _shown(value: Any) -> str:
     is_short = isinstance(value, (str, float)) or (_is_number(value) and abs(value) < 1e60)
     return _shorten(repr(value), 60) if is_short else _type_name(value)
 
-
 def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
 
 def _has_tag(value: Any) -> bool:
     return isinstance(value, str) and ("{{" in value or "<<" in value)
 
-
 def _holds_tag(value: Any) -> bool:
     """Whether a template stands anywhere in a value."""
     if isinstance(value, Mapping):
-        return any(map(_holds_tag, value.values()))
+        value = list(value.values())
     return any(map(_holds_tag, value)) if isinstance(value, (list, tuple)) else _has_tag(value)
-
-
-# Checks: value -> what is wrong with it ("must be ..."), or None. The tables of keys below are made of them.
-
-
-def _must(description: str, accepts: Callable[[Any], Any], hint: str = "") -> Callable[[Any], str | None]:
-    return lambda value: None if accepts(value) else f"must be {description}, not {_shown(value)}{hint}"
-
-
-def _must_be_text(description: str, accepts: Callable[[str], Any]) -> Callable[[Any], str | None]:
-    accepts_text = lambda value: isinstance(value, str) and accepts(value)
-    plain, unquoted = _must(description, accepts_text), _must(description, accepts_text, "; quote it")
-    return lambda value: unquoted(value) if isinstance(value, (int, float)) else plain(value)
-
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
+def _is_identifier(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and _ID_CHARACTERS.issuperset(value)
 
-def _number(low: float, high: float) -> Callable[[Any], str | None]:
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+# Checks: the tables of keys below are made of them.
+
+def _must(description: str, accepts: Callable[[Any], Any], hint: Callable[[Any], str] = lambda value: "") -> _Check:
+    return lambda value: None if accepts(value) else f"must be {description}, not {_shown(value)}{hint(value)}"
+
+def _must_be_text(description: str, accepts: Callable[[str], Any]) -> _Check:
+    unquoted = lambda value: "; quote it" if isinstance(value, (int, float)) else ""
+    return _must(description, lambda value: isinstance(value, str) and accepts(value), unquoted)
+
+def _number(low: float, high: float) -> _Check:
     return _must(f"a number from {low:g} to {high:g}", lambda value: _is_number(value) and low <= value <= high)
 
-
-def _integer(low: int, high: int = 2**53) -> Callable[[Any], str | None]:
+def _integer(low: int, high: int = 2**53) -> _Check:
     span = f"a whole number of at least {low}" if high == 2**53 else f"a whole number from {low} to {high}"
     return _must(span, lambda value: _is_integer(value) and low <= value <= high)
 
-
-def _one_of(*names: str) -> Callable[[Any], str | None]:
-    def check(value: Any) -> str | None:
-        if isinstance(value, str) and value in names:
-            return None
-        near = _suggestion(value, names) if isinstance(value, str) else ""
-        return f"must be one of {', '.join(names)}, not {_shown(value)}{near}"
-
-    return check
-
+def _one_of(*names: str) -> _Check:
+    near = lambda value: _suggestion(value, names) if isinstance(value, str) else ""
+    return _must(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names, near)
 
 def _texts(value: Any) -> str | None:
     wrong = [text for text in _as_list(value) if not isinstance(text, str)]
     return f"must be text or a list of texts; an item {_text(wrong[0])}" if wrong else None
 
-
-def _is_identifier(value: str) -> bool:
-    return bool(value) and _ID_CHARACTERS.issuperset(value)
-
-
-def _is_vector(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
-
-
 class _Map:
-    """The check of a map: the keys that it may have, what each must be, and which it needs."""
+    """The check of a map: its keys, those that it needs, of `either` exactly one; `every` checks all other keys.
 
-    __slots__ = ("either", "every", "free", "keys", "required", "templates")
+    Other keys are refused unless `free`; what may be a template (`templates`) is checked in the run.
+    """
 
     def __init__(
         self, keys: Mapping[str, _Check], required: tuple[str, ...] = (), *, every: _Check | None = None,
         either: tuple[str, ...] = (), free: bool = False, templates: Container[str] = (),
-    ) -> None:  # fmt: skip
-        self.keys, self.required, self.every = keys, required, every  # `every`: the check of all other keys
-        self.either = either  # exactly one of these is needed
-        self.free, self.templates = free, templates  # other keys are free; these may be templates, checked in the run
+    ) -> None:
+        self.keys, self.required, self.every = keys, required, every
+        self.either, self.free, self.templates = either, free, templates
 
     def __call__(self, value: Any) -> str | None:
         return next((fault for _, fault in self.faults(value)), None)
@@ -2255,174 +2184,150 @@ class _Map:
         elif self.either and not chosen and not set(meant).intersection(self.either):
             yield (), f"{self.either[0]} is missing (or {self.either[1]})"
 
-
-class _List:
+class _List(_Map):
     """The check of a list that is not empty, and of its items."""
 
     def __init__(self, items: _Check, description: str) -> None:
         self.items, self.description = items, description
 
-    def __call__(self, value: Any) -> str | None:
-        return next((fault for _, fault in self.faults(value)), None)
-
-    def faults(self, value: Any) -> Iterator[tuple[_Path, str]]:
+    def faults(self, value: Any, defaults: Mapping[str, Any] | None = None) -> Iterator[tuple[_Path, str]]:
         if not isinstance(value, list) or not value:
             yield (), f"must be {self.description}, not {'empty' if value == [] else _shown(value)}"
             return
         for index, item in enumerate(value):
             yield from _faults(self.items, item, index, f"item {index}")
 
-
 def _faults(check: _Check, value: Any, key: Any, name: str) -> Iterator[tuple[_Path, str]]:
     """What a check finds wrong with the value of a key, under the path and the name of that key."""
-    nested = isinstance(check, (_Map, _List))
-    for path, fault in check.faults(value) if nested else [((), check(value))]:  # type: ignore[attr-defined]
+    for path, fault in check.faults(value) if isinstance(check, _Map) else [((), check(value))]:
         if fault:
             yield (key, *path), f"{name}{' ' if fault.startswith('must ') else ': '}{fault}"
 
-
-_text = _must_be_text("text", lambda value: True)
+_text, _name = _must_be_text("text", lambda value: True), _must_be_text("a name", str.strip)
 _names = _texts
-_name = _must_be_text("a name", str.strip)
 _boolean = _must("true or false", lambda value: isinstance(value, bool))
 _mapping = _must("a map", lambda value: isinstance(value, Mapping))
 _anything = _must("a value", lambda value: True)
+_list_or_text = _must("a list", lambda value: isinstance(value, (list, str)))
 _steps = _List(_anything, "a list of steps")
 _condition = _must("a condition", lambda value: isinstance(value, (str, bool)))
 _timeout = _must("a number of seconds above 0", lambda value: _seconds(value, "s"))
-_vector_or_text = _must("text or a list of numbers", lambda value: isinstance(value, str) or _is_vector(value))
-_message = _Map(
-    {
-        "role": _one_of("system", "developer", "user", "assistant", "tool"),
-        "content": _must("text or a list of parts", lambda value: isinstance(value, (str, list))),
-    },
-    ("role", "content"), free=True, templates=("role",),
-)  # fmt: skip
+_content = _must("text or a list of parts", lambda value: isinstance(value, (str, list)))
+_roles = _one_of("system", "developer", "user", "assistant", "tool")
+_message = _Map({"role": _roles, "content": _content}, ("role", "content"), free=True, templates=("role",))
 
 _COMMON_KEYS: dict[str, _Check] = {
     "id": _must_be_text("letters, digits, _ or -", _is_identifier), "type": lambda value: _one_of(*_STEP_TYPES)(value),
     "description": _text, "depends_on": _texts, "condition": _condition, "output": _texts, "timeout_seconds": _timeout,
-    "retry": _mapping, "continue_on_error": _boolean,
+    "retry": _mapping, "continue_on_error": _boolean, "max_concurrency": _integer(1, 100_000),
     "trigger_rule": _one_of("none_failed_min_one_success", "all_success", "one_success", "all_done", "one_failed"),
     "for_each": _must("a list, a map or a template", lambda v: isinstance(v, (list, Mapping)) or _has_tag(v)),
-    "max_concurrency": _integer(1, 100_000),
-}  # fmt: skip
-_NO_DEFAULT = ("id", "type", "depends_on", "output")
-
+}
+_PLUGINS = {  # keys that name what may come with a run, and the argument of WorkflowExecutor that brings it
+    "provider": "providers", "tools": "tools", "database": "vector_stores", "function": "transforms",
+    "action": "actions",
+}
 
 class _StepType:
-    """One row of the table of step types: its own keys, which of them it needs, and how its outputs are named."""
-
-    __slots__ = ("arity", "container", "default_shape", "free", "keys", "literal", "shape")
+    """A row of the table of step types: its own keys, which of them it needs (of `either` exactly one), and which are
+    no templates (`literal`); whether other keys are parameters (`free`) and whether it holds no slot, because it runs
+    child steps or waits for somebody (`container`). It has `arity` outputs; 0: as its children or its callee name them.
+    """
 
     def __init__(
-        self,
-        keys: dict[str, _Check],
-        required: tuple[str, ...] = (),
-        arity: int = 1,  # how many outputs it has; 0: any number, named by its children or its callee
-        free: bool = False,  # other keys are parameters
-        container: bool = False,  # holds no slot: it runs child steps, or waits for somebody
-        literal: tuple[str, ...] = (),  # keys that are not templates
-        either: tuple[str, ...] = (),
+        self, keys: dict[str, _Check], required: tuple[str, ...] = (), arity: int = 1, free: bool = False,
+        container: bool = False, literal: tuple[str, ...] = (), either: tuple[str, ...] = (),
     ) -> None:
         self.keys, self.arity, self.free, self.container = keys, arity, free, container
-        self.literal = frozenset(literal)
+        self.literal, self.plugins = frozenset(literal), [key for key in keys if key in _PLUGINS]
         checks, templates = {**_COMMON_KEYS, **keys}, frozenset(keys) - self.literal
         self.shape = _Map(checks, ("id", "type", *required), either=either, free=free, templates=templates)
-        defaults = {key: check for key, check in checks.items() if key not in _NO_DEFAULT}
+        defaults = {key: checks[key] for key in checks if key not in ("id", "type", "depends_on", "output")}
         self.default_shape = _Map(defaults, free=free, templates=templates)
-
 
 _SAMPLING_KEYS: dict[str, _Check] = {
     "temperature": _number(0, 2), "max_tokens": _integer(1), "top_p": _number(0, 1), "top_k": _integer(0),
     "stop": _texts, "seed": _integer(-(2**63), 2**63), "frequency_penalty": _number(-2, 2),
     "presence_penalty": _number(-2, 2),
-}  # fmt: skip
+}
 _EMBED_KEYS = {
     "provider": _name, "model": _text, "dimensions": _integer(1, 100_000), "input_type": _text,
     "batch_size": _integer(1, 10_000), "params": _mapping,
-}  # fmt: skip
+}
 _VECTOR_KEYS = {"database": _name, "index": _text, "namespace": _text, "embed": _mapping}
+_FALLBACK = _List(_Map({"provider": _name, "model": _text}, ("provider",)), "a list of {provider, model}")
 
 _STEP_TYPES: dict[str, _StepType] = {
     "llm": _StepType(
         {
-            "provider": _name, "model": _text, "prompt": _text, "system": _text,
-            "messages": _List(_message, "a list of {role, content}"), **_SAMPLING_KEYS,
-            "stream": _boolean, "schema": _must("a JSON Schema or a file", lambda v: isinstance(v, (Mapping, str))),
-            "schema_retries": _integer(0, 20), "tools": _texts, "max_tool_rounds": _integer(1, 100),
-            "fallback": _List(_Map({"provider": _name, "model": _text}, ("provider",)), "a list of {provider, model}"),
-            "params": _mapping, "cache": _boolean,
+            "provider": _name, "model": _text, "prompt": _text, "system": _text, **_SAMPLING_KEYS, "stream": _boolean,
+            "messages": _List(_message, "a list of {role, content}"), "fallback": _FALLBACK, "params": _mapping,
+            "schema": _must("a JSON Schema or a file", lambda value: isinstance(value, (Mapping, str))),
+            "schema_retries": _integer(0, 20), "tools": _texts, "max_tool_rounds": _integer(1, 100), "cache": _boolean,
         },
-        required=("provider", "model"), either=("prompt", "messages"), arity=4,
-        literal=("provider", "schema", "tools", "fallback"),
+        ("provider", "model"), 4, either=("prompt", "messages"), literal=("provider", "schema", "tools", "fallback"),
     ),
     "embed": _StepType(
-        {**_EMBED_KEYS, "input": _texts, "cache": _boolean},
-        required=("provider", "model", "input"), arity=2, literal=("provider",),
+        {**_EMBED_KEYS, "input": _texts, "cache": _boolean}, ("provider", "model", "input"), 2, literal=("provider",)
     ),
     "vector_search": _StepType(
         {
-            **_VECTOR_KEYS, "query": _vector_or_text, "top_k": _integer(1, 100_000), "filter": _mapping,
-            "include_metadata": _boolean, "include_vectors": _boolean,
+            **_VECTOR_KEYS, "top_k": _integer(1, 100_000), "filter": _mapping, "include_metadata": _boolean,
+            "query": _must("text or a list of numbers", lambda value: isinstance(value, str) or _is_vector(value)),
+            "include_vectors": _boolean,
         },
-        required=("database", "index", "query"), arity=2, literal=("database", "embed"),
+        ("database", "index", "query"), 2, literal=("database", "embed"),
     ),
     "vector_upsert": _StepType(
-        {
-            **_VECTOR_KEYS, "documents": _must("a list", lambda v: isinstance(v, (list, str))),
-            "vectors": _must("a list", lambda v: isinstance(v, (list, str))),
-        },
-        required=("database", "index"), literal=("database", "embed"),
+        {**_VECTOR_KEYS, "documents": _list_or_text, "vectors": _list_or_text}, ("database", "index"),
+        literal=("database", "embed"),
     ),
     "transform": _StepType(
         {"function": _name, "inputs": _must("a list of names or a map", lambda v: isinstance(v, (list, str, Mapping)))},
-        required=("function",), free=True, literal=("function", "inputs"),
+        ("function",), free=True, literal=("function", "inputs"),
     ),
-    "action": _StepType({"action": _name}, required=("action",), free=True, literal=("action",)),
+    "action": _StepType({"action": _name}, ("action",), free=True, literal=("action",)),
     "approval": _StepType({"message": _text}, container=True),
-    "parallel": _StepType({"tasks": _steps}, required=("tasks",), arity=0, container=True, literal=("tasks",)),
+    "parallel": _StepType({"tasks": _steps}, ("tasks",), 0, container=True, literal=("tasks",)),
     "branch": _StepType(
-        {"branches": _must("a map of value: steps", lambda v: isinstance(v, Mapping) and bool(v))},
-        required=("condition", "branches"), arity=0, container=True, literal=("branches",),
+        {"branches": _must("a map of value: steps", lambda value: isinstance(value, Mapping) and bool(value))},
+        ("condition", "branches"), 0, container=True, literal=("branches",),
     ),
     "loop": _StepType(
         {
             "steps": _steps, "until": _condition, "max_iterations": _integer(1, 1_000_000),
             "on_exhausted": _one_of("fail", "continue"),
         },
-        required=("steps", "until", "max_iterations"), arity=0, container=True,
+        ("steps", "until", "max_iterations"), 0, container=True,
         literal=("steps", "until", "max_iterations", "on_exhausted"),
     ),
     "workflow": _StepType(
         {"workflow": _must("a file or a workflow", lambda v: isinstance(v, (str, Mapping))), "inputs": _mapping},
-        required=("workflow",), arity=0, container=True, literal=("workflow",),
+        ("workflow",), 0, container=True, literal=("workflow",),
     ),
-}  # fmt: skip
+}
 _UNKNOWN_TYPE = _StepType({}, arity=0, free=True)
 
 _INPUT_TYPES: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "integer": lambda value: _is_integer(value) or (isinstance(value, float) and value.is_integer()),
-    "number": _is_number,
-    "boolean": lambda value: isinstance(value, bool),
-    "array": lambda value: isinstance(value, (list, tuple)),
-    "object": lambda value: isinstance(value, Mapping),
+    "number": _is_number, "boolean": lambda value: isinstance(value, bool),
+    "array": lambda value: isinstance(value, (list, tuple)), "object": lambda value: isinstance(value, Mapping),
     "any": lambda value: True,
 }
 _INPUT_TYPE_ALIASES = {
-    "str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean",
-    "list": "array", "dict": "object", "map": "object",
-}  # fmt: skip
+    "str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
+    "dict": "object", "map": "object",
+}
 _INPUT = _Map({
     "type": _one_of(*_INPUT_TYPES, *_INPUT_TYPE_ALIASES), "required": _boolean, "default": _anything,
     "enum": _List(_anything, "a list of values"), "description": _text,
-})  # fmt: skip
+})
 _PROVIDER = _Map({
     "type": lambda value: _one_of(*PROVIDERS)(value), "base_url": _text, "api_key_env": _name, "headers": _mapping,
     "timeout_seconds": _timeout, "rate_limit": lambda value: _Map(_RATE_LIMIT_KEYS)(value), "proxy": _text,
     "circuit_breaker": lambda value: _Map(_CIRCUIT_BREAKER_KEYS)(value), "options": _mapping,
-})  # fmt: skip
+})
 _WORKFLOW_KEYS: dict[str, _Check] = {
     "name": _name, "version": _must("text or a number", lambda value: isinstance(value, str) or _is_number(value)),
     "description": _text, "inputs": _Map({}, every=_INPUT), "providers": _Map({}, every=_PROVIDER),
@@ -2432,9 +2337,8 @@ _WORKFLOW_KEYS: dict[str, _Check] = {
     "budget": _Map({"max_tokens": _integer(1), "max_calls": _integer(0), "max_cost": _number(0, 1e12)}),
     "pricing": _Map({}, every=_Map({"input": _number(0, 1e9), "output": _number(0, 1e9)})),
     "id": _anything,  # the original writes one when it serialises a workflow; it has no meaning here
-}  # fmt: skip
+}
 _WORKFLOW = _Map(_WORKFLOW_KEYS, ("name", "steps"))
-
 
 class Step:
     """One step of a workflow, as in the document: `Step(id="greet", type="llm", provider="openai", ...)`.
@@ -2468,10 +2372,8 @@ class Step:
         raise AttributeError(f"a Step has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "document":
-            super().__setattr__(name, value)
-        else:
-            self.document = {**self.document, name: _plain(value)}
+        whole = name == "document"
+        super().__setattr__("document", value if whole else {**self.document, name: _plain(value)})
 
     @property
     def config(self) -> dict[str, Any]:
@@ -2480,12 +2382,10 @@ class Step:
 
     def to_dict(self) -> dict[str, Any]:
         """The step as it stands in a document."""
-        document: dict[str, Any] = _plain(self.document)
-        return document
+        return _plain(self.document)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         return f"Step(id={self.document.get('id')!r}, type={self.document.get('type')!r})"
-
 
 def _plain(value: Any, depth: int = 0) -> Any:
     """A copy made of dict, list and what they hold; Step and Workflow objects become their documents."""
@@ -2493,18 +2393,11 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return value
     if depth > _MAX_DEPTH:
         raise ValidationError(f"a value is nested deeper than {_MAX_DEPTH} levels")
-    if isinstance(value, Step):
-        return _plain(value.document, depth)
-    if isinstance(value, Workflow):
-        return _plain(value._whole(), depth)
+    if isinstance(value, (Step, Workflow)):
+        return _plain(value.document if isinstance(value, Step) else value._whole(), depth)
     if isinstance(value, Mapping):
         return {key: _plain(item, depth + 1) for key, item in value.items()}
     return [_plain(item, depth + 1) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-
 
 class Workflow:
     """A workflow: its document's keys as attributes, and `steps`, a list of Step that may be extended.
@@ -2517,7 +2410,7 @@ class Workflow:
     source = "workflow"  # shown before the problems; a file's name if there is one
     folder: str | None = None  # where relative paths (sub-workflows, schemas) start
     _source_text = ""
-    _compiled: tuple[list[Any], _Plan] | None = None
+    _compiled: _Plan | None = None
     _chain: tuple[str, ...] = ()  # the files of the workflows that call it, outermost first, and its own
 
     def __init__(self, name: str, steps: Iterable[Step | Mapping[str, Any]] = (), **keys: Any) -> None:
@@ -2564,19 +2457,14 @@ class Workflow:
 
     @classmethod
     def _from_path(cls, path: str, loaded: dict[str, Workflow], chain: tuple[str, ...] = ()) -> Workflow:
-        load = _load_json if path.lower().endswith(".json") else load_yaml
-        return cls._from_text(_read_file(path), load, path, os.path.dirname(os.path.abspath(path)), loaded, chain)
+        return cls._from_text(_read_file(path), None, path, os.path.dirname(os.path.abspath(path)), loaded, chain)
 
     @classmethod
     def _from_text(
-        cls, text: str | bytes, load: Callable[[Any], Any], source: str = "workflow", folder: str | None = None,
+        cls, text: str | bytes, load: Callable[[Any], Any] | None, source: str = "workflow", folder: str | None = None,
         loaded: dict[str, Workflow] | None = None, chain: tuple[str, ...] = (),
-    ) -> Workflow:  # fmt: skip
-        try:
-            workflow = cls._from_document(load(text), source)
-        except ParseError as error:
-            error.source = source
-            raise
+    ) -> Workflow:
+        workflow = cls._from_document(_parsed(text, source, load), source)
         workflow.folder, workflow._source_text = folder, _decoded(text)
         workflow._chain = (*chain, os.path.basename(source))
         if folder is not None and loaded is not None:
@@ -2600,18 +2488,19 @@ class Workflow:
     def _shaped(self) -> Workflow:
         """This workflow, compiled; ValidationError if it is misshapen."""
         if self._plan().misshapen:
-            raise ValidationError(self._located(self._plan().errors()))
+            raise ValidationError(self._located(self._plan().errors))
         return self
+
+    def _documents(self) -> list[Any]:
+        return [step.document if isinstance(step, Step) else step for step in self.steps]
 
     def _whole(self) -> dict[str, Any]:
         """The document with its steps; they are not copied."""
-        steps = [step.document if isinstance(step, Step) else step for step in self.steps]
-        return {**self._document, "steps": steps} if steps else self._document
+        return {**self._document, "steps": self._documents()} if self.steps else self._document
 
     def to_dict(self) -> dict[str, Any]:
         """The document, as plain values."""
-        document: dict[str, Any] = _plain(self._whole())
-        return document
+        return _plain(self._whole())  # type: ignore[no-any-return]
 
     def to_yaml(self) -> str:
         """The document as YAML, from which `from_yaml` reads it. OrchestratorError if a value is not JSON-like."""
@@ -2637,23 +2526,23 @@ class Workflow:
         Raises ValidationError (DagError if there is a cycle) with every problem in `problems`, in document order.
         """
         plan = self._plan()
-        if errors := self._located(plan.errors()):
+        if errors := self._located(plan.errors):
             cycle = next((problem.cycle for problem in errors if problem.cycle), None)
             raise DagError(errors, cycle) if cycle else ValidationError(errors)
-        return self._located([problem for problem in plan.problems if problem.severity == "warning"])
+        return self._located(plan.problems)
 
     def _plan(self) -> _Plan:
         """The compiled form; made anew only when a step has changed."""
-        steps = [step.document if isinstance(step, Step) else step for step in self.steps]
-        known = self._compiled[0] if self._compiled else []
-        if self._compiled is None or len(known) != len(steps) or any(old is not new for old, new in zip(known, steps)):
-            self._compiled = (steps, _Plan(self))
-        return self._compiled[1]
+        plan, documents = self._compiled, self._documents()
+        same = plan and all(old is new for old, new in itertools.zip_longest(plan.documents, documents, fillvalue=self))
+        if plan is None or not same:
+            self._compiled = plan = _Plan(self)
+        return plan
 
     def _located(self, problems: list[Problem]) -> list[Problem]:
         """The problems in document order, with lines and columns if there is a text, which is read for them again."""
         if not problems:
-            return problems
+            return []
         text = self._source_text
         places: Any = _positions(text) if text else {path: (i, 0) for i, path in enumerate(_paths(self._whole(), ()))}
         ranks, lines = [], text.split("\n")
@@ -2672,14 +2561,12 @@ class Workflow:
     def __repr__(self) -> str:
         return f"Workflow(name={self._document.get('name')!r}, steps={len(self.steps)})"
 
-
 def _paths(value: Any, path: _Path) -> Iterator[_Path]:
     """The paths of all keys and items in a value, in its order."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         yield (*path, key)
         if isinstance(item, (dict, list)):
             yield from _paths(item, (*path, key))
-
 
 def _exact_place(lines: list[str], place: tuple[int, int], template: str, position: int) -> tuple[int, int]:
     """The place of a position within a template whose key is at a line and column: there, or in the block below it."""
@@ -2692,7 +2579,6 @@ def _exact_place(lines: list[str], place: tuple[int, int], template: str, positi
             return index + 1, found + 1 + position - start
     return place
 
-
 def _read_file(path: str | os.PathLike[str]) -> bytes:
     """A file's bytes; OrchestratorError in the operating system's words if there are none to be had."""
     try:
@@ -2702,27 +2588,30 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
         reason = getattr(error, "strerror", None) or str(error)
         raise OrchestratorError(f"{os.fspath(path)}: cannot be read: {reason}") from None
 
+def _parsed(text: str | bytes, source: str, load: Callable[[Any], Any] | None = None) -> Any:
+    """The plain value in a text: as `load` reads it, or else as JSON or YAML by the ending of its file."""
+    try:
+        return (load or (_load_json if source.lower().endswith(".json") else load_yaml))(text)
+    except ParseError as error:
+        error.source = source
+        raise
 
 class _Node:
     """A compiled step: everything a run needs, nothing left to parse."""
 
-    picker: Condition | None = None  # a branch's condition
-    condition: Condition | None = None
+    condition = picker = until = None  # type: Condition | None
     item_condition = False  # the condition looks at the item, so it is asked once per item
-    until: Condition | None = None
     for_each: _Render | None = None
-    inputs: list[tuple[str, _Render]] = []  # a transform's inputs by name  # noqa: RUF012
-    item_values: list[tuple[str, _Render]] = []  # what it renders for each item itself  # noqa: RUF012
+    inputs: Sequence[tuple[str, _Render]] = ()  # a transform's inputs by name
+    item_values: Sequence[tuple[str, _Render]] = ()  # what it renders for each item itself
     inline = False  # a built-in transform: it never waits
     local: frozenset[str] = frozenset()  # names that only its own templates see: the item of for_each
     defaulted: frozenset[str] = frozenset()  # keys that come from the workflow's `defaults`
     children: _Graph | None = None
-    branches: dict[str, _Graph] = {}  # noqa: RUF012
     workflow: Workflow | None = None
-    retry_given = False
+    retry_given = continue_on_error = False
     timeout: float | None = None
     rule = "none_failed_min_one_success"
-    continue_on_error = False
     limit: int | None = None
     output_names: tuple[str, ...] = ()
     known: dict[str, _Node | None] | None = None
@@ -2733,39 +2622,38 @@ class _Node:
         self.id, self.type = (name if isinstance(name, str) else _shown(name) for name in names)
         self.constants: dict[str, Any] = {}  # keys whose value never changes
         self.values: list[tuple[str, _Render]] = []  # keys that are rendered for each run
-        self.references: list[tuple[Reference, str]] = []  # what its templates read, with the key they stand in
-        self.places: list[tuple[_Path, str]] = []  # for each reference: the path and source of the text it stands in
+        self.references: list[tuple[Any, str]] = []  # (*Reference, path, source of the text), key: what its texts read
         self.dependencies: dict[str, None] = {}  # ids of siblings, in order
         self.dependents: list[int] = []
+        self.branches: dict[str, _Graph] = {}
         self.retry = _NO_RETRY
 
+    def groups(self) -> list[tuple[str, _Graph]]:
+        """The graphs of a container's children, each with its title: the value that a branch is taken for, or ""."""
+        return [*([("", self.children)] if self.children is not None else ()), *self.branches.items()]
+
     def graphs(self) -> list[_Graph]:
-        """The graphs of its children, if it is a container."""
-        return [*([self.children] if self.children is not None else ()), *self.branches.values()]
+        return [graph for _, graph in self.groups()]
 
     def names(self) -> dict[str, _Node | None]:
         """What may follow `steps.ID.`, so far as it is known before a run: outputs, and steps inside this one."""
         if self.known is None:
-            graphs = self.graphs()
-            if self.workflow is not None and self.workflow._compiled is not None:
-                graphs.append(self.workflow._compiled[1].graph)
+            called = self.workflow and self.workflow._compiled
             self.known = dict.fromkeys(self.output_names)
-            self.known.update((step_id, node) for graph in graphs for step_id, node in graph.by_id.items())
+            for graph in (*self.graphs(), *([called.graph] if called else ())):
+                self.known.update(graph.by_id)
         return self.known
-
 
 class _Graph:
     """Sibling steps, how they depend on each other, and what their templates may refer to: these steps, those around
     the container, and names. `counts[i]` is the number of dependencies of `nodes[i]`."""
 
-    __slots__ = ("by_id", "counts", "inputs", "local", "named", "nodes", "outer", "owner", "producers", "roots")
-
     def __init__(
         self, outer: _Graph | None = None, owner: _Node | None = None, inputs: Mapping[str, Any] | None = None,
         local: frozenset[str] = frozenset(),
-    ) -> None:  # fmt: skip
-        self.outer, self.owner = outer, owner  # the container that these steps are in
-        self.inputs, self.local = inputs, local  # the declared inputs, if any are; other names
+    ) -> None:
+        self.around: tuple[_Graph, ...] = (outer, *outer.around) if outer else ()  # nearest first
+        self.owner, self.inputs, self.local = owner, inputs, local  # the container; the declared inputs, if any; names
         self.nodes: list[_Node] = []
         self.by_id: dict[str, _Node] = {}
         self.named: dict[str, list[str]] = {}  # output name -> the ids of the steps that have it
@@ -2773,15 +2661,8 @@ class _Graph:
         self.counts: list[int] = []
         self.roots: list[int] = []
 
-    def around(self) -> Iterator[_Graph]:
-        """This graph and those around it, nearest first."""
-        graph: _Graph | None = self
-        while graph is not None:
-            yield graph
-            graph = graph.outer
-
     def visible(self) -> Iterator[str]:
-        return (step_id for graph in self.around() for step_id in graph.by_id)
+        return (step_id for graph in (self, *self.around) for step_id in graph.by_id)
 
     def link(self) -> None:
         """Fills in dependents, counts and roots once every node knows its dependencies."""
@@ -2798,41 +2679,33 @@ class _Graph:
             for graph in node.graphs():
                 yield from graph.walk()
 
-
 _STEP_FACTS = ("output", "status", "error")  # what steps.ID has besides its outputs
-_ITEM_NAMES = frozenset(("item", "index", "key"))
-_LOOP_NAMES = frozenset(("iteration", "previous"))
+_ITEM_NAMES, _LOOP_NAMES = frozenset(("item", "index", "key")), frozenset(("iteration", "previous"))
 _MOST_SUGGESTIONS = 50  # for names from long lists; more would take long and help nobody
-
 
 class _Plan:
     """A workflow compiled: its graph, its outputs, and every problem that was found on the way."""
 
     def __init__(self, workflow: Workflow) -> None:
-        self.workflow, self.document = workflow, workflow._whole()
+        self.workflow, self.document, self.documents = workflow, workflow._whole(), workflow._documents()
         self.found: dict[tuple[_Path, str], Problem] = {}
         self.misshapen = False  # the document has no meaning, so that loading it fails
         self.graphs: list[_Graph] = []
-        self.partials = _Partials(None, True, None)
-        self.defaults = {kind: keys for kind, keys in self.section("defaults").items() if isinstance(keys, dict)}
-        self.compile()
-
-    @property
-    def problems(self) -> list[Problem]:
-        return list(self.found.values())
-
-    def errors(self) -> list[Problem]:
-        return [problem for problem in self.problems if problem.severity == "error"]
-
-    def compile(self) -> None:
         self.check(_WORKFLOW, self.document, ())
+        self.defaults = {kind: keys for kind, keys in self.section("defaults").items() if isinstance(keys, dict)}
+        self.plugins: dict[str, Any] = {
+            "provider": {**PROVIDERS, **self.section("providers")}, "tools": {}, "database": VECTOR_STORES,
+            "function": _TRANSFORMS, "action": _ACTIONS,
+        }
         inputs = {name: entry if isinstance(entry, dict) else {} for name, entry in self.section("inputs").items()}
         for name, entry in inputs.items():
             if entry.get("default") is not None and (fault := _input_fault(entry["default"], entry)):
                 self.misshape(("inputs", name, "default"), f"inputs: {name}: the default {fault}")
-        self.partials.update((name, text) for name, text in self.section("partials").items() if isinstance(text, str))
-        for name, text in list(self.partials.items()):
-            self.guarded(("partials", name), f"partials: {name}", Template, text, True, self.partials)
+        partials = {name: text for name, text in self.section("partials").items() if isinstance(text, str)}
+        self.partials = _Partials(partials, True, None)
+        for name, text in partials.items():
+            if self.guarded(("partials", name), f"partials: {name}", Template, text, True, self.partials) is None:
+                self.partials[name] = ""  # it is reported here, and not by each template that uses it
         self.graph = _Graph(inputs=inputs if isinstance(self.document.get("inputs"), dict) else None)
         self.steps(self.document.get("steps"), ("steps",), self.graph)
         for siblings in self.graphs:
@@ -2844,10 +2717,10 @@ class _Plan:
         holder = _Node({"id": ""}, ("outputs",), 0)  # the run's own outputs are rendered when every step has ended
         self.outputs: list[tuple[str, _Render]] = []
         for name, text in self.section("outputs").items():
-            render = self.compiled(holder, f"outputs: {name}", text, ("outputs", name))
-            self.outputs.append((name, render or _constant(text)))
-        for (reference, key), place in zip(holder.references, holder.places):
-            self.resolve(holder, reference, key, place, self.graph)
+            self.outputs.append((name, self.render(holder, f"outputs: {name}", text, ("outputs", name))))
+        self.resolve(holder, self.graph)
+        self.problems = list(self.found.values())
+        self.errors = [problem for problem in self.problems if problem.severity == "error"]
 
     def section(self, name: str) -> dict[str, Any]:
         """A map of the document, so far as it is one with texts as keys."""
@@ -2881,9 +2754,7 @@ class _Plan:
         try:
             return compile_it(source, *arguments)
         except TemplateError as error:
-            text = source if isinstance(source, str) else ""
-            starts = [0, *(match.end() for match in re.finditer("\n", text))]
-            self.misshape(path, f"{key}: {error}", (text, starts[error.line - 1] + error.column - 1))
+            self.misshape(path, f"{key}: {error}", (source if isinstance(source, str) else "", error.position))
             return None
 
     # steps
@@ -2922,6 +2793,8 @@ class _Plan:
                     node.constants[key] = value
             elif key not in _COMMON_KEYS and isinstance(key, str) and (value is not None or row.free):
                 self.value(node, key, value)
+        for key in row.plugins:
+            self.known_plugin(node, key)
         specific = getattr(self, f"_{node.type}", None) if row is not _UNKNOWN_TYPE else None
         if specific is not None:
             specific(node, document, graph)
@@ -2933,16 +2806,14 @@ class _Plan:
     def common_keys(self, node: _Node, row: _StepType) -> None:
         document = node.document
         if document.get("for_each") is not None:
-            node.local = _ITEM_NAMES
-            node.for_each = self.rendered(node, "for_each", document["for_each"])
+            node.local, node.for_each = _ITEM_NAMES, self.render(node, "for_each", document["for_each"])
         if isinstance(document.get("condition"), (str, bool)):
             self.condition(node, document)
         if row.arity or row is _UNKNOWN_TYPE:  # a container's are named by its children
             self.name_outputs(node, ("output",) if row.arity else (), row.arity or 100)
         node.timeout = _seconds(document.get("timeout_seconds"), "s")
         node.continue_on_error = document.get("continue_on_error") is True
-        node.rule = document.get("trigger_rule") or node.rule
-        node.limit = document.get("max_concurrency")
+        node.rule, node.limit = document.get("trigger_rule") or node.rule, document.get("max_concurrency")
         if "max_concurrency" in document and not (node.for_each or node.type == "parallel" or node.defaulted):
             self.problem((*node.path, "max_concurrency"), "max_concurrency belongs to for_each and the type parallel")
         if not row.container:
@@ -2957,8 +2828,7 @@ class _Plan:
 
     def condition(self, node: _Node, document: Mapping[str, Any]) -> None:
         """A condition decides whether the step runs, which branch is taken, or which items a filter keeps."""
-        place = self.place(node, "condition")
-        condition = self.guarded(place, "condition", Condition, document["condition"])
+        condition = self.guarded(self.place(node, "condition"), "condition", Condition, document["condition"])
         if condition is None:
             return
         roots = {reference[0][0] for reference in condition.references if reference[0]}
@@ -2968,7 +2838,7 @@ class _Plan:
             node.local, node.item_values = _ITEM_NAMES, [("condition", condition.evaluate)]
         else:
             node.condition, node.item_condition = condition, not roots.isdisjoint(node.local)
-        self.note(node, condition, "condition", place)
+        self.note(node, condition, "condition", self.place(node, "condition"))
 
     def name_outputs(self, node: _Node, names: Sequence[str], most: int) -> None:
         """The outputs of a step have the names that are given, in order; otherwise these."""
@@ -2989,15 +2859,15 @@ class _Plan:
     def value(self, node: _Node, key: str, value: Any) -> None:
         """A key of a step: a constant, something to render in each run, or for each item."""
         if key == "template" and node.type == "transform" and node.document.get("function") in ("map", "template"):
-            node.item_values = [*node.item_values, (key, self.rendered(node, key, value))]
+            node.item_values = [*node.item_values, (key, self.render(node, key, value))]
         elif render := self.compiled(node, key, value, self.place(node, key)):
             node.values.append((key, render))
         else:
             node.constants[key] = value
 
-    def rendered(self, node: _Node, key: str, value: Any) -> _Render:
+    def render(self, node: _Node, key: str, value: Any, path: _Path | None = None) -> _Render:
         """The value of a key as a function of the context."""
-        return self.compiled(node, key, value, self.place(node, key)) or _constant(value)
+        return self.compiled(node, key, value, path or self.place(node, key)) or _constant(value)
 
     def compiled(self, node: _Node, key: str, value: Any, path: _Path) -> _Render | None:
         """A value whose texts are templates as a function of the context; None if it is constant.
@@ -3013,40 +2883,40 @@ class _Plan:
         if not isinstance(value, (dict, list)) or not _holds_tag(value):
             return None
         keys = list(value) if isinstance(value, dict) else range(len(value))
-        items = [(at, self.compiled(node, key, value[at], (*path, at)) or _constant(value[at])) for at in keys]
+        items = [(at, self.render(node, key, value[at], (*path, at))) for at in keys]
         if isinstance(value, dict):
             return lambda context: {at: render(context) for at, render in items}
         return lambda context: [render(context) for _, render in items]
 
     def note(self, node: _Node, source: Template | Condition, key: str, path: _Path) -> None:
-        for reference in source.references:
-            node.references.append((reference, key))
-            node.places.append((path, source.source))
+        node.references += [((*reference, path, source.source), key) for reference in source.references]
 
     # what each type has of its own
 
+    def known_plugin(self, node: _Node, key: str) -> None:
+        argument, table = _PLUGINS[key], self.plugins[key]
+        for name in _as_list(node.constants.get(key)):
+            if isinstance(name, str) and name not in table:
+                what, near = f"the {argument[:-1]} {name!r}", _suggestion(name, table)
+                message = f"{what} is unknown here{near}; a run needs it from --plugin or {argument}={{...}}"
+                self.problem(self.place(node, key), message, "warning").custom = (argument, name)
+
     def _llm(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        self.custom(node, "provider", {**PROVIDERS, **self.section("providers")}, "provider")
-        self.custom(node, "tools", {}, "tool")
         schema, place = document.get("schema"), self.place(node, "schema")
-        if isinstance(schema, str):
-            try:
-                node.constants["schema"] = loaded = _read_document(os.path.join(self.workflow.folder or ".", schema))
+        try:
+            if isinstance(schema, str):
+                path = os.path.join(self.workflow.folder or ".", schema)
+                node.constants["schema"] = loaded = _parsed(_read_file(path), path)
                 if not isinstance(loaded, dict):
                     self.misshape(place, f"schema: {schema} must hold a map, not {_shown(loaded)}")
-            except OrchestratorError as error:
-                self.misshape(place, f"schema: {error}")
-        if isinstance(node.constants.get("schema"), dict):
-            try:
+            if isinstance(node.constants.get("schema"), dict):
                 _check_schema(node.constants["schema"])
-            except ExecutionError as error:
-                self.misshape(place, str(error))
-
-    def _embed(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        self.custom(node, "provider", {**PROVIDERS, **self.section("providers")}, "provider")
+        except ExecutionError as error:
+            self.misshape(place, str(error))
+        except OrchestratorError as error:
+            self.misshape(place, f"schema: {error}")
 
     def _vector_search(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        self.custom(node, "database", VECTOR_STORES, "vector_store")
         query, documents = document.get("query"), document.get("documents")
         if isinstance(document.get("embed"), Mapping):
             self.check(_Map(_EMBED_KEYS, ("provider", "model")), document["embed"], (*node.path, "embed"))
@@ -3060,14 +2930,12 @@ class _Plan:
                 _predicate(document["filter"])
             except ExecutionError as error:
                 self.misshape((*node.path, "filter"), f"filter: {error}")
-
-    def _vector_upsert(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        self._vector_search(node, document, graph)
-        if (document.get("documents") is None) == (document.get("vectors") is None):
+        if node.type == "vector_upsert" and (documents is None) == (document.get("vectors") is None):
             self.misshape(node.path, "give documents or vectors, one of the two")
 
+    _vector_upsert = _vector_search
+
     def _transform(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        self.custom(node, "function", _TRANSFORMS, "transform")
         node.inline = isinstance(function := document.get("function"), str) and function in _TRANSFORMS
         if function == "map":
             node.local |= _ITEM_NAMES
@@ -3076,22 +2944,12 @@ class _Plan:
             names = inputs if isinstance(inputs, dict) else _as_list(inputs)
             node.local |= {name for name in names if isinstance(name, str)}
 
-    def _action(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        self.custom(node, "action", _ACTIONS, "action")
-
-    def custom(self, node: _Node, key: str, table: Mapping[str, Any], what: str) -> None:
-        for name in _as_list(node.constants.get(key)):
-            if isinstance(name, str) and name not in table:
-                near = _suggestion(name, table)
-                message = f"the {what} {name!r} is unknown here{near}; a run needs it from --plugin or {what}s={{...}}"
-                self.problem(self.place(node, key), message, "warning").custom = (f"{what}s", name)
-
     def _parallel(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         node.children = self.child_steps(node, document.get("tasks"), (*node.path, "tasks"), graph)
         self.name_outputs(node, list(node.children.by_id), len(node.children.by_id))
 
     def _branch(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        branches, node.branches = document.get("branches"), {}
+        branches = document.get("branches")
         for value, steps in branches.items() if isinstance(branches, dict) else ():
             path = (*node.path, "branches", value)
             if not isinstance(steps, list):
@@ -3109,19 +2967,21 @@ class _Plan:
         node.children = self.child_steps(node, document.get("steps"), (*node.path, "steps"), graph, _LOOP_NAMES)
         if isinstance(document.get("until"), (str, bool)):
             node.until = self.guarded(self.place(node, "until"), "until", Condition, document["until"])
+        if node.until:
+            self.note(node, node.until, "until", self.place(node, "until"))
         self.name_outputs(node, [*node.children.by_id, "iterations"], len(node.children.by_id) + 1)
 
     def _workflow(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         target, path = document.get("workflow"), self.place(node, "workflow")
         if _has_tag(target):  # known only when it runs
-            node.values.append(("workflow", self.rendered(node, "workflow", target)))
+            node.values.append(("workflow", self.render(node, "workflow", target)))
             self.name_outputs(node, (), 1000)
             return
         here = self.workflow
         try:
             if isinstance(target, str):
                 node.workflow = called = _sub_workflow(here, target)
-                for fault in called._located(called._compiled[1].problems if called._compiled else []):
+                for fault in called._located(called._compiled.problems if called._compiled else []):
                     self.problem(path, f"workflow: {fault}", fault.severity).custom = fault.custom
             elif isinstance(target, dict):
                 node.workflow = called = Workflow._from_document(target, here.source)
@@ -3173,22 +3033,18 @@ class _Plan:
         """Turns `depends_on` and references into dependencies, refusing what does not exist."""
         listed = node.document.get("depends_on")
         for index, step_id in enumerate(_as_list(listed) if listed else ()):
-            path = (*node.path, "depends_on", index) if isinstance(listed, list) else (*node.path, "depends_on")
+            path = (*node.path, "depends_on", *([index] if isinstance(listed, list) else ()))
             if isinstance(step_id, str) and not self.depend(node, step_id, graph, path, ("depends_on", step_id)):
                 near = self.near(step_id, graph.visible())
                 self.problem(path, f"depends_on: there is no step {_shown(step_id)}{near}")
-        for (reference, key), place in zip(node.references, node.places):
-            self.resolve(node, reference, key, place, graph)
+        self.resolve(node, graph)
         if node.type == "transform" and "inputs" in node.document:
             self.transform_inputs(node, graph)
-        if node.until is not None and node.children is not None:
-            for reference in node.until.references:
-                self.resolve(node, reference, "until", (self.place(node, "until"), node.until.source), node.children)
 
     def depend(self, node: _Node, step_id: str, graph: _Graph, path: _Path, shown: tuple[str, str]) -> _Node | None:
         """Finds a step from inside out; `node`, or the container of it that is its sibling, will wait for it."""
         waiting: _Node | None = node if graph.by_id.get(node.id) is node else None
-        for scope in graph.around():
+        for scope in (graph, *graph.around):
             target = scope.by_id.get(step_id)
             if target is not None:
                 if target is waiting:
@@ -3200,20 +3056,23 @@ class _Plan:
             waiting = scope.owner
         return None
 
-    def resolve(self, node: _Node, reference: Reference, key: str, place: tuple[_Path, str], graph: _Graph) -> None:
-        """Checks one reference and makes the node wait for the step that it names."""
-        segments = reference[0]
-        root = segments[0] if segments else ""
-        if not root or root in graph.local or root in ("workflow", "run") or (root in node.local and key != "for_each"):
-            return
-        if root not in ("steps", "outputs"):
-            fault = self.missing_input(segments, graph)
-        elif len(segments) < 2:
-            fault = " needs the id of a step, as in steps.ID.OUTPUT" if node.id else ""
-        else:
-            fault = self.missing_output(node, segments, place[0], key, graph)
-        if fault:
-            self.problem(place[0], f"{key}: {_shown('.'.join(segments))}{fault}", inside=(place[1], reference[2]))
+    def resolve(self, node: _Node, graph: _Graph, first: int = 0) -> None:
+        """Checks a node's references, and makes it wait for the steps that they name."""
+        for (segments, _, position, path, source), key in node.references[first:]:
+            root, scope = segments[0] if segments else "", graph
+            if key == "until" and node.children is not None:
+                scope = node.children  # it is asked after each iteration
+            is_own = root in scope.local or (root in node.local and key != "for_each")
+            if not root or is_own or root in ("workflow", "run"):
+                continue
+            if root not in ("steps", "outputs"):
+                fault = self.missing_input(segments, scope)
+            elif len(segments) < 2:
+                fault = " needs the id of a step, as in steps.ID.OUTPUT" if node.id else ""
+            else:
+                fault = self.missing_output(node, segments, path, key, scope)
+            if fault:
+                self.problem(path, f"{key}: {_shown('.'.join(segments))}{fault}", inside=(source, position))
 
     def missing_input(self, segments: tuple[str, ...], graph: _Graph) -> str:
         """What is wrong with a reference to an input, or nothing."""
@@ -3232,9 +3091,9 @@ class _Plan:
 
     def missing_output(self, node: _Node, segments: tuple[str, ...], path: _Path, key: str, graph: _Graph) -> str:
         """What is wrong with a reference to a step, or nothing; the node will wait for the step."""
-        step_id, rest = segments[1], segments[2:]
-        if segments[0] == "outputs" and not any(step_id in scope.by_id for scope in graph.around()):
-            ids = next((scope.named[step_id] for scope in graph.around() if step_id in scope.named), [])
+        step_id, rest, scopes = segments[1], segments[2:], (graph, *graph.around)
+        if segments[0] == "outputs" and not any(step_id in scope.by_id for scope in scopes):
+            ids = next((scope.named[step_id] for scope in scopes if step_id in scope.named), [])
             if len(ids) > 1:
                 where = " or ".join(f"steps.{producer}.{step_id}" for producer in ids[:5])
                 return f" is the name of several outputs; write {where}"
@@ -3263,9 +3122,8 @@ class _Plan:
             if key in names:
                 source = self.input_path(node, source, path, graph)
             text = "{{" + source + "}}" if key in names or key in paths else source
-            rendered[key] = self.compiled(node, "inputs", text, path) or _constant(text)
-            for (reference, name), where in zip(node.references[known:], node.places[known:]):
-                self.resolve(node, reference, name, where, graph)
+            rendered[key] = self.render(node, "inputs", text, path)
+            self.resolve(node, graph, known)
         titles = [(key, key if isinstance(inputs, dict) else source) for key, source in entries]
         node.inputs = [(name if isinstance(name, str) else _shown(name), rendered[key]) for key, name in titles]
 
@@ -3280,9 +3138,8 @@ class _Plan:
             self.problem(path, f"inputs: {_shown(name)} is an output of several dependencies; write {where}")
         if found:
             return f"steps.{found[0]}.{name}"
-        if root in node.dependencies and root not in (graph.inputs or ()):
-            return f"steps.{name}"
-        return f"inputs.{name}"
+        is_step = root in node.dependencies and root not in (graph.inputs or ())
+        return f"steps.{name}" if is_step else f"inputs.{name}"
 
     def check_cycles(self, graph: _Graph) -> None:
         """Names the cycles; each is broken where it was found, to look for others."""
@@ -3301,13 +3158,11 @@ class _Plan:
                 self.problem(graph.by_id[cycle[0]].path, f"cycle: {' -> '.join(cycle)}").cycle = cycle
                 del graph.by_id[cycle[0]].dependencies[cycle[1]]
 
-
 def _branch_key(value: Any) -> str:
     """A branch's name as text: YAML's true, 1, 1.0 and null are the texts true, 1, 1 and null."""
     if isinstance(value, str):
         return value.strip()
     return _to_json(int(value) if isinstance(value, float) and value.is_integer() else value)
-
 
 def _label(document: Any, path: _Path) -> str:
     """Where a problem is, in words: "steps[1] 'analyze': "."""
@@ -3321,7 +3176,6 @@ def _label(document: Any, path: _Path) -> str:
         name = key if isinstance(key, str) else _shown(key)
     return label
 
-
 def _sub_workflow(caller: Workflow, name: str) -> Workflow:
     """The workflow in a file, by a name relative to the caller's own folder; read once however often it is called."""
     path = os.path.join(caller.folder or ".", name)
@@ -3333,16 +3187,6 @@ def _sub_workflow(caller: Workflow, name: str) -> Workflow:
         chain = " -> ".join((*caller._chain, os.path.basename(name)))
         raise OrchestratorError(f"workflows call each other more than {_MAX_WORKFLOW_DEPTH} deep: {chain}")
     return known or Workflow._from_path(path, caller._loaded, caller._chain)
-
-
-def _read_document(path: str) -> Any:
-    """The plain value in a JSON or YAML file."""
-    try:
-        return (_load_json if path.lower().endswith(".json") else load_yaml)(_read_file(path))
-    except ParseError as error:
-        error.source = path
-        raise
-
 
 def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:
     """What is wrong with an input's value, or None."""
@@ -3360,7 +3204,6 @@ def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:
 # 7. Graph: Workflow -> dependencies, order, levels
 # The public view of what the compiler found: who waits for whom. Answers questions; runs nothing.
 # ---------------------------------------------------------------------------------------------------------------------
-
 
 class WorkflowDAG:
     """The dependency graph of a workflow's top-level steps.
@@ -3388,18 +3231,16 @@ class WorkflowDAG:
         """Ids in waves: the steps of a level depend only on those of the levels before it."""
         return [[node.id for node in level] for level in _levels(self._graph)]
 
-
 def _levels(graph: _Graph) -> list[list[_Node]]:
     """The nodes of a graph in waves; inside a wave they keep the document's order."""
     waiting, wave, levels = list(graph.counts), list(graph.roots), []
     while wave:
         levels.append([graph.nodes[position] for position in wave])
         following = []
-        for position in wave:
-            for dependent in graph.nodes[position].dependents:
-                waiting[dependent] -= 1  # falls to 0 when the last dependency is placed
-                if not waiting[dependent]:
-                    following.append(dependent)
+        for dependent in (dependent for node in levels[-1] for dependent in node.dependents):
+            waiting[dependent] -= 1  # falls to 0 when the last dependency is placed
+            if not waiting[dependent]:
+                following.append(dependent)
         wave = sorted(following)
     return levels
 
@@ -9317,10 +9158,6 @@ _MERMAID_SHAPES = {
 }  # fmt: skip
 
 
-def _groups(node: _Node) -> list[tuple[str, _Graph]]:
-    """The graphs inside a container, each with its title: the value that a branch is taken for, or nothing."""
-    return [*([("", node.children)] if node.children is not None else ()), *node.branches.items()]
-
 
 def _step_kind(node: _Node) -> str:
     return node.type + (" for each" if node.for_each else "")
@@ -9346,7 +9183,7 @@ def _graph_mermaid(workflow: Workflow) -> str:
     def draw(graph: _Graph, indent: str) -> None:
         for node in graph.nodes:
             name = names[id(node)] = f"s{len(names)}_{re.sub('[^A-Za-z0-9]', '_', node.id)}"
-            label, groups = f"{text(node.id)}<br/><i>{_step_kind(node)}</i>", _groups(node)
+            label, groups = f"{text(node.id)}<br/><i>{_step_kind(node)}</i>", node.groups()
             if not groups:
                 left, right = _MERMAID_SHAPES.get(node.type, ("[", "]"))
                 lines.append(f'{indent}{name}{left}"{label}"{right}')
@@ -9373,7 +9210,7 @@ def _graph_dot(workflow: Workflow) -> str:
 
     def draw(graph: _Graph, prefix: str, indent: str) -> None:
         for node in graph.nodes:
-            name, groups = prefix + node.id, _groups(node)
+            name, groups = prefix + node.id, node.groups()
             names[id(node)] = name
             if groups:
                 lines.append(f"{indent}subgraph {_to_json('cluster ' + name)} {{ label=\"\";")
@@ -9406,7 +9243,7 @@ def _graph_text(workflow: Workflow) -> str:
             condition = f" if {' '.join(node.condition.source.split())}" if node.condition else ""
             branch = "└── " if last else "├── "
             lines.append(f"{indent}{branch}{node.id} ({_step_kind(node)}{condition}){after}")
-            for title, inner in _groups(node):
+            for title, inner in node.groups():
                 deeper = indent + ("    " if last else "│   ")
                 lines.extend([f"{deeper}[{' '.join(title.split())}]"] if title else [])
                 draw(inner, deeper)
