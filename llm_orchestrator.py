@@ -3251,62 +3251,37 @@ def _levels(graph: _Graph) -> list[list[_Node]]:
 # left alone. Limits are shared by threads and event loops.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_RETRY_KEYS: dict[str, Callable[[Any], str | None]] = {
-    "max_attempts": _integer(1, 1000),
-    "strategy": _one_of("exponential", "linear", "constant"),
-    "initial_delay": _must("milliseconds, or a text such as 1.5s", lambda value: _seconds(value, "ms") is not None),
-    "max_delay": _must("milliseconds, or a text such as 30s", lambda value: _seconds(value, "ms") is not None),
-    "backoff_multiplier": _number(1, 1000),
-    "jitter": _must("true, false or a fraction", lambda value: isinstance(value, (int, float)) and 0 <= value <= 1),
-}
-_RETRY_ALIASES = {"backoff": "strategy", "initial_delay_ms": "initial_delay", "max_delay_ms": "max_delay"}
+_delay = _must("milliseconds, or a text such as 1.5s", lambda value: _seconds(value, "ms") is not None)
 _above_zero = _must("a number above 0", lambda value: _is_number(value) and value > 0)
+_RETRY_KEYS: dict[str, _Check] = {
+    "max_attempts": _integer(1, 1000), "strategy": _one_of("exponential", "linear", "constant"),
+    "initial_delay": _delay, "max_delay": _delay, "backoff_multiplier": _number(1, 1000),
+    "jitter": _must("true, false or a fraction", lambda value: isinstance(value, (int, float)) and 0 <= value <= 1)}
+_RETRY_ALIASES = {"backoff": "strategy", "initial_delay_ms": "initial_delay", "max_delay_ms": "max_delay"}
 _RATE_LIMIT_KEYS: dict[str, _Check] = {
-    "requests_per_minute": _above_zero, "tokens_per_minute": _above_zero, "max_concurrent": _integer(1)
-}  # fmt: skip
+    "requests_per_minute": _above_zero, "tokens_per_minute": _above_zero, "max_concurrent": _integer(1)}
 _CIRCUIT_BREAKER_KEYS: dict[str, _Check] = {
     "failure_rate": _must("above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1),
     "window": _integer(1, 1000), "min_calls": _integer(1, 1000),
-    "open_seconds": _must("seconds, or a text such as 30s", lambda value: _seconds(value, "s") is not None),
-}  # fmt: skip
+    "open_seconds": _must("seconds, or a text such as 30s", lambda value: _seconds(value, "s") is not None)}
 
-
-def _checked_settings(
-    name: str, document: Any, checks: dict[str, Callable[[Any], str | None]], aliases: Mapping[str, str]
-) -> dict[str, Any]:
+def _settings(name: str, document: Any, checks: dict[str, _Check], aliases: Mapping[str, str]) -> dict[str, Any]:
     """A map of settings under their first names, without nulls (they mean the default). ValidationError: all faults."""
-    if not isinstance(document, Mapping):
-        raise ValidationError(f"{name} must be a map, not {_shown(document)}")
-    given: dict[str, Any] = {}
-    faults: list[tuple[Any, str | None]] = []
-    for key, value in document.items():
-        known = aliases.get(key, key) if isinstance(key, str) else _shown(key)
-        if known not in checks:
-            faults.append((key, f"unknown key {_shown(key)}{_suggestion(known, (*checks, *aliases))}"))
-        elif known in given:
-            faults.append((key, f"{key} and {known} are two names of one value"))
-        elif value is not None:
-            given[known] = value
-            fault = checks[known](value)
-            faults.append((key, fault and f"{key} {fault}"))
-    problems = [Problem(f"{name}: {fault}", (key,)) for key, fault in faults if fault]
+    shape = _Map({**checks, **{alias: checks[known] for alias, known in aliases.items()}})
+    problems = [Problem(fault, path[1:]) for path, fault in _faults(shape, document, "", name)]
+    for alias, known in aliases.items() if isinstance(document, Mapping) else ():
+        if document.get(alias) is not None and document.get(known) is not None:
+            problems.append(Problem(f"{name}: {alias} and {known} are two names of one value", (alias,)))
     if problems:
         raise ValidationError(problems)
-    return given
-
+    return {aliases.get(key, key): value for key, value in document.items() if value is not None}
 
 class RetryPolicy:
-    """How often a step is attempted and how long it waits in between.
-
-    `max_attempts` counts all attempts. Delays are milliseconds or texts such as "1.5s". `jitter` True draws each
-    delay uniformly from 0 to its full length, False takes it as it is, a fraction varies it by plus or minus that.
-    Raises ValidationError for values out of range.
-    """
-
-    def __init__(
-        self, max_attempts: int = 3, strategy: str = "exponential", initial_delay: float | str = 500,
-        max_delay: float | str = 30_000, backoff_multiplier: float = 2, jitter: bool | float = True,
-    ) -> None:  # fmt: skip
+    """How often a step is attempted (`max_attempts` counts all attempts) and how long it waits in between. Delays are
+    milliseconds or texts such as "1.5s". `jitter` True draws each delay uniformly from 0 to its full length, False
+    takes it as it is, a fraction varies it by plus or minus that. Raises ValidationError for values out of range."""
+    def __init__(self, max_attempts: int = 3, strategy: str = "exponential", initial_delay: float | str = 500,
+                 max_delay: float | str = 30_000, backoff_multiplier: float = 2, jitter: bool | float = True) -> None:
         given = (max_attempts, strategy, initial_delay, max_delay, backoff_multiplier, jitter)
         faults = [(key, check(value)) for (key, check), value in zip(_RETRY_KEYS.items(), given)]
         if any(fault for _, fault in faults):
@@ -3319,23 +3294,16 @@ class RetryPolicy:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> RetryPolicy:
         """The policy of a document's `retry` map, in either spelling of its keys; null means the default."""
-        return cls(**_checked_settings("retry", document, _RETRY_KEYS, _RETRY_ALIASES))
-
-    def full_delay_seconds(self, failures: int) -> float:
-        """The delay after this many failures (from 1) before jitter."""
-        factor: float = failures if self.strategy == "linear" else 1
-        if self.strategy == "exponential":
-            try:
-                factor = float(self.backoff_multiplier) ** (failures - 1)
-            except OverflowError:
-                factor = sys.float_info.max
-        return min(self.initial_delay_seconds * factor, self.max_delay_seconds)
+        return cls(**_settings("retry", document, _RETRY_KEYS, _RETRY_ALIASES))
 
     def delay_seconds(self, failures: int, retry_after_seconds: float | None = None) -> float | None:
         """How long to wait after this many failures (from 1); None if the server asks for more than `max_delay`."""
         if retry_after_seconds is not None and retry_after_seconds > self.max_delay_seconds:
             return None
-        delay = self.full_delay_seconds(failures)
+        most = 690 / math.log(self.backoff_multiplier + 1e-9)  # what does not overflow: e to the power of 690 is 1e299
+        growth: float = float(self.backoff_multiplier) ** min(failures - 1, most)
+        factor = {"exponential": growth, "linear": failures}.get(self.strategy, 1)
+        delay = min(self.initial_delay_seconds * factor, self.max_delay_seconds)
         if self.jitter is not False:
             import random
 
@@ -3345,14 +3313,10 @@ class RetryPolicy:
     def __repr__(self) -> str:
         return f"RetryPolicy({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
-
-_DEFAULT_RETRY = RetryPolicy()
-_NO_RETRY = RetryPolicy(max_attempts=1)
-
+_DEFAULT_RETRY, _NO_RETRY = RetryPolicy(), RetryPolicy(max_attempts=1)
 
 class _Places:
     """A number of places, given in the order of asking to tasks of any event loop in any thread."""
-
     def __init__(self, count: float = math.inf) -> None:
         self.count, self.taken, self.lock = count, 0, threading.Lock()
         self.waiting: collections.deque[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = collections.deque()
@@ -3387,18 +3351,12 @@ class _Places:
                     return
             self.taken -= 1
 
-
 class _RateLimit(_Places):
-    """How fast and how many at once a provider may be called: `await start(tokens)`, the call, `settle`, `leave`.
-
-    No window of 60 s sees more than `requests_per_minute` starts, nor more than `tokens_per_minute` tokens (a single
-    larger call goes alone). Starts keep the order of asking and are evenly spaced, at most one second's worth at once.
-    """
-
-    def __init__(
-        self, requests_per_minute: float = math.inf, tokens_per_minute: float = math.inf,
-        max_concurrent: float = math.inf, clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    """How fast and how many at once a provider may be called: `await start(tokens)`, the call, `settle`, `leave`. No
+    window of 60 s sees more than `requests_per_minute` starts or `tokens_per_minute` tokens (a single larger call goes
+    alone). Starts keep the order of asking and are evenly spaced, at most one second's worth at once."""
+    def __init__(self, requests_per_minute: float = math.inf, tokens_per_minute: float = math.inf,
+                 max_concurrent: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(max_concurrent)
         self.requests, self.tokens, self.clock = requests_per_minute, tokens_per_minute, clock
         self.window_seconds = max(60.0, 60 / requests_per_minute)
@@ -3409,8 +3367,7 @@ class _RateLimit(_Places):
 
     @classmethod
     def from_dict(cls, document: Any, clock: Callable[[], float] = time.monotonic) -> _RateLimit:
-        """The limits of a provider's `rate_limit` map. Raises ValidationError."""
-        return cls(**_checked_settings("rate_limit", document, _RATE_LIMIT_KEYS, {}), clock=clock)
+        return cls(**_settings("rate_limit", document, _RATE_LIMIT_KEYS, {}), clock=clock)
 
     async def start(self, tokens: int = 0) -> None:
         """Waits until a call of about so many tokens may start, and takes a place. A cancelled wait keeps none."""
@@ -3423,7 +3380,7 @@ class _RateLimit(_Places):
                 wait = self.reserve(tokens)
                 while wait > 0:
                     await asyncio.sleep(wait)
-                    wait = self.blocked_seconds()
+                    wait = self.blocked_seconds()  # a pause that came meanwhile does not move what is booked
             finally:
                 self.gate.leave()
         except BaseException:
@@ -3431,10 +3388,7 @@ class _RateLimit(_Places):
             raise
 
     def reserve(self, tokens: int = 0) -> float:
-        """Books the next start for a call of about so many tokens; returns the seconds until then (0.0: now).
-
-        After that wait ask for `blocked_seconds`: a pause that came meanwhile does not move what is booked.
-        """
+        """Books the next start for a call of about so many tokens; returns the seconds until then (0.0: now)."""
         with self.lock:
             now, gap = self.clock(), max(60 / self.requests, tokens * 60 / self.tokens)
             start = max(now, self.last, self.resumes, self.due - max(0.0, 1 - gap))
@@ -3473,19 +3427,14 @@ class _RateLimit(_Places):
         """The rest of the pause."""
         return max(0.0, self.resumes - self.clock())
 
-
 class _CircuitBreaker:
     """Whether a provider is worth calling: `permit = allow()` before a call, `record(ok, permit)` after it; any thread.
-
     Closed, it opens when of the last `window` calls at least `min_calls` are known and a share of `failure_rate` of
     them failed. Open, it lets nobody pass for `open_seconds`. Half open, it lets one probe pass at a time: a success
-    closes it, a failure opens it again. `on_change(old, new)` hears of each change of `state`.
-    """
-
-    def __init__(
-        self, failure_rate: float = 0.5, window: int = 20, min_calls: int | None = None, open_seconds: float | str = 30,
-        clock: Callable[[], float] = time.monotonic, on_change: Callable[[str, str], Any] | None = None,
-    ) -> None:  # fmt: skip
+    closes it, a failure opens it again. `on_change(old, new)` hears of each change of `state`."""
+    def __init__(self, failure_rate: float = 0.5, window: int = 20, min_calls: int | None = None,
+                 open_seconds: float | str = 30, clock: Callable[[], float] = time.monotonic,
+                 on_change: Callable[[str, str], Any] | None = None) -> None:
         self.failure_rate, self.min_calls = failure_rate, min(min_calls or 10, window)
         self.open_seconds, self.clock = _seconds(open_seconds, "s") or 0.0, clock
         self.on_change, self.lock = on_change, threading.RLock()  # on_change may look at the state
@@ -3494,8 +3443,7 @@ class _CircuitBreaker:
 
     @classmethod
     def from_dict(cls, document: Any, clock: Callable[[], float] = time.monotonic) -> _CircuitBreaker:
-        """The breaker of a provider's `circuit_breaker` map. Raises ValidationError."""
-        return cls(**_checked_settings("circuit_breaker", document, _CIRCUIT_BREAKER_KEYS, {}), clock=clock)
+        return cls(**_settings("circuit_breaker", document, _CIRCUIT_BREAKER_KEYS, {}), clock=clock)
 
     @property
     def retry_after_seconds(self) -> float:
@@ -3529,12 +3477,10 @@ class _CircuitBreaker:
 
     def change(self, state: str) -> None:
         old, self.state, self.opened = self.state, state, self.clock()
-        self.changes += 1
-        self.probing = False
+        self.changes, self.probing = self.changes + 1, False
         self.outcomes.clear()
         if self.on_change:
             self.on_change(old, state)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. HTTP: connections, deadlines, cancellation
@@ -3553,18 +3499,13 @@ _CALL = threading.local()  # .scope: the _CancelScope of the call that this thre
 
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) +([1-9][0-9][0-9])(?: .*)?").fullmatch
 _HEAD_END, _CRLF = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r\n").search  # of chunks: no other end
-_FOLD = re.compile(r"\r?\n[ \t]+").sub
-_CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?").fullmatch
+_FOLD, _CHUNK_SIZE = re.compile(r"\r?\n[ \t]+").sub, re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?").fullmatch
 _METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 _FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*").fullmatch
 
-
 class _CancelScope:
     """One call in a worker thread. `cancel`, from any thread, shuts down the socket that the call waits for.
-
-    The lookup of a host's addresses has no socket and cannot be broken off; the call ends right after it.
-    """
-
+    The lookup of a host's addresses has no socket and cannot be broken off; the call ends right after it."""
     def __init__(self) -> None:
         self.cancelled, self.lock, self.socket = False, threading.Lock(), None
 
@@ -3584,12 +3525,8 @@ class _CancelScope:
             if self.cancelled and sock is not None:
                 raise ConnectionAbortedError("the call was cancelled")
 
-
 class _Response:
     """What a server answered: status, headers with lower-case names, and the decoded body."""
-
-    __slots__ = ("body", "headers", "status")
-
     def __init__(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         self.status, self.headers, self.body = status, headers, body
 
@@ -3597,11 +3534,9 @@ class _Response:
     def text(self) -> str:
         return self.body.decode("utf-8", "replace")
 
-
 class _Connection:
     """A socket and what was read from it ahead. It waits until `deadline` (by time.monotonic(); inf: for ever), then
     raises TimeoutError. A lost connection or a cancelled scope is a ConnectionError, broken HTTP a BadResponseError."""
-
     def __init__(self, sock: Any) -> None:
         self.socket, self.ahead, self.position, self.since = sock, b"", 0, 0.0
 
@@ -3610,6 +3545,10 @@ class _Connection:
         self.scope, self.deadline, self.silent, self.lives = scope, deadline, True, False
         scope.attach(self.socket)
         self.socket.settimeout(None)
+
+    def close(self) -> None:
+        self.scope.attach(None)
+        self.socket.close()
 
     def limit(self) -> None:
         """Lets the socket wait until the deadline."""
@@ -3678,14 +3617,13 @@ class _Connection:
             self.lives = "close" not in wishes and (status_line[1] != "0" or "keep-alive" in wishes)
         return _Response(status, headers)
 
-    def body(self, response: _Response) -> Iterator[bytes]:
+    def body(self, headers: Mapping[str, str]) -> Iterator[bytes]:
         """The pieces of the body of an answer that has one, unchunked (RFC 9112, 6.3)."""
-        coding, length = response.headers.get("transfer-encoding", ""), response.headers.get("content-length")
-        if coding.lower() not in ("", "identity", "chunked"):
+        coding, length, size = headers.get("transfer-encoding", "").lower(), headers.get("content-length"), -1
+        if coding not in ("", "identity", "chunked"):
             raise BadResponseError("an unknown transfer encoding", retryable=True)
-        if coding.lower() == "chunked":
+        if coding == "chunked":
             self.lives = self.lives and length is None
-            size = -1
             while size:
                 found = _CHUNK_SIZE(self.until(_CRLF))
                 if not found:
@@ -3714,7 +3652,6 @@ class _Connection:
             self.position, count = self.position + len(piece), count - len(piece)
             yield piece
 
-
 def _uncompressed(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
     """A body without its encoding: gzip (any number of members) or zlib, unpacked in steps that stay small."""
     if coding in ("", "identity"):
@@ -3736,28 +3673,20 @@ def _uncompressed(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
     if unpack is not None and not unpack.eof:
         raise ConnectionResetError("it was closed in the middle of a compressed answer")
 
-
 class _HttpClient:
     """Requests to any http or https address, over connections that are kept and reused; safe for many threads.
-
     `name` opens its error messages. `proxy` is a URL ("" for none); otherwise HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and
-    NO_PROXY count. `timeout_seconds` bounds each call, beside what its scope decides.
-    """
-
+    NO_PROXY count. `timeout_seconds` bounds each call, beside what its scope decides."""
     def __init__(self, name: str, *, proxy: str | None = None, timeout_seconds: float | None = None) -> None:
-        self.name, self.proxy, self.timeout_seconds = name, proxy, timeout_seconds
+        self.name, self.timeout_seconds = name, timeout_seconds
         self.idle: dict[tuple[Any, ...], list[_Connection]] = {}
         self.target = functools.lru_cache(maxsize=256)(functools.partial(_Target, proxy=proxy))
 
-    def request(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None,
-        on_bytes: Callable[[bytes], Any] | None = None,
-    ) -> _Response:  # fmt: skip
+    def request(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None,
+                on_bytes: Callable[[bytes], Any] | None = None) -> _Response:
         """The response, whatever its status; redirects are refused. Errors: ProviderConnectionError (retryable, but for
-        certificates), ProviderTimeoutError, BadResponseError.
-
-        With `on_bytes` the body of a 2xx answer is handed over piece by piece as it arrives, until it returns True.
-        """
+        certificates), ProviderTimeoutError, BadResponseError. With `on_bytes` the body of a 2xx answer is handed over
+        piece by piece as it arrives, until it returns True."""
         answer = _Exchange(self, method, url, headers, body).answer()
         response, pieces = next(answer), []  # type: _Response, list[bytes]
         with contextlib.closing(answer):
@@ -3781,11 +3710,9 @@ class _HttpClient:
                 try:
                     connection.socket.settimeout(0)
                     socket.socket.recv(connection.socket, 1, socket.MSG_PEEK)
-                except BlockingIOError:
-                    if time.monotonic() - connection.since < _IDLE_SECONDS:
+                except OSError as error:
+                    if isinstance(error, BlockingIOError) and time.monotonic() - connection.since < _IDLE_SECONDS:
                         return connection
-                except OSError:
-                    pass
                 connection.socket.close()
         return None
 
@@ -3806,7 +3733,6 @@ class _HttpClient:
 
     __del__ = close
 
-
 _FAULTS: dict[str, tuple[type[ProviderError], bool, str]] = {  # of the network, by the exception or a base of it
     "gaierror": (ProviderConnectionError, True, "cannot find the host of {place}: {text}"),
     "SSLCertVerificationError": (ProviderConnectionError, False, "the certificate of {place} is not trusted: {text}"),
@@ -3816,16 +3742,11 @@ _FAULTS: dict[str, tuple[type[ProviderError], bool, str]] = {  # of the network,
     "ConnectionRefusedError": (ProviderConnectionError, True, "{place} refused the connection"),
     "OSError": (ProviderConnectionError, True, "lost the connection to {place}: {text}"),
     "ImportError": (ProviderConnectionError, False, "{place} cannot be used with this Python: {text}"),
-    "ValueError": (ProviderConnectionError, False, "{place} is no host that can be looked up"),
-}
-
+    "ValueError": (ProviderConnectionError, False, "{place} is no host that can be looked up")}
 
 class _Exchange:
     """One request and its answer: over which connection, until when, and what a fault of the network means."""
-
-    def __init__(
-        self, client: _HttpClient, method: str, url: str, headers: Mapping[str, str], body: bytes | None
-    ) -> None:
+    def __init__(self, client: _HttpClient, method: str, url: str, headers: Mapping[str, str], body: bytes | None):
         self.client, self.method, self.status = client, method, None  # type: _HttpClient, str, int | None
         scope: _CancelScope | None = getattr(_CALL, "scope", None)
         self.scope = scope or _CancelScope()
@@ -3851,7 +3772,7 @@ class _Exchange:
             yield response
             size, has_body = 0, self.method != "HEAD" and response.status not in (204, 304)
             coding = response.headers.get("content-encoding", "").lower()
-            for piece in _uncompressed(connection.body(response), coding) if has_body else ():
+            for piece in _uncompressed(connection.body(response.headers), coding) if has_body else ():
                 size += len(piece)
                 if size > _MAX_BODY_BYTES:
                     raise BadResponseError(f"more than {_MAX_BODY_BYTES >> 20} MiB")
@@ -3862,10 +3783,8 @@ class _Exchange:
             raise self.fault(error) from (error if isinstance(error, OSError) else None)
         finally:
             self.scope.attach(None)
-            if done and connection:
-                self.client.keep(self.key, connection)
-            elif connection:
-                connection.socket.close()
+            if connection:
+                self.client.keep(self.key, connection) if done else connection.socket.close()
 
     def open(self) -> tuple[_Connection, _Response]:
         """(connection, the answer that begins on it). A kept connection may have been closed by the server just now: if
@@ -3880,8 +3799,7 @@ class _Exchange:
                     connection.send(self.message)
                 return connection, connection.head()
             except BaseException as error:
-                self.scope.attach(None)
-                connection.socket.close()
+                connection.close()
                 died = reused and connection.silent and isinstance(error, ConnectionError)
                 if not died or self.scope.cancelled:
                     raise
@@ -3904,13 +3822,12 @@ class _Exchange:
                 connection.limit()
                 connection.socket.connect(address)
                 connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                connection.begin(self.scope, end)
+                connection.deadline = end
                 self.secure(connection, context)
                 return connection
             except BaseException as error:
-                self.scope.attach(None)
                 if connection:
-                    connection.socket.close()
+                    connection.close()
                 if not isinstance(error, OSError) or self.scope.cancelled:
                     raise
                 failure = error
@@ -3920,9 +3837,9 @@ class _Exchange:
         """For https: the way through the proxy, if there is one, and TLS."""
         target = self.target
         if context and target.proxy:
-            fields = {"Host": target.host_port, **target.proxy_user}
-            lines = [f"CONNECT {target.host_port} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
-            connection.send("\r\n".join((*lines, "", "")).encode())
+            user = map(": ".join, target.proxy_user.items())
+            lines = (f"CONNECT {target.host_port} HTTP/1.1", f"Host: {target.host_port}", *user, "", "")
+            connection.send("\r\n".join(lines).encode())
             status = connection.head().status
             if not 200 <= status < 300:
                 reason, retryable = f"the proxy refused {target.host_port} with {status}", status in _RETRIED_STATUSES
@@ -3931,10 +3848,7 @@ class _Exchange:
         if context:
             connection.limit()
             name, plain = target.host.rstrip("."), connection.socket
-            try:
-                connection.socket = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
-            except OSError as error:  # its frames hold the only socket that is left, and nobody else could close it
-                raise error.with_traceback(None) from None
+            connection.socket = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
             self.scope.attach(connection.socket)
             connection.socket.do_handshake()
 
@@ -3954,7 +3868,6 @@ class _Exchange:
         kind, retryable, reason = _FAULTS[base]
         return kind(reason.format(place=place, text=text, limit=_CONNECT_SECONDS), provider=name, retryable=retryable)
 
-
 @functools.lru_cache(maxsize=8)
 def _tls_context(bundle: str | None, _folder: str | None) -> Any:
     """What certificates are verified with: the system's authorities, or those of SSL_CERT_FILE and SSL_CERT_DIR."""
@@ -3966,10 +3879,8 @@ def _tls_context(bundle: str | None, _folder: str | None) -> Any:
     context.set_alpn_protocols(["http/1.1"])
     return context
 
-
 class _Target:
     """Where a URL leads: host, port, the path to ask for, and the proxy on the way. ValueError if nowhere."""
-
     def __init__(self, url: str, proxy: str | None) -> None:
         from urllib.parse import quote
 
@@ -3987,27 +3898,20 @@ class _Target:
             if not self.secure:
                 self.path = f"http://{self.host_port}{self.path}"
                 self.own.update(self.proxy_user)
-        self.heads: dict[tuple[Any, ...], bytes] = {}
         self.key = (self.secure, self.host, self.port, self.proxy)
 
     def message(self, method: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
         """A whole request. ValueError for what cannot be sent."""
-        key = (method, *headers.items())
-        head = self.heads.get(key)
-        if head is None:
-            fields = {name.lower(): f"{name}: {value}" for name, value in (*self.own.items(), *headers.items())}
-            for name in ("transfer-encoding", "content-length"):
-                fields.pop(name, None)
-            if not (_METHOD(method) and all(map(_FIELD, fields.values()))):
-                name = next((name for name, line in fields.items() if not _FIELD(line)), "")
-                raise ValueError(f"the method or the header {_shorten(name, 40)!r} holds something that cannot be sent")
-            lines = (f"{method} {self.path} HTTP/1.1", *fields.values())
-            head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
-            self.heads = {key: head}  # the latest is enough: a client sends the same ones again and again
+        fields = {name.lower(): f"{name}: {value}" for name, value in (*self.own.items(), *headers.items())}
+        fields.pop("transfer-encoding", None)
+        fields.pop("content-length", None)
         if body is not None or method in ("POST", "PUT", "PATCH"):
-            return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body or b""), body or b"")
-        return head + b"\r\n"
-
+            fields["content-length"] = f"Content-Length: {len(body or b'')}"
+        for name, line in fields.items():
+            if not (_FIELD(line) and _METHOD(method)):
+                raise ValueError(f"the method or the header {_shorten(name, 40)!r} holds something that cannot be sent")
+        lines = (f"{method} {self.path} HTTP/1.1", *fields.values(), "", "")
+        return "\r\n".join(lines).encode("latin-1") + (body or b"")
 
 def _url_parts(subject: str, url: str, **ports: int) -> tuple[str, str, int, dict[str, str], str]:
     """(scheme, host in ASCII, port, the header for its user, path and query) of a URL. Errors never show a password."""
@@ -4027,13 +3931,11 @@ def _url_parts(subject: str, url: str, **ports: int) -> tuple[str, str, int, dic
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return parts.scheme, host, ports[parts.scheme] if port is None else port, header, path
 
-
 def _proxy_for(scheme: str, host: str, port: int) -> str | None:
     """The proxy that the environment names for an address, as curl and urllib read it."""
-    names = [f"{scheme}_proxy", f"{scheme}_proxy".upper(), "all_proxy", "ALL_PROXY"]
-    if "REQUEST_METHOD" in os.environ:  # a CGI program, where HTTP_PROXY may be a header of the request
-        names = [name for name in names if name != "HTTP_PROXY"]
-    proxy = next((os.environ[name] for name in names if os.environ.get(name)), None)
+    forged = scheme == "http" and "REQUEST_METHOD" in os.environ  # CGI: HTTP_PROXY may be a header of the request
+    names = (f"{scheme}_proxy", "" if forged else f"{scheme}_proxy".upper(), "all_proxy", "ALL_PROXY")
+    proxy = next(filter(None, map(os.environ.get, names)), None)
     exceptions = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     for entry in exceptions.lower().replace(",", " ").split() if proxy else ():
         from ipaddress import ip_address, ip_network
@@ -4048,7 +3950,6 @@ def _proxy_for(scheme: str, host: str, port: int) -> str | None:
             return None
     return proxy
 
-
 def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """How long the server asks to wait: `retry-after-ms`, or `retry-after` in seconds or as an HTTP date (RFC 9110)."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
@@ -4060,7 +3961,6 @@ def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     with contextlib.suppress(ValueError, TypeError, OverflowError):  # TypeError: it is no date
         return max(0.0, mktime_tz(parsedate_tz(text)) - time.time())  # type: ignore[arg-type]
     return None
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 10. Providers: requests and responses of each vendor, one class each, built from small shared pieces
