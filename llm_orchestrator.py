@@ -6282,7 +6282,7 @@ async def _tool_round(
             faults = list(_schema_faults(arguments, _tool_schema(name, tools[name])["parameters"]))
             if faults:
                 raise ExecutionError(f"wrong arguments: {'; '.join(faults[:5])}")
-            entry["result"] = await call.custom(tools[name], functools.partial(tools[name], **arguments))
+            entry["result"] = await call.custom(tools[name], _tool_call(tools[name], arguments))
         except Exception as error:
             entry["error"] = f"{type(error).__name__}: {error}"
         made.append(entry)
@@ -6290,6 +6290,15 @@ async def _tool_round(
         content = entry["error"] if failed else _to_text(entry["result"])
         answers.append({"role": "tool", "id": asked["id"], "name": name, "content": content, "is_error": failed})
     return answers
+
+
+def _tool_call(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
+    """The function bound to arguments by name, those that it takes by position alone too."""
+    import inspect
+
+    bound = inspect.BoundArguments(inspect.signature(function), dict(arguments))
+    bound.apply_defaults()
+    return functools.partial(function, *bound.args, **bound.kwargs)
 
 
 _JSON_TYPES: dict[Any, str] = {

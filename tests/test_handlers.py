@@ -342,7 +342,7 @@ def weather(city: str, days: int = 1) -> str:
     return f"sun in {city} for {days} days"
 
 
-def use_tools(*calls: dict[str, Any], **step: Any) -> tuple[Any, list[CompletionRequest]]:
+def use_tools(*calls: dict[str, Any], weather: Any = weather, **step: Any) -> tuple[Any, list[CompletionRequest]]:
     """An llm step whose model makes these tool calls, one a round, and then answers `done`."""
     requests: list[CompletionRequest] = []
 
@@ -385,6 +385,19 @@ def test_a_tools_error_goes_back_to_the_model(name: str, arguments: Any, error: 
     assert result.status == "completed"
     assert requests[1].messages[-1]["is_error"] is True
     assert error in requests[1].messages[-1]["content"]
+
+
+def test_a_tool_gets_its_arguments_whatever_kind_of_parameters_it_has() -> None:
+    def weather(city: str, days: int = 2, /, scale: str = "C", *more: str, wind: bool = False, **rest: Any) -> str:
+        return f"{city} {days} {scale} {more} {wind} {rest}"
+
+    for arguments, answer in (
+        ({"city": "Rome", "wind": True}, "Rome 2 C () True {}"),
+        ({"scale": "F", "city": "Rome"}, "Rome 2 F () False {}"),
+        ({"days": 1, "city": "Rome"}, "Rome 1 C () False {}"),
+    ):
+        result, _ = use_tools({"id": "1", "name": "weather", "arguments": arguments}, weather=weather)
+        assert result.outputs["meta"]["tool_calls"][0]["result"] == answer
 
 
 def test_tool_rounds_are_bounded() -> None:
