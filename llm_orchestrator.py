@@ -256,6 +256,8 @@ _KEY = rf"""(?x)(?P<properties>(?:[&!][^ \t\n]*[ \t]+)*)  # any implicit key of 
 _DASH, _QUESTION, _COLON = ("- ", "-\n", "-\t"), ("? ", "?\n", "?\t"), (": ", ":\n", ":\t")
 _RUNS: Any = (re.compile(f"[{characters}]*").match for characters in (" ", " \t", " \t\n", " \n"))  # match always
 _SPACES, _WHITE, _BLANK, _EMPTY_LINES = _RUNS
+# The end of a text in quotes is such a match of odd length: otherwise the quote at its end is escaped.
+_CLOSING = {'"': re.compile(r'(?<!\\)\\*"').search, "'": re.compile("'+").search}
 _PROPERTY = r"(?:&[^ \t\n,\[\]{}]+|!<[^ \t\n>]*>|![^ \t\n,\[\]{}]*)(?=[ \t\n,\]}])"
 _BLOCK_HEADER = re.compile(r"[|>](?:([1-9])?([-+])?|([-+])([1-9]))(?:[ \t]+(?:#[^\n]*)?)?\n").match
 _line_below = functools.lru_cache(maxsize=64)(  # finds the break before the first line with content indented by less
@@ -727,11 +729,12 @@ class _YamlReader:
 
     def quoted(self, position: int, indent: int) -> tuple[str, int]:
         text, quote, start = self.text, self.text[position], position + 1
-        # The end is such a match of odd length: otherwise the quote at its end is escaped.
-        ends = re.compile(r'(?<!\\)\\*"' if quote == '"' else "'+").finditer(text, start)
-        end = next((match.end() - 1 for match in ends if len(match[0]) % 2), -1)
-        if end < 0:
+        closing = _CLOSING[quote](text, start)
+        while closing and len(closing[0]) % 2 == 0:
+            closing = _CLOSING[quote](text, closing.end())
+        if not closing:
             raise self.error(f"the quote {quote} is not closed", position)
+        end = closing.end() - 1
         raw = text[start:end]
         if self.odd:
             self.odd.difference_update(range(start, end))
@@ -752,13 +755,13 @@ class _YamlReader:
         if breaks := written.count("\n"):
             kept = written[1:2].strip("\n") if written[0] == "\\" else ""
             return kept + ("\n" * (breaks - 1) or ("" if written.startswith("\\\n") else " "))
-        codec = "utf-16-be" if written.count("\\") > 1 else "utf-32-be"  # a surrogate pair, or a code
-        place, hint = start + escape.start(), "is not an escape that YAML has; a backslash itself is \\\\"
-        self.refuse_if(len(written) == 2, f"{written} {hint}", place)
-        try:
-            return bytes.fromhex(written[2:].replace("\\u", "").zfill(8)).decode(codec)
-        except UnicodeDecodeError:
-            raise self.error(f"{written} is not a character", place) from None
+        code = int(written[2:].replace("\\u", "") or "D800", 16)
+        if len(written) == 12:  # a surrogate pair
+            code = 0x10000 + ((code >> 16 & 0x3FF) << 10) + (code & 0x3FF)
+        if code <= 0x10FFFF and not 0xD800 <= code <= 0xDFFF:
+            return chr(code)
+        reason = "is not a character" if written[2:] else "is not an escape that YAML has; a backslash itself is \\\\"
+        raise self.error(f"{written} {reason}", start + escape.start())
 
     def block_scalar(self, position: int, parent: int) -> tuple[str, int]:
         """A literal (|) or folded (>) scalar in a collection that is indented by `parent`."""
