@@ -73,7 +73,6 @@ else:
 
 class OrchestratorError(Exception):
     """Base of every error that this module raises for bad input, a bad answer or a failed run."""
-
     @property
     def message(self) -> str:
         """The error in one or more lines of text, without the class name."""
@@ -81,7 +80,6 @@ class OrchestratorError(Exception):
 
 class ParseError(OrchestratorError):
     """YAML or JSON text that cannot be read. `line` and `column` count from 1; str() shows the line and a caret."""
-
     def __init__(self, reason: str, text: str = "", position: int = 0, source: str = "") -> None:
         super().__init__(reason)
         self.reason, self.source, self.line = reason, source, text.count("\n", 0, position) + 1
@@ -97,7 +95,6 @@ class ParseError(OrchestratorError):
 
 class TemplateError(OrchestratorError):
     """A template that does not compile, or a value it needs that is missing. `line` and `column` count from 1."""
-
     def __init__(self, reason: str, source: str = "", position: int = 0) -> None:
         self.reason, self.position, self.line = reason, position, source.count("\n", 0, position) + 1
         self.column = position - source.rfind("\n", 0, position)
@@ -105,7 +102,6 @@ class TemplateError(OrchestratorError):
 
 class ConditionError(TemplateError):
     """A condition that does not parse, or that compares what cannot be compared."""
-
 def _nearest(word: Any, known: Iterable[Any]) -> list[str]:
     """The one of the known words that the word is probably meant to be, if there is one."""
     word, words = str(word)[:100].lower(), tuple(map(str, known))
@@ -130,7 +126,6 @@ class Problem:
     `path` leads to it from the top of the document (keys and indexes); `line` and `column` count from 1 and are None
     when there is no text. `severity` is "error" or "warning".
     """
-
     cycle: list[str] | None = None
     custom: tuple[str, str] | None = None  # (argument, name) of what only a run can know
     inside: tuple[str, int] | None = None  # a template and the position in it, for an exact place
@@ -151,35 +146,30 @@ class Problem:
 
 class ValidationError(OrchestratorError):
     """A workflow, its inputs or an argument is wrong. `problems` lists everything that was found, in order."""
-
     def __init__(self, problems: Iterable[Problem] | str) -> None:
         self.problems = [Problem(problems)] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(map(str, self.problems)))
 
 class DagError(ValidationError):
     """The steps depend on each other in a circle. `cycle` names them: ["a", "b", "a"]."""
-
     def __init__(self, problems: Iterable[Problem] | str, cycle: list[str]) -> None:
         super().__init__(problems)
         self.cycle = cycle
 
 class ExecutionError(OrchestratorError):
     """A step could not do its work. `step_id` is its full id; `retryable` says whether another attempt may help."""
-
     def __init__(self, reason: str, step_id: str | None = None, retryable: bool = False) -> None:
         super().__init__(reason)
         self.step_id, self.retryable = step_id, retryable
 
 class RunTimeoutError(OrchestratorError):
     """The whole run took longer than its `timeout_seconds`."""
-
 class ProviderError(OrchestratorError):
     """A call of a provider or another server failed.
 
     `provider` is its name, `status` the HTTP status or None, `retryable` whether another attempt may help,
     `retry_after` the seconds that the server asks to wait, `request_id` its name for the call. Messages hold no keys.
     """
-
     _retryable = False
 
     def __init__(
@@ -197,14 +187,12 @@ class ProviderError(OrchestratorError):
 
 class AuthenticationError(ProviderError):
     """The key is missing, wrong, or not allowed to do this (401, 403)."""
-
 class RateLimitError(ProviderError):
     """Too many requests or tokens for the moment (429)."""
     _retryable = True
 
 class QuotaExceededError(ProviderError):
     """No money or quota is left (402, 429 `insufficient_quota`); waiting does not help."""
-
 class ProviderTimeoutError(ProviderError):
     """No answer in time (408, 504, or our own deadline)."""
     _retryable = True
@@ -215,7 +203,6 @@ class ProviderConnectionError(ProviderError):
 
 class BadResponseError(ProviderError):
     """The server answered something that is no answer. The message shows how it begins."""
-
 class ContextLengthError(ProviderError):
     """The request is longer than what the model can read."""
 
@@ -2149,7 +2136,6 @@ class _Map:
 
     Other keys are refused unless `free`; what may be a template (`templates`) is checked in the run.
     """
-
     def __init__(
         self, keys: Mapping[str, _Check], required: tuple[str, ...] = (), *, every: _Check | None = None,
         either: tuple[str, ...] = (), free: bool = False, templates: Container[str] = (),
@@ -2189,7 +2175,6 @@ class _Map:
 
 class _List(_Map):
     """The check of a list that is not empty, and of its items."""
-
     def __init__(self, items: _Check, description: str) -> None:
         self.items, self.description = items, description
 
@@ -2236,7 +2221,6 @@ class _StepType:
     no templates (`literal`); whether other keys are parameters (`free`) and whether it holds no slot, because it runs
     child steps or waits for somebody (`container`). It has `arity` outputs; 0: as its children or its callee name them.
     """
-
     def __init__(
         self, keys: dict[str, _Check], required: tuple[str, ...] = (), arity: int = 1, free: bool = False,
         container: bool = False, literal: tuple[str, ...] = (), either: tuple[str, ...] = (),
@@ -2349,7 +2333,6 @@ class Step:
     Keyword arguments are the document's keys, and attributes that may be set; child steps may be Step objects too.
     Nothing is checked before the workflow is validated. `config` holds the keys that belong to the type.
     """
-
     __slots__ = ("document",)
 
     def __init__(self, id: str, type: str, **keys: Any) -> None:
@@ -2406,10 +2389,9 @@ class Workflow:
     """A workflow: its document's keys as attributes, and `steps`, a list of Step that may be extended.
 
     `from_file`, `from_yaml`, `from_json` and `from_dict` raise ParseError for text that cannot be read and
-    ValidationError for a document whose shape is wrong (keys, types, templates). References and cycles are checked
-    there too, but reported by `validate()`, by WorkflowDAG and by WorkflowExecutor.
+    ValidationError for a document whose shape is wrong (keys, types, templates). Wrong references and cycles are
+    reported by `validate()`, by WorkflowDAG and by WorkflowExecutor.
     """
-
     source = "workflow"  # shown before the problems; a file's name if there is one
     folder: str | None = None  # where relative paths (sub-workflows, schemas) start
     _source_text = ""
@@ -2437,10 +2419,7 @@ class Workflow:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Workflow:
-        """The workflow in a YAML or JSON file (by its ending; others are read as YAML).
-
-        Raises ParseError, ValidationError, or OrchestratorError for a file that cannot be read.
-        """
+        """The workflow in a YAML or JSON file (by its ending). OrchestratorError if it cannot be read."""
         return cls._from_path(str(path), {})
 
     @classmethod
@@ -2524,10 +2503,8 @@ class Workflow:
         raise KeyError(step_id)
 
     def validate(self) -> list[Problem]:
-        """Checks everything that can be known before a run and returns the warnings.
-
-        Raises ValidationError (DagError if there is a cycle) with every problem in `problems`, in document order.
-        """
+        """Checks everything that can be known before a run and returns the warnings. Raises ValidationError (DagError
+        if there is a cycle) with every problem in `problems`, in document order."""
         plan = self._plan()
         if errors := self._located(plan.errors):
             cycle = next((problem.cycle for problem in errors if problem.cycle), None)
@@ -2601,7 +2578,6 @@ def _parsed(text: str | bytes, source: str, load: Callable[[Any], Any] | None = 
 
 class _Node:
     """A compiled step: everything a run needs, nothing left to parse."""
-
     condition = picker = until = None  # type: Condition | None
     item_condition = False  # the condition looks at the item, so it is asked once per item
     for_each: _Render | None = None
@@ -2650,19 +2626,23 @@ class _Node:
 class _Graph:
     """Sibling steps, how they depend on each other, and what their templates may refer to: these steps, those around
     the container, and names. `counts[i]` is the number of dependencies of `nodes[i]`."""
-
-    def __init__(
-        self, outer: _Graph | None = None, owner: _Node | None = None, inputs: Mapping[str, Any] | None = None,
-        local: frozenset[str] = frozenset(),
-    ) -> None:
-        self.around: tuple[_Graph, ...] = (outer, *outer.around) if outer else ()  # nearest first
-        self.owner, self.inputs, self.local = owner, inputs, local  # the container; the declared inputs, if any; names
+    def __init__(self, inputs: Mapping[str, Any] | None = None) -> None:
+        self.inputs = inputs  # those that are declared, if any are
+        self.local: frozenset[str] = frozenset()  # other names
+        self.owner: _Node | None = None  # the container that these steps are in
+        self.around: tuple[_Graph, ...] = ()  # nearest first
         self.nodes: list[_Node] = []
         self.by_id: dict[str, _Node] = {}
         self.named: dict[str, list[str]] = {}  # output name -> the ids of the steps that have it
         self.producers: dict[str, str] = {}  # output name -> the id of the one step that has it
         self.counts: list[int] = []
         self.roots: list[int] = []
+
+    def inside(self, owner: _Node, local: frozenset[str] = frozenset()) -> _Graph:
+        """A graph for the children of one of these steps, that see some more names."""
+        inner = _Graph(self.inputs)
+        inner.owner, inner.around, inner.local = owner, (self, *self.around), self.local | owner.local | local
+        return inner
 
     def visible(self) -> Iterator[str]:
         return (step_id for graph in (self, *self.around) for step_id in graph.by_id)
@@ -2688,7 +2668,6 @@ _MOST_SUGGESTIONS = 50  # for names from long lists; more would take long and he
 
 class _Plan:
     """A workflow compiled: its graph, its outputs, and every problem that was found on the way."""
-
     def __init__(self, workflow: Workflow) -> None:
         self.workflow, self.document, self.documents = workflow, workflow._whole(), workflow._documents()
         self.found: dict[tuple[_Path, str], Problem] = {}
@@ -2709,7 +2688,7 @@ class _Plan:
         for name, text in partials.items():
             if self.guarded(("partials", name), f"partials: {name}", Template, text, True, self.partials) is None:
                 self.partials[name] = ""  # it is reported here, and not by each template that uses it
-        self.graph = _Graph(inputs=inputs if isinstance(self.document.get("inputs"), dict) else None)
+        self.graph = _Graph(inputs if isinstance(self.document.get("inputs"), dict) else None)
         self.steps(self.document.get("steps"), ("steps",), self.graph)
         for siblings in self.graphs:
             for node in siblings.nodes:
@@ -2729,8 +2708,6 @@ class _Plan:
         """A map of the document, so far as it is one with texts as keys."""
         entries = self.document.get(name)
         return {key: entries[key] for key in entries if isinstance(key, str)} if isinstance(entries, dict) else {}
-
-    # problems and shapes
 
     def problem(
         self, path: _Path, message: str, severity: str = "error", inside: tuple[str, int] | None = None
@@ -2759,8 +2736,6 @@ class _Plan:
         except TemplateError as error:
             self.misshape(path, f"{key}: {error}", (source if isinstance(source, str) else "", error.position))
             return None
-
-    # steps
 
     def steps(self, documents: Any, path: _Path, graph: _Graph) -> _Graph:
         """Fills a graph with sibling steps. It is connected later, when the outputs of all steps are known."""
@@ -2794,8 +2769,14 @@ class _Plan:
             if key in row.literal:
                 if key != "inputs":  # a transform's are compiled when it is connected
                     node.constants[key] = value
-            elif key not in _COMMON_KEYS and isinstance(key, str) and (value is not None or row.free):
-                self.value(node, key, value)
+            elif key in _COMMON_KEYS or not isinstance(key, str) or (value is None and not row.free):
+                continue
+            elif key == "template" and node.type == "transform" and document.get("function") in ("map", "template"):
+                node.item_values = [*node.item_values, (key, self.render(node, key, value))]
+            elif render := self.compiled(node, key, value, self.place(node, key)):
+                node.values.append((key, render))
+            else:
+                node.constants[key] = value
         for key in row.plugins:
             self.known_plugin(node, key)
         specific = getattr(self, f"_{node.type}", None) if row is not _UNKNOWN_TYPE else None
@@ -2859,24 +2840,12 @@ class _Plan:
             self.problem(node.path, f"a child of a {node.type} cannot be called {double!r}: an output has that name")
         node.output_names = tuple(given or names)
 
-    def value(self, node: _Node, key: str, value: Any) -> None:
-        """A key of a step: a constant, something to render in each run, or for each item."""
-        if key == "template" and node.type == "transform" and node.document.get("function") in ("map", "template"):
-            node.item_values = [*node.item_values, (key, self.render(node, key, value))]
-        elif render := self.compiled(node, key, value, self.place(node, key)):
-            node.values.append((key, render))
-        else:
-            node.constants[key] = value
-
     def render(self, node: _Node, key: str, value: Any, path: _Path | None = None) -> _Render:
         """The value of a key as a function of the context."""
         return self.compiled(node, key, value, path or self.place(node, key)) or _constant(value)
 
     def compiled(self, node: _Node, key: str, value: Any, path: _Path) -> _Render | None:
-        """A value whose texts are templates as a function of the context; None if it is constant.
-
-        What it reads is noted on the node.
-        """
+        """A value as a function of the context, if there are templates in it; what they read is noted on the node."""
         if isinstance(value, str):
             template = self.guarded(path, key, Template, value, True, self.partials) if _has_tag(value) else None
             if template is None:
@@ -2893,8 +2862,6 @@ class _Plan:
 
     def note(self, node: _Node, source: Template | Condition, key: str, path: _Path) -> None:
         node.references += [((*reference, path, source.source), key) for reference in source.references]
-
-    # what each type has of its own
 
     def known_plugin(self, node: _Node, key: str) -> None:
         argument, table = _PLUGINS[key], self.plugins[key]
@@ -2948,7 +2915,7 @@ class _Plan:
             node.local |= {name for name in names if isinstance(name, str)}
 
     def _parallel(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        node.children = self.child_steps(node, document.get("tasks"), (*node.path, "tasks"), graph)
+        node.children = self.steps(document.get("tasks"), (*node.path, "tasks"), graph.inside(node))
         self.name_outputs(node, list(node.children.by_id), len(node.children.by_id))
 
     def _branch(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
@@ -2962,12 +2929,12 @@ class _Plan:
                 continue
             if _branch_key(value) in node.branches:
                 self.misshape(path, f"branches: {_shown(value)} stands there twice")
-            node.branches[_branch_key(value)] = self.child_steps(node, steps, path, graph)
+            node.branches[_branch_key(value)] = self.steps(steps, path, graph.inside(node))
         names = ["branch", *dict.fromkeys(step_id for inner in node.branches.values() for step_id in inner.by_id)]
         self.name_outputs(node, names, len(names))
 
     def _loop(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
-        node.children = self.child_steps(node, document.get("steps"), (*node.path, "steps"), graph, _LOOP_NAMES)
+        node.children = self.steps(document.get("steps"), (*node.path, "steps"), graph.inside(node, _LOOP_NAMES))
         if isinstance(document.get("until"), (str, bool)):
             node.until = self.guarded(self.place(node, "until"), "until", Condition, document["until"])
         if node.until:
@@ -3024,13 +2991,6 @@ class _Plan:
                 self.problem(path, f"inputs: the workflow needs the input {_shown(name)}")
             elif value is not None and not _holds_tag(value) and (fault := _input_fault(value, entry)):
                 self.problem((*path, name), f"inputs: {name} {fault}")
-
-    def child_steps(
-        self, node: _Node, steps: Any, path: _Path, graph: _Graph, local: frozenset[str] = frozenset()
-    ) -> _Graph:
-        return self.steps(steps, path, _Graph(graph, node, graph.inputs, graph.local | node.local | local))
-
-    # references
 
     def connect(self, node: _Node, graph: _Graph) -> None:
         """Turns `depends_on` and references into dependencies, refusing what does not exist."""
@@ -3213,7 +3173,6 @@ class WorkflowDAG:
 
     Raises DagError (with `cycle`) for a cycle and ValidationError for dependencies that do not exist.
     """
-
     def __init__(self, workflow: Workflow) -> None:
         workflow.validate()
         self._graph = workflow._plan().graph
@@ -9074,104 +9033,89 @@ def _event_text(event: Mapping[str, Any]) -> str:
 # A workflow goes in; Mermaid, Graphviz DOT or a tree in plain text comes out.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_MERMAID_SHAPES = {
-    "action": ("[/", "/]"), "approval": ("{{", "}}"), "transform": ("([", "])"), "workflow": ("[[", "]]")
-}  # fmt: skip
-
-
+_MERMAID_SHAPES = {"action": "[/ /]", "approval": "{{ }}", "transform": "([ ])", "workflow": "[[ ]]"}
 
 def _step_kind(node: _Node) -> str:
     return node.type + (" for each" if node.for_each else "")
 
+def _boxes(
+    workflow: Workflow, step: Callable[[_Node, str, int], tuple[str, list[str]]], group: Callable[[str, int, str], str],
+    close: str, arrow: Callable[[str, str, str], str],
+) -> Iterator[str]:
+    """The lines of a picture: steps, containers around their children, a branch's branches in between; then edges.
 
-def _edges(graph: _Graph) -> Iterator[tuple[_Node, _Node, str]]:
-    """(from, to, condition on one line) inside containers too."""
-    for siblings in (graph, *(inner for node in graph.walk() for inner in node.graphs())):
+    `step` gives (name, lines) from a step, its path and its number, `group` opens a branch, `arrow` is from, to, if.
+    """
+    names: dict[int, str] = {}
+
+    def draw(graph: _Graph, prefix: str, indent: str) -> Iterator[str]:
+        for node in graph.nodes:
+            path = prefix + node.id
+            name, lines = step(node, path, len(names))
+            names[id(node)] = name
+            yield from (indent + line for line in lines)
+            for number, (title, inner) in enumerate(node.groups()):
+                yield from [f"{indent}    {group(name, number, title)}"] if title else []
+                yield from draw(inner, f"{path}.{title}." if title else f"{path}.", indent + "    " * (1 + bool(title)))
+                yield from [f"{indent}    {close}"] if title else []
+            yield from [indent + close] if node.groups() else []
+
+    top = workflow._plan().graph
+    yield from draw(top, "", "    ")
+    for siblings in (top, *(inner for node in top.walk() for inner in node.graphs())):
         for node in siblings.nodes:
+            condition = _shorten(" ".join(node.condition.source.split()), 60) if node.condition else ""
             for dependency in node.dependencies:
-                condition = _shorten(" ".join(node.condition.source.split()), 60) if node.condition else ""
-                yield siblings.by_id[dependency], node, condition
-
+                yield "    " + arrow(names[id(siblings.by_id[dependency])], names[id(node)], condition)
 
 def _graph_mermaid(workflow: Workflow) -> str:
     """The workflow as a Mermaid flowchart; containers are subgraphs, and so are the branches of a branch."""
-    lines = ["flowchart TD"]
-    names: dict[int, str] = {}
 
     def text(source: str) -> str:  # as https://mermaid.js.org/syntax/flowchart.html says, by entity codes
         return re.sub(r"[^\w .,:=+/()\[\]'-]", lambda match: f"#{ord(match[0])};", " ".join(source.split()))
 
-    def draw(graph: _Graph, indent: str) -> None:
-        for node in graph.nodes:
-            name = names[id(node)] = f"s{len(names)}_{re.sub('[^A-Za-z0-9]', '_', node.id)}"
-            label, groups = f"{text(node.id)}<br/><i>{_step_kind(node)}</i>", node.groups()
-            if not groups:
-                left, right = _MERMAID_SHAPES.get(node.type, ("[", "]"))
-                lines.append(f'{indent}{name}{left}"{label}"{right}')
-                continue
-            lines.append(f'{indent}subgraph {name}["{label}"]')
-            for number, (title, inner) in enumerate(groups):
-                if title:
-                    lines.append(f'{indent}    subgraph {name}_{number}["{text(title)}"]')
-                draw(inner, indent + "        " if title else indent + "    ")
-                lines.extend([f"{indent}    end"] if title else [])
-            lines.append(f"{indent}end")
+    def step(node: _Node, path: str, number: int) -> tuple[str, list[str]]:
+        name, label = re.sub("[^A-Za-z0-9]", "_", node.id), f"{text(node.id)}<br/><i>{_step_kind(node)}</i>"
+        name, (left, right) = f"s{number}_{name}", _MERMAID_SHAPES.get(node.type, "[ ]").split()
+        return name, [f'subgraph {name}["{label}"]' if node.groups() else f'{name}{left}"{label}"{right}']
 
-    draw(workflow._plan().graph, "    ")
-    for start, end, condition in _edges(workflow._plan().graph):
-        arrow = f'-.->|"{text(condition)}"|' if condition else "-->"
-        lines.append(f"    {names[id(start)]} {arrow} {names[id(end)]}")
-    return "\n".join(lines) + "\n"
-
+    group = lambda name, number, title: f'subgraph {name}_{number}["{text(title)}"]'
+    arrow = lambda start, end, given: f'{start} -.->|"{text(given)}"| {end}' if given else f"{start} --> {end}"
+    return "\n".join(["flowchart TD", *_boxes(workflow, step, group, "end", arrow)]) + "\n"
 
 def _graph_dot(workflow: Workflow) -> str:
     """The workflow in Graphviz' language; containers are clusters around themselves and their children."""
-    lines = [f"digraph {_to_json(str(workflow.name))} {{", "    node [shape=box, style=rounded];"]
-    names: dict[int, str] = {}
 
-    def draw(graph: _Graph, prefix: str, indent: str) -> None:
-        for node in graph.nodes:
-            name, groups = prefix + node.id, node.groups()
-            names[id(node)] = name
-            if groups:
-                lines.append(f"{indent}subgraph {_to_json('cluster ' + name)} {{ label=\"\";")
-            shape = ", shape=diamond" if node.type == "branch" else ""
-            lines.append(f"{indent}{_to_json(name)} [label={_to_json(node.id + chr(10) + _step_kind(node))}{shape}];")
-            for title, inner in groups:
-                inner_prefix = f"{name}.{title}." if title else f"{name}."
-                if title:
-                    lines.append(f"{indent}subgraph {_to_json('cluster ' + inner_prefix)} {{ label={_to_json(title)};")
-                draw(inner, inner_prefix, indent + "    ")
-                lines.extend([f"{indent}}}"] if title else [])
-            lines.extend([f"{indent}}}"] if groups else [])
+    def cluster(name: str, title: str) -> str:
+        return f"subgraph {_to_json('cluster ' + name)} {{ label={_to_json(title)};"
 
-    draw(workflow._plan().graph, "", "    ")
-    for start, end, condition in _edges(workflow._plan().graph):
-        style = f" [style=dashed, label={_to_json(condition)}]" if condition else ""
-        lines.append(f"    {_to_json(names[id(start)])} -> {_to_json(names[id(end)])}{style};")
-    return "\n".join([*lines, "}"]) + "\n"
+    def step(node: _Node, path: str, number: int) -> tuple[str, list[str]]:
+        label, shape = _to_json(f"{node.id}\n{_step_kind(node)}"), ", shape=diamond" if node.type == "branch" else ""
+        opening = [cluster(path, "")] if node.groups() else []
+        return path, [*opening, f"{_to_json(path)} [label={label}{shape}];"]
 
+    def arrow(start: str, end: str, given: str) -> str:
+        return f"{_to_json(start)} -> {_to_json(end)}{f' [style=dashed, label={_to_json(given)}]' if given else ''};"
+
+    head = [f"digraph {_to_json(str(workflow.name))} {{", "    node [shape=box, style=rounded];"]
+    boxes = _boxes(workflow, step, lambda name, number, title: cluster(f"{name}.{title}.", title), "}", arrow)
+    return "\n".join([*head, *boxes, "}"]) + "\n"
 
 def _graph_text(workflow: Workflow) -> str:
     """The workflow as a tree in the order of its levels, each step with what it waits for."""
-    lines = [" ".join(str(workflow.name).split())]
 
-    def draw(graph: _Graph, indent: str) -> None:
+    def draw(graph: _Graph, indent: str) -> Iterator[str]:
         ordered = [node for level in _levels(graph) for node in level]
         for node in ordered:
-            last = node is ordered[-1]
+            branch, deeper = ("└── ", indent + "    ") if node is ordered[-1] else ("├── ", indent + "│   ")
             after = f" <- {', '.join(node.dependencies)}" if node.dependencies else ""
             condition = f" if {' '.join(node.condition.source.split())}" if node.condition else ""
-            branch = "└── " if last else "├── "
-            lines.append(f"{indent}{branch}{node.id} ({_step_kind(node)}{condition}){after}")
+            yield f"{indent}{branch}{node.id} ({_step_kind(node)}{condition}){after}"
             for title, inner in node.groups():
-                deeper = indent + ("    " if last else "│   ")
-                lines.extend([f"{deeper}[{' '.join(title.split())}]"] if title else [])
-                draw(inner, deeper)
+                yield from [f"{deeper}[{' '.join(title.split())}]"] if title else []
+                yield from draw(inner, deeper)
 
-    draw(workflow._plan().graph, "")
-    return "\n".join(lines) + "\n"
-
+    return "\n".join([" ".join(str(workflow.name).split()), *draw(workflow._plan().graph, "")]) + "\n"
 
 _PICTURES = {"mermaid": _graph_mermaid, "dot": _graph_dot, "text": _graph_text}
 

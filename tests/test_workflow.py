@@ -527,17 +527,17 @@ def test_no_document_whatever_raises_anything_but_our_errors(changes: list[tuple
 
 
 def _duration(document: dict[str, Any]) -> float:
-    started = time.perf_counter()
+    started = time.process_time()  # other processes do not count
     try:
         Workflow.from_dict(document).validate()
     except ValidationError as error:
         assert len(error.problems) >= len(document["steps"])
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["chain", "references", "problems", "children"])
-def test_ten_times_the_steps_take_ten_times_the_time(kind: str) -> None:
+def test_a_hundred_times_the_steps_take_a_hundred_times_the_time(kind: str) -> None:
     def document(size: int) -> dict[str, Any]:
         entries: list[dict[str, Any]] = [{"id": f"s{n}", "type": "action", "action": "log"} for n in range(size)]
         for index, entry in enumerate(entries[1:]):
@@ -552,8 +552,8 @@ def test_ten_times_the_steps_take_ten_times_the_time(kind: str) -> None:
             entries = [{"id": "p", "type": "parallel", "tasks": entries}, *ends]
         return {"name": "t", "steps": entries}
 
-    small = min(_duration(document(400)) for _ in range(3))
-    assert _duration(document(4000)) < 10 * 10 * small + 0.5
+    small = min(_duration(document(100)) for _ in range(5))
+    assert _duration(document(10_000)) < 10 * 100 * small  # were it quadratic, it would be ten times this
 
 
 def test_containers_nest_as_deep_as_a_document_may() -> None:
