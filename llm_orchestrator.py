@@ -4364,7 +4364,10 @@ class _Exchange:
         if context:
             connection.limit()
             name, plain = target.host.rstrip("."), connection.socket
-            connection.socket = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
+            try:
+                connection.socket = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
+            except OSError as error:  # its frames hold the only socket that is left, and nobody else could close it
+                raise error.with_traceback(None) from None
             self.scope.attach(connection.socket)
             connection.socket.do_handshake()
 
@@ -4412,20 +4415,26 @@ class _Target:
             if not self.secure:
                 self.path = f"http://{self.host_port}{self.path}"
                 self.own.update(self.proxy_user)
+        self.heads: dict[tuple[Any, ...], bytes] = {}
         self.key = (self.secure, self.host, self.port, self.proxy)
 
     def message(self, method: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
         """A whole request. ValueError for what cannot be sent."""
-        fields = {name.lower(): f"{name}: {value}" for name, value in (*self.own.items(), *headers.items())}
-        fields.pop("transfer-encoding", None)
-        fields.pop("content-length", None)
-        if body is not None or method in ("POST", "PUT", "PATCH"):
-            fields["content-length"] = f"Content-Length: {len(body or b'')}"
-        for name, line in fields.items():
-            if not (_FIELD(line) and _METHOD(method)):
+        key = (method, *headers.items())
+        head = self.heads.get(key)
+        if head is None:
+            fields = {name.lower(): f"{name}: {value}" for name, value in (*self.own.items(), *headers.items())}
+            for name in ("transfer-encoding", "content-length"):
+                fields.pop(name, None)
+            if not (_METHOD(method) and all(map(_FIELD, fields.values()))):
+                name = next((name for name, line in fields.items() if not _FIELD(line)), "")
                 raise ValueError(f"the method or the header {_shorten(name, 40)!r} holds something that cannot be sent")
-        lines = (f"{method} {self.path} HTTP/1.1", *fields.values(), "", "")
-        return "\r\n".join(lines).encode("latin-1") + (body or b"")
+            lines = (f"{method} {self.path} HTTP/1.1", *fields.values())
+            head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
+            self.heads = {key: head}  # the latest is enough: a client sends the same ones again and again
+        if body is not None or method in ("POST", "PUT", "PATCH"):
+            return b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body or b""), body or b"")
+        return head + b"\r\n"
 
 def _url_parts(subject: str, url: str, **ports: int) -> tuple[str, str, int, dict[str, str], str]:
     """(scheme, host in ASCII, port, the header for its user, path and query) of a URL. Errors never show a password."""
