@@ -3268,7 +3268,6 @@ class RetryPolicy:
         delay = min(self.initial_delay_seconds * factor, self.max_delay_seconds)
         if self.jitter is not False:
             import random
-
             delay *= random.uniform(0, 1) if self.jitter is True else random.uniform(1 - self.jitter, 1 + self.jitter)
         return max(min(delay, self.max_delay_seconds), retry_after_seconds or 0.0)
 
@@ -3286,7 +3285,6 @@ class _Places:
     async def enter(self) -> None:
         """Waits for a place. A cancelled wait keeps none."""
         import asyncio
-
         ticket = (asyncio.get_running_loop(), asyncio.Event())
         with self.lock:
             if self.taken < self.count:
@@ -3334,7 +3332,6 @@ class _RateLimit(_Places):
     async def start(self, tokens: int = 0) -> None:
         """Waits until a call of about so many tokens may start, and takes a place. A cancelled wait keeps none."""
         import asyncio
-
         await self.enter()
         try:
             await self.gate.enter()
@@ -3476,7 +3473,6 @@ class _CancelScope:
             self.cancelled = True
             if self.socket is not None:
                 import socket
-
                 with contextlib.suppress(OSError):  # not the method of an SSLSocket, which another thread is reading
                     socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
@@ -3622,7 +3618,6 @@ def _uncompressed(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
     if coding not in ("gzip", "x-gzip", "deflate"):
         raise BadResponseError(f"in the encoding {coding[:12]!r}, which was not asked for")
     import zlib
-
     unpack = None
     for piece in pieces:
         while piece:
@@ -3665,7 +3660,6 @@ class _HttpClient:
     def kept(self, key: tuple[Any, ...]) -> _Connection | None:
         """A connection that waits for use and on which nothing has come since the last, not even its end."""
         import socket
-
         with contextlib.suppress(IndexError):  # none is left
             while True:
                 connection = self.idle.get(key, []).pop()
@@ -3770,7 +3764,6 @@ class _Exchange:
     def connect(self) -> _Connection:
         """A new connection, to the first address that takes one. Each but the last has half of the time left."""
         import socket
-
         target = self.target
         context = _tls_context(*map(os.environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR"))) if target.secure else None
         addresses = socket.getaddrinfo(*(target.proxy or (target.host, target.port)), 0, socket.SOCK_STREAM)
@@ -3837,7 +3830,6 @@ class _Exchange:
 def _tls_context(bundle: str | None, _folder: str | None) -> Any:
     """What certificates are verified with: the system's authorities, or those of SSL_CERT_FILE and SSL_CERT_DIR."""
     import ssl
-
     if bundle and not os.path.isfile(bundle):
         raise ProviderConnectionError(f"SSL_CERT_FILE names {bundle!r}, which is no file", retryable=False)
     context = ssl.create_default_context()
@@ -3848,7 +3840,6 @@ class _Target:
     """Where a URL leads: host, port, the path to ask for, and the proxy on the way. ValueError if nowhere."""
     def __init__(self, url: str, proxy: str | None) -> None:
         from urllib.parse import quote
-
         scheme, self.host, self.port, user, path = _url_parts("the address", url, http=80, https=443)
         self.secure, host = scheme == "https", f"[{self.host}]" if ":" in self.host else self.host
         self.host_port = f"{host}:{self.port}"
@@ -3888,7 +3879,6 @@ def _url_parts(subject: str, url: str, **ports: int) -> tuple[str, str, int, dic
     """(scheme, host in ASCII, port, the header for its user, path and query) of a URL. Errors never show a password."""
     from base64 import b64encode
     from urllib.parse import unquote, urlsplit
-
     try:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").encode("ascii" if url.isascii() else "idna").decode(), parts.port
@@ -3910,7 +3900,6 @@ def _proxy_for(scheme: str, host: str, port: int) -> str | None:
     exceptions = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     for entry in exceptions.lower().replace(",", " ").split() if proxy else ():
         from ipaddress import ip_address, ip_network
-
         place = re.fullmatch(r"(\[.*\]|[^:]*):([0-9]+)", entry)
         name = (place[1] if place else entry).strip("[]")
         name = name if name == "*" else name.lstrip("*.")
@@ -3928,7 +3917,6 @@ def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
         if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{0,12})?", text):
             return float(text) * unit
     from email.utils import mktime_tz, parsedate_tz
-
     with contextlib.suppress(ValueError, TypeError, OverflowError):  # TypeError: it is no date
         return max(0.0, mktime_tz(parsedate_tz(text)) - time.time())  # type: ignore[arg-type]
     return None

@@ -893,8 +893,7 @@ def test_a_proxy_that_refuses_the_tunnel_is_a_connection_error(
     client: _HttpClient, status: int, retryable: bool
 ) -> None:
     with FaultServer([[reply(b"no", status, {"Proxy-Authenticate": "Basic"})]]) as proxy:
-        client.proxy = f"http://me:{KEY}@127.0.0.1:{proxy.port}"
-        client = _HttpClient("vendor", proxy=client.proxy)
+        client = _HttpClient("vendor", proxy=f"http://me:{KEY}@127.0.0.1:{proxy.port}")
         error = failure(client, "https://far.test")
         assert (type(error), error.retryable) == (ProviderConnectionError, retryable)
         assert str(status) in str(error)

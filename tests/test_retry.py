@@ -112,6 +112,8 @@ def test_every_wrong_value_is_reported_with_its_key() -> None:
 
 def test_null_means_the_default() -> None:
     assert repr(RetryPolicy.from_dict({"max_attempts": None, "jitter": None})) == repr(RetryPolicy())
+    for document in ({"strategy": "linear", "backoff": None}, {"backoff": None, "strategy": "linear"}):
+        assert RetryPolicy.from_dict(document).strategy == "linear", "null says nothing under either name"
 
 
 @pytest.mark.parametrize("strategy", ["exponential", "linear", "constant"])
@@ -121,6 +123,13 @@ def test_no_number_of_failures_overflows(strategy: str, initial: Any) -> None:
     delays = [policy.delay_seconds(failures) for failures in (1, 2, 100, 103, 104, 999, 10**9)]
     assert delays == sorted(delays)
     assert all(delay == 0 for delay in delays) if initial == 0 else delays[-1] is not None
+
+
+def test_a_slow_growth_goes_on_as_long_as_attempts_do() -> None:
+    policy = RetryPolicy(1000, initial_delay=1, max_delay="24h", backoff_multiplier=1.01, jitter=False)
+    assert policy.delay_seconds(999) == pytest.approx(0.001 * 1.01**998)
+    steep = RetryPolicy(1000, initial_delay=1, max_delay="24h", backoff_multiplier=1000, jitter=False)
+    assert [steep.delay_seconds(failures) for failures in (1, 2, 3, 4)] == [0.001, 1, 1000, 86_400]
 
 
 # ---- Retry-After
