@@ -6342,43 +6342,71 @@ _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
     "minProperties": ("a map of at least {} keys", Mapping, lambda value, bound: len(value) >= bound),
     "maxProperties": ("a map of at most {} keys", Mapping, lambda value, bound: len(value) <= bound),
 }  # fmt: skip
-
-
 _UNCHECKED = frozenset((
     "if", "then", "else", "patternProperties", "propertyNames", "contains", "minContains", "maxContains", "prefixItems",
     "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
     "additionalItems", "$dynamicRef", "$recursiveRef",
 ))  # fmt: skip
-_SCHEMA_MAPS, _SCHEMA_LISTS = ("properties", "$defs", "definitions"), ("anyOf", "oneOf", "allOf")
 
 
-def _check_schema(schema: Any, where: str = "schema", depth: int = 0) -> None:
-    """ExecutionError for what `_schema_faults` would pass over: keywords that assert something it does not know."""
-    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
-        if isinstance(schema, bool):
-            return
-        raise ExecutionError(f"{where} must be a JSON Schema, not {_shown(schema)}")
-    for keyword, part in schema.items():
-        if keyword in _UNCHECKED:
-            raise ExecutionError(f"{where}: the keyword {keyword!r} is not supported")
-        if keyword == "$ref" and not str(part).startswith("#"):
-            raise ExecutionError(f"{where}: $ref {part!r} leads out of the schema, which is not supported")
-        if keyword == "type" and not all(isinstance(kind, str) and kind in _SCHEMA_TYPES for kind in _as_list(part)):
-            raise ExecutionError(f"{where}: type must be of {', '.join(_SCHEMA_TYPES)}, not {_shown(part)}")
-        inner = [part] if keyword in ("items", "additionalProperties", "not") else []
-        inner = list(part.values()) if keyword in _SCHEMA_MAPS and isinstance(part, Mapping) else inner
-        for one in part if keyword in _SCHEMA_LISTS and isinstance(part, list) else inner:
-            _check_schema(one, f"{where}.{keyword}", depth + 1)
+def _pattern_fault(pattern: Any) -> str | None:
+    try:
+        return _text(pattern) or (_compile_regex(pattern) and None)
+    except ConditionError as error:
+        return f"is not supported: {error}"
 
 
-def _schema_faults(value: Any, schema: Any, root: Any = None, where: str = "$", depth: int = 0) -> Iterator[str]:
+_is_bound = _must("a number", _is_number)
+_is_schema_list = _must("a list of schemas", lambda part: isinstance(part, list) and part)
+_is_type = _must(f"of {', '.join(_SCHEMA_TYPES)}", lambda part: all(
+    isinstance(kind, str) and kind in _SCHEMA_TYPES for kind in _as_list(part)))  # fmt: skip
+_SCHEMA_PARTS: dict[str, Callable[[Any], str | None]] = {  # what the keywords themselves must be
+    "type": _is_type, "enum": _must("a list", lambda part: isinstance(part, list)), "pattern": _pattern_fault,
+    "required": _must("a list of texts", lambda part: isinstance(part, list) and not _texts(part)),
+    "uniqueItems": _must("true or false", _INPUT_TYPES["boolean"]), "$ref": _text,
+    "multipleOf": _must("a number above 0", lambda part: _is_number(part) and part > 0),
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _is_bound),
+    **dict.fromkeys((low + what for low in ("min", "max") for what in ("Length", "Items", "Properties")), _integer(0)),
+    **dict.fromkeys(("properties", "$defs", "definitions"), _mapping),
+    **dict.fromkeys(("anyOf", "oneOf", "allOf"), _is_schema_list),
+}  # fmt: skip
+
+
+def _check_schema(root: Any) -> None:
+    """ExecutionError for what `_schema_faults` would pass over (keywords that it does not know) or stumble over."""
+    places, seen = [("schema", root)], set()
+    while places:
+        where, schema = places.pop()
+        if isinstance(schema, bool) or id(schema) in seen:
+            continue
+        if not isinstance(schema, Mapping):
+            raise ExecutionError(f"{where} must be a JSON Schema, not {_shown(schema)}")
+        seen.add(id(schema))
+        for keyword, part in schema.items():
+            if keyword in _UNCHECKED:
+                raise ExecutionError(f"{where}: the keyword {keyword!r} is not supported")
+            if fault := keyword in _SCHEMA_PARTS and _SCHEMA_PARTS[keyword](part):
+                raise ExecutionError(f"{where}: {keyword} {fault}")
+            inner = {"": part} if keyword in ("items", "additionalProperties", "not") else {}
+            if keyword == "$ref":
+                inner = {"": _schema_at(root, part)}
+            elif keyword in ("properties", "$defs", "definitions"):
+                inner = {f".{name}": one for name, one in part.items()}
+            elif keyword in ("anyOf", "oneOf", "allOf"):
+                inner = {f"[{index}]": one for index, one in enumerate(part)}
+            places += [(f"{where}.{keyword}{name}", one) for name, one in inner.items()]
+
+
+def _schema_faults(
+    value: Any, schema: Any, root: Any = None, where: str = "$", followed: tuple[str, ...] = ()
+) -> Iterator[str]:
     """What in a value does not fit a JSON Schema (the usual part of draft 2020-12), each with its place."""
     root = schema if root is None else root
-    if schema is False or depth > _MAX_DEPTH:
-        yield f"{where} must not be there" if schema is False else f"{where} is nested too deeply"
+    if schema is False:
+        yield f"{where} must not be there"
     if not isinstance(schema, Mapping):
         return
-    inner = functools.partial(_schema_faults, root=root, depth=depth + 1)
+    inner = functools.partial(_schema_faults, root=root, where=where, followed=followed)
     kinds = _as_list(schema.get("type"))
     if kinds and not any(kind in _SCHEMA_TYPES and _SCHEMA_TYPES[kind](value) for kind in kinds):
         yield f"{where} must be {' or '.join(map(str, kinds))}, not {_shown(value)}"
@@ -6387,20 +6415,22 @@ def _schema_faults(value: Any, schema: Any, root: Any = None, where: str = "$", 
         concerned = isinstance(value, types) and not (isinstance(value, bool) and types is not object)
         if keyword in schema and concerned and not holds(value, schema[keyword]):
             yield f"{where} must be {wanted.format(_shorten(_to_json(schema[keyword]), 200))}"
-    if isinstance(schema.get("$ref"), str):
-        yield from inner(value, _schema_at(root, schema["$ref"]), where=where)
-    for part in schema.get("allOf") or ():
-        yield from inner(value, part, where=where)
+    if (reference := schema.get("$ref")) is not None:
+        if reference in followed:
+            raise ExecutionError(f"$ref {reference!r} leads round to itself in the schema")
+        yield from inner(value, _schema_at(root, reference), followed=(*followed, reference))
+    for part in schema.get("allOf", ()):
+        yield from inner(value, part)
     for keyword in ("anyOf", "oneOf"):
-        failures = [list(inner(value, part, where=where)) for part in schema.get(keyword) or ()]
+        failures = [list(inner(value, part)) for part in schema.get(keyword, ())]
         fitting = failures.count([])
         if failures and not fitting:
             yield min(failures, key=len)[0]
         elif keyword == "oneOf" and fitting > 1:
             yield f"{where} must fit exactly one of {len(failures)} schemas, but fits {fitting}"
-    if "not" in schema and not list(inner(value, schema["not"], where=where)):
+    if "not" in schema and not list(inner(value, schema["not"])):
         yield f"{where} must not fit {_shorten(_to_json(schema['not']), 100)}"
-    yield from _part_faults(value, schema, inner, where)
+    yield from _part_faults(value, schema, functools.partial(_schema_faults, root=root), where)
 
 
 def _part_faults(
@@ -6424,8 +6454,11 @@ def _part_faults(
 
 def _schema_at(root: Any, reference: str) -> Any:
     """The schema that a `$ref` within the document names (a JSON pointer); ExecutionError if there is none."""
+    start, *steps = reference.split("/")
+    if start != "#":
+        raise ExecutionError(f"$ref {reference!r} is not supported; it must begin with #/ and stay in the schema")
     schema = root
-    for step in reference.split("/")[1:] if reference.startswith("#") else ("",):
+    for step in steps:
         schema = _child(schema, step.replace("~1", "/").replace("~0", "~"))
     if schema is _MISSING:
         raise ExecutionError(f"the schema has nothing at $ref {reference!r}")
