@@ -311,7 +311,9 @@ def _too_deep(value: Any) -> bool:
     for _ in range(_MAX_DEPTH + 1):
         children = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
         level = [child for child in children if isinstance(child, (dict, list))]
-    return bool(level)
+        if not level:
+            return False
+    return True
 
 def _positions(text: str) -> dict[tuple[str | int, ...], tuple[int, int]]:
     """The (line, column), from 1, of each key and item of YAML or JSON text, by path such as ("steps", 1, "prompt").
@@ -1630,11 +1632,11 @@ class Template:
 # that no value can change the expression. Regular expressions pass a guard that bounds what backtracking may cost.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_CONDITION_TOKEN = re.compile(
+_CONDITION_TOKEN = (
     r"""\s*(?:(?P<text>"[^"\\]*(?:\\.[^"\\]*)*"|'[^'\\]*(?:\\.[^'\\]*)*')|(?P<tag>\{\{|<<)"""
     r"""|(?P<number>-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[-+]?[0-9]+)?(?![\w.]))"""
     r"""|(?P<mark>not\s+in(?![\w.-])|\|\||&&|[=!]=(?!=)|<=|>=|[<>!()\[\],])"""
-    r"""|(?P<path>[^\W\d][\w-]*(?:\.(?:[\w-]+|\[[^\]\n]*\])|\[(?:\d+|'[^'\]\n]*'|"[^"\]\n]*")\])*))""", re.S | re.I)
+    r"""|(?P<path>[^\W\d][\w-]*(?:\.(?:[\w-]+|\[[^\]\n]*\])|\[(?:\d+|'[^'\]\n]*'|"[^"\]\n]*")\])*))""")
 _CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 _CONDITION_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
 _OR, _AND, _NOT, _COMPARISON = range(1, 5)  # precedence
@@ -1682,7 +1684,7 @@ class _ConditionParser:
 
     def advance(self) -> None:
         """To the next token: its kind (None for none), text and start; `mark` is the spelling of an operator."""
-        match = _CONDITION_TOKEN.match(self.source, self.end)
+        match = re.compile(_CONDITION_TOKEN, re.S | re.I).match(self.source, self.end)
         self.kind = match.lastgroup if match else None
         self.word, self.start = (match[self.kind], match.start(self.kind)) if match and self.kind else ("", self.end)
         self.mark = " ".join(self.word.lower().split()) if self.kind in ("mark", "path") else ""
@@ -8833,12 +8835,12 @@ def _workflow_text(executor: WorkflowExecutor) -> str:
 
 # ---- Requests by content: the cache, and record and replay -----------------------------------------------------------
 
-_SECRET_NAME = re.compile(r"api[-_]?key|authori[sz]ation|secret|password|credential|cookie|(^|[-_])token$", re.I)
+_SECRET_NAME = "(?i)" r"api[-_]?key|authori[sz]ation|secret|password|credential|cookie|(^|[-_])token$"
 
 def _without_secrets(value: Any) -> Any:
     """A JSON value without the entries whose names say that they are keys."""
     if isinstance(value, Mapping):
-        return {name: _without_secrets(item) for name, item in value.items() if not _SECRET_NAME.search(str(name))}
+        return {name: _without_secrets(item) for name, item in value.items() if not re.search(_SECRET_NAME, str(name))}
     return [_without_secrets(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 def _request_document(name: str, request: Any, provider: Any = None) -> dict[str, Any]:
