@@ -139,7 +139,7 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.source}:{self.line}:{self.column}" if self.line else self.source
-        return f"{place}: {'warning: ' if self.severity == 'warning' else ''}{self.message}"
+        return (f"{place}: " if place else "") + ("warning: " if self.severity == "warning" else "") + self.message
 
     def __repr__(self) -> str:
         return f"Problem({str(self)!r})"
@@ -147,7 +147,7 @@ class Problem:
 class ValidationError(OrchestratorError):
     """A workflow, its inputs or an argument is wrong. `problems` lists everything that was found, in order."""
     def __init__(self, problems: Iterable[Problem] | str) -> None:
-        self.problems = [Problem(problems)] if isinstance(problems, str) else list(problems)
+        self.problems = [Problem(problems, source="")] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(map(str, self.problems)))
 
 class DagError(ValidationError):
