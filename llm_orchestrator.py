@@ -65,7 +65,6 @@ if TYPE_CHECKING:
 else:
     Any = object  # for `dict[str, Any]` as a base class
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Errors
 # What goes wrong, as one family: every error says what was wrong, where, and what would be right.
@@ -130,10 +129,8 @@ class Problem:
     custom: tuple[str, str] | None = None  # (argument, name) of what only a run can know
     inside: tuple[str, int] | None = None  # a template and the position in it, for an exact place
 
-    def __init__(
-        self, message: str, path: tuple[Any, ...] = (), line: int | None = None, column: int | None = None,
-        source: str = "workflow", severity: str = "error",
-    ) -> None:
+    def __init__(self, message: str, path: tuple[Any, ...] = (), line: int | None = None, column: int | None = None,
+            source: str = "workflow", severity: str = "error") -> None:
         self.message, self.path, self.line, self.column = message, path, line, column
         self.source, self.severity = source, severity
 
@@ -172,10 +169,8 @@ class ProviderError(OrchestratorError):
     """
     _retryable = False
 
-    def __init__(
-        self, reason: str, *, provider: str = "", status: int | None = None, retryable: bool | None = None,
-        retry_after: float | None = None, request_id: str | None = None,
-    ) -> None:
+    def __init__(self, reason: str, *, provider: str = "", status: int | None = None, retryable: bool | None = None,
+            retry_after: float | None = None, request_id: str | None = None) -> None:
         super().__init__(f"{provider}: {reason}" if provider else reason)
         self.provider, self.status, self.retry_after, self.request_id = provider, status, retry_after, request_id
         self.retryable = self._retryable if retryable is None else retryable
@@ -205,7 +200,6 @@ class BadResponseError(ProviderError):
     """The server answered something that is no answer. The message shows how it begins."""
 class ContextLengthError(ProviderError):
     """The request is longer than what the model can read."""
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. YAML and JSON: text or bytes come in, plain values go out: dict, list, str, int, float, bool, None.
@@ -2138,10 +2132,8 @@ class _Map:
 
     Other keys are refused unless `free`; what may be a template (`templates`) is checked in the run.
     """
-    def __init__(
-        self, keys: Mapping[str, _Check], required: tuple[str, ...] = (), *, every: _Check | None = None,
-        either: tuple[str, ...] = (), free: bool = False, templates: Container[str] = (),
-    ) -> None:
+    def __init__(self, keys: Mapping[str, _Check], required: tuple[str, ...] = (), *, every: _Check | None = None,
+            either: tuple[str, ...] = (), free: bool = False, templates: Container[str] = ()) -> None:
         self.keys, self.required, self.every = keys, required, every
         self.either, self.free, self.templates = either, free, templates
 
@@ -2223,10 +2215,8 @@ class _StepType:
     no templates (`literal`); whether other keys are parameters (`free`) and whether it holds no slot, because it runs
     child steps or waits for somebody (`container`). It has `arity` outputs; 0: as its children or its callee name them.
     """
-    def __init__(
-        self, keys: dict[str, _Check], required: tuple[str, ...] = (), arity: int = 1, free: bool = False,
-        container: bool = False, literal: tuple[str, ...] = (), either: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, keys: dict[str, _Check], required: tuple[str, ...] = (), arity: int = 1, free: bool = False,
+            container: bool = False, literal: tuple[str, ...] = (), either: tuple[str, ...] = ()) -> None:
         self.keys, self.arity, self.free, self.container = keys, arity, free, container
         self.literal, self.plugins = frozenset(literal), [key for key in keys if key in _PLUGINS]
         checks, templates = {**_COMMON_KEYS, **keys}, frozenset(keys) - self.literal
@@ -2308,15 +2298,11 @@ _INPUT_TYPE_ALIASES = {
     "str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
     "dict": "object", "map": "object",
 }
-_INPUT = _Map({
-    "type": _one_of(*_INPUT_TYPES, *_INPUT_TYPE_ALIASES), "required": _boolean, "default": _anything,
-    "enum": _List(_anything, "a list of values"), "description": _text,
-})
-_PROVIDER = _Map({
-    "type": lambda value: _one_of(*PROVIDERS)(value), "base_url": _text, "api_key_env": _name, "headers": _mapping,
-    "timeout_seconds": _timeout, "rate_limit": lambda value: _Map(_RATE_LIMIT_KEYS)(value), "proxy": _text,
-    "circuit_breaker": lambda value: _Map(_CIRCUIT_BREAKER_KEYS)(value), "options": _mapping,
-})
+_INPUT = _Map({"type": _one_of(*_INPUT_TYPES, *_INPUT_TYPE_ALIASES), "required": _boolean, "default": _anything,
+    "enum": _List(_anything, "a list of values"), "description": _text})
+_PROVIDER = _Map({"type": lambda value: _one_of(*PROVIDERS)(value), "base_url": _text, "api_key_env": _name,
+    "headers": _mapping, "timeout_seconds": _timeout, "rate_limit": lambda value: _Map(_RATE_LIMIT_KEYS)(value),
+    "proxy": _text, "circuit_breaker": lambda value: _Map(_CIRCUIT_BREAKER_KEYS)(value), "options": _mapping})
 _WORKFLOW_KEYS: dict[str, _Check] = {
     "name": _name, "version": _must("text or a number", lambda value: isinstance(value, str) or _is_number(value)),
     "description": _text, "inputs": _Map({}, every=_INPUT), "providers": _Map({}, every=_PROVIDER),
@@ -2444,10 +2430,9 @@ class Workflow:
         return cls._from_text(_read_file(path), None, path, os.path.dirname(os.path.abspath(path)), loaded, chain)
 
     @classmethod
-    def _from_text(
-        cls, text: str | bytes, load: Callable[[Any], Any] | None, source: str = "workflow", folder: str | None = None,
-        loaded: dict[str, Workflow] | None = None, chain: tuple[str, ...] = (),
-    ) -> Workflow:
+    def _from_text(cls, text: str | bytes, load: Callable[[Any], Any] | None, source: str = "workflow",
+            folder: str | None = None, loaded: dict[str, Workflow] | None = None,
+            chain: tuple[str, ...] = ()) -> Workflow:
         workflow = cls._from_document(_parsed(text, source, load), source)
         workflow.folder, workflow._source_text = folder, _decoded(text)
         workflow._chain = (*chain, os.path.basename(source))
@@ -2711,9 +2696,8 @@ class _Plan:
         entries = self.document.get(name)
         return {key: entries[key] for key in entries if isinstance(key, str)} if isinstance(entries, dict) else {}
 
-    def problem(
-        self, path: _Path, message: str, severity: str = "error", inside: tuple[str, int] | None = None
-    ) -> Problem:
+    def problem(self, path: _Path, message: str, severity: str = "error",
+            inside: tuple[str, int] | None = None) -> Problem:
         found = Problem(_label(self.document, path) + message, path, severity=severity)
         found.inside = inside
         return self.found.setdefault((path, found.message), found)
@@ -2892,9 +2876,8 @@ class _Plan:
         query, documents = document.get("query"), document.get("documents")
         if isinstance(document.get("embed"), Mapping):
             self.check(_Map(_EMBED_KEYS, ("provider", "model")), document["embed"], (*node.path, "embed"))
-        elif documents is not None or (
-            isinstance(query, str) and not re.fullmatch(r"(?s)\s*(\{\{.*\}\}|<<.*>>)\s*", query)
-        ):
+        elif documents is not None or (isinstance(query, str)
+                and not re.fullmatch(r"(?s)\s*(\{\{.*\}\}|<<.*>>)\s*", query)):
             needed = "documents need" if documents is not None else "query is text and needs"
             self.misshape(node.path, f"{needed} embed: {{provider, model}} to become vectors")
         if isinstance(document.get("filter"), Mapping) and not _holds_tag(document["filter"]):
@@ -3164,7 +3147,6 @@ def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:
         return f"must be one of {_shorten(', '.join(map(_shown, allowed)), 200)}, not {_shown(value)}"
     return None
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Graph: Workflow -> dependencies, order, levels
 # The public view of what the compiler found: who waits for whom. Answers questions; runs nothing.
@@ -3207,7 +3189,6 @@ def _levels(graph: _Graph) -> list[list[_Node]]:
                 following.append(dependent)
         wave = sorted(following)
     return levels
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Retry: policies, delays, limits
@@ -3932,7 +3913,6 @@ def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
 _TUNING = ("temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "frequency_penalty", "presence_penalty")
 _SHAPE_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError)  # of reading what has another shape
 
-
 class CompletionRequest:
     """What a step asks of a language model.
 
@@ -3943,13 +3923,12 @@ class CompletionRequest:
     with each piece of text of a streamed answer as it arrives, in the thread that makes the call.
     """
 
-    def __init__(
-        self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, stop: Any = None,
-        temperature: float | None = None, max_tokens: int | None = None, top_p: float | None = None,
-        top_k: int | None = None, seed: int | None = None, frequency_penalty: float | None = None,
-        presence_penalty: float | None = None, stream: bool = False, params: Mapping[str, Any] | None = None,
-        schema: Any = None, tools: list[dict[str, Any]] | None = None, on_text: Callable[[str], None] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, stop: Any = None,
+            temperature: float | None = None, max_tokens: int | None = None, top_p: float | None = None,
+            top_k: int | None = None, seed: int | None = None, frequency_penalty: float | None = None,
+            presence_penalty: float | None = None, stream: bool = False, params: Mapping[str, Any] | None = None,
+            schema: Any = None, tools: list[dict[str, Any]] | None = None,
+            on_text: Callable[[str], None] | None = None) -> None:
         self.model, self.messages, self.system, self.stop, self.seed = model, messages, system, stop, seed
         self.temperature, self.max_tokens, self.top_p, self.top_k = temperature, max_tokens, top_p, top_k
         self.frequency_penalty, self.presence_penalty, self.on_text = frequency_penalty, presence_penalty, on_text
@@ -3964,7 +3943,6 @@ class CompletionRequest:
     def __repr__(self) -> str:
         return f"CompletionRequest(model={self.model!r}, prompt={_shorten(self.prompt, 60)!r})"
 
-
 class CompletionResponse:
     """What a language model answered.
 
@@ -3973,11 +3951,9 @@ class CompletionResponse:
     `metadata` is JSON: finish_reason, request_id, truncated (true for an answer cut off by a limit) and more.
     """
 
-    def __init__(
-        self, text: str, model: str = "", input_tokens: int | None = None, output_tokens: int | None = None,
-        finish_reason: str | None = None, request_id: str | None = None, tool_calls: Iterable[dict[str, Any]] = (),
-        metadata: Mapping[str, Any] | None = None, total_tokens: int | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, text: str, model: str = "", input_tokens: int | None = None, output_tokens: int | None = None,
+            finish_reason: str | None = None, request_id: str | None = None, tool_calls: Iterable[dict[str, Any]] = (),
+            metadata: Mapping[str, Any] | None = None, total_tokens: int | None = None) -> None:
         self.text, self.model = text, model
         self.input_tokens, self.output_tokens = input_tokens, output_tokens
         counts = [count for count in (input_tokens, output_tokens) if count is not None]
@@ -3990,17 +3966,13 @@ class CompletionResponse:
         shown = _shorten(self.text, 60)
         return f"CompletionResponse({shown!r}, model={self.model!r}, total_tokens={self.total_tokens})"
 
-
 class EmbeddingRequest:
     """Texts to embed with a model. `input_type` is "query" or "document" for vendors that tell them apart."""
 
-    def __init__(
-        self, model: str, input: list[str], dimensions: int | None = None, input_type: str | None = None,
-        params: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: str, input: list[str], dimensions: int | None = None, input_type: str | None = None,
+            params: Mapping[str, Any] | None = None) -> None:
         self.model, self.input, self.dimensions, self.input_type = model, input, dimensions, input_type
         self.params = dict(params or {})
-
 
 class EmbeddingResponse:
     """`vectors` (lists of floats) in the order of the texts; `tokens` is None where the vendor does not say."""
@@ -4008,13 +3980,11 @@ class EmbeddingResponse:
     def __init__(self, vectors: list[list[float]], model: str = "", tokens: int | None = None) -> None:
         self.vectors, self.model, self.tokens = vectors, model, tokens
 
-
 def _joined_text(content: Any) -> str:
     """The text of a content: itself, or the texts among its parts; TypeError or AttributeError if it is neither."""
     if isinstance(content, str):
         return content
     return "".join(part if isinstance(part, str) else _joined_text(part.get("text", "")) for part in content or ())
-
 
 def _dig(document: Any, place: str) -> Any:
     """The value at a place such as "choices.0.message"; None where there is none."""
@@ -4025,20 +3995,18 @@ def _dig(document: Any, place: str) -> Any:
     except _SHAPE_ERRORS:
         return None
 
-
 def _total(document: Any, places: str) -> int | None:
     """The sum of the token counts at places such as "usage.a + usage.b"; None if there is none."""
     values = [_dig(document, place) for place in places.split(" + ")]
     counts = [value for value in values if type(value) in (int, float) and value >= 0]
     return int(sum(counts)) if counts else None
 
-
 # ---- From a bad answer to an error -----------------------------------------------------------------------------------
 
 _STATUS_ERRORS: dict[int, type[ProviderError]] = {
     401: AuthenticationError, 402: QuotaExceededError, 403: AuthenticationError, 408: ProviderTimeoutError,
     413: ContextLengthError, 429: RateLimitError, 498: AuthenticationError, 504: ProviderTimeoutError,
-}  # fmt: skip
+}
 _WORD_ERRORS: tuple[tuple[type[ProviderError], frozenset[int | None], Any], ...] = (  # what code and message decide
     (QuotaExceededError, frozenset((400, 402, 403, 429)), re.compile(
         r"insufficient[_ ](quota|balance|credits?|funds)|credit[_ ]balance|billing_(error|hard_limit)|out of credits"
@@ -4062,7 +4030,6 @@ _SECRET_HEADER = re.compile("auth|key|token|secret|cookie|password|credential|si
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\xa0-\xff]*")
 _USER_AGENT = f"llm_orchestrator/{__version__}"
 
-
 def _error_parts(document: Any) -> tuple[str, str, Any]:
     """(message, code and type, the error map) of the error bodies that vendors send."""
     document = document[0] if isinstance(document, list) and document else document
@@ -4073,14 +4040,11 @@ def _error_parts(document: Any) -> tuple[str, str, Any]:
     code = " ".join(str(fault[key]) for key in ("code", "type", "status") if isinstance(fault.get(key), (str, int)))
     return words if isinstance(words, str) else _to_json(words), code, fault
 
-
 class _RestClient:
     """JSON calls to one server: its address, its headers, and one way from a bad answer to an error without secrets."""
 
-    def __init__(
-        self, name: str, base_url: str, headers: Mapping[str, str] | None = None, *, proxy: str | None = None,
-        timeout_seconds: float | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, name: str, base_url: str, headers: Mapping[str, str] | None = None, *, proxy: str | None = None,
+            timeout_seconds: float | None = None) -> None:
         self.name, self.base_url = name, base_url.rstrip("/")
         usual = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": _USER_AGENT}
         given: dict[str, tuple[str, str]] = {}  # by its name in lower case: the last one counts
@@ -4097,9 +4061,8 @@ class _RestClient:
         self.secrets.sort(key=len, reverse=True)
         self.http = _HttpClient(name, proxy=proxy, timeout_seconds=timeout_seconds)
 
-    def send(
-        self, method: str, path: str, payload: Any = None, on_bytes: Callable[[bytes], Any] | None = None
-    ) -> _Response:
+    def send(self, method: str, path: str, payload: Any = None,
+            on_bytes: Callable[[bytes], Any] | None = None) -> _Response:
         """The response to a JSON payload; an error of the ProviderError family for every status from 400 on."""
         try:
             text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -4135,10 +4098,8 @@ class _RestClient:
             delay = _dig(detail, "retryDelay")  # google.rpc.RetryInfo
             wait = _seconds(delay, "s") if isinstance(delay, str) else wait
         request_id = headers.get("x-request-id") or headers.get("request-id") or _dig(document, "request_id")
-        return kind(
-            f"answered {status or 'an error'}: {message}", provider=self.name, status=status, retry_after=wait,
-            retryable=retryable and kind not in (QuotaExceededError, ContextLengthError), request_id=request_id,
-        )  # fmt: skip
+        return kind(f"answered {status or 'an error'}: {message}", provider=self.name, status=status, retry_after=wait,
+            retryable=retryable and kind not in (QuotaExceededError, ContextLengthError), request_id=request_id)
 
     def check(self, headers: Mapping[str, str], document: Any) -> None:
         """Raises the error that a document is whose only news is an error, though the status was good."""
@@ -4184,9 +4145,7 @@ class _RestClient:
         """Closes the connections that are not in use."""
         self.http.close()
 
-
 _EVENT_LINE_END = re.compile(b"\r\n|\n|\r")
-
 
 class _Events:
     """The events of a stream from its bytes: server-sent events (WHATWG HTML, 9.2), or lines of JSON."""
@@ -4225,7 +4184,6 @@ class _Events:
         yield from self.end_line()
         yield from self.end_line()
 
-
 # ---- Vendors ---------------------------------------------------------------------------------------------------------
 
 _TRUNCATED = frozenset(("length", "max_tokens", "model_length", "max_output_tokens", "model_context_window_exceeded"))
@@ -4233,7 +4191,6 @@ _NORMAL_ENDS = _TRUNCATED | frozenset((
     "none", "", "stop", "end_turn", "stop_sequence", "complete", "eos", "eos_token", "tool_calls", "tool_use", "load",
     "pause_turn",
 ))  # fmt: skip  # an answer without text that ended otherwise was stopped
-
 
 class Provider:
     """Base of the vendors' clients; safe for many threads.
@@ -4274,10 +4231,9 @@ class Provider:
     merge: Callable[[dict[str, Any], Any], str]  # adds a stream's event to the document that `read` gets; returns its
     # text; sets document["finished"] when the vendor said that the answer is complete, ["done"] at the end mark
 
-    def __init__(
-        self, *, api_key: str | None = None, base_url: str | None = None, headers: Mapping[str, str] | None = None,
-        timeout_seconds: float | None = None, proxy: str | None = None, name: str | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+    def __init__(self, *, api_key: str | None = None, base_url: str | None = None,
+            headers: Mapping[str, str] | None = None, timeout_seconds: float | None = None, proxy: str | None = None,
+            name: str | None = None, **options: Any) -> None:
         self.limits = {limit: options.pop(limit, None) for limit in ("rate_limit", "circuit_breaker")}
         for option in options:
             if option not in self.OPTIONS:
@@ -4471,11 +4427,9 @@ class Provider:
         shown = re.sub(r"(?<=//)[^/]*@|\?.*", "", self.base_url)  # no password, no query
         return f"{type(self).__name__}(name={self.name!r}, base_url={shown!r})"
 
-
 def _variable(*names: str) -> str | None:
     """The first of these environment variables that is set and not empty."""
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
-
 
 def _add_fields(body: dict[str, Any], fields: Mapping[str, Any]) -> None:
     """Adds fields to a body; a map joins the one that is there."""
@@ -4483,18 +4437,15 @@ def _add_fields(body: dict[str, Any], fields: Mapping[str, Any]) -> None:
         both = isinstance(value, Mapping) and isinstance(body.get(key), Mapping)
         body[key] = {**body[key], **value} if both else value
 
-
 def _as_text(value: Any) -> str:
     """A text as it is, anything else as JSON: what tools return, and the arguments they are called with."""
     return value if isinstance(value, str) else _to_json(value)
-
 
 def _system_apart(request: CompletionRequest) -> tuple[str, list[dict[str, Any]]]:
     """The request's system texts, and its other messages, for vendors that keep the two apart."""
     system = [request.system or ""]
     system += [_joined_text(message.get("content")) for message in request.messages if message["role"] == "system"]
     return "\n\n".join(filter(None, system)), [message for message in request.messages if message["role"] != "system"]
-
 
 def _merged_turns(messages: Iterable[dict[str, Any]], parts: str) -> list[dict[str, Any]]:
     """Messages in which neighbours of one role are one, as vendors want the results of several tool calls."""
@@ -4507,15 +4458,11 @@ def _merged_turns(messages: Iterable[dict[str, Any]], parts: str) -> list[dict[s
             merged.append(message)
     return merged
 
-
 def _functions(request: CompletionRequest, parameters: str = "parameters") -> list[dict[str, Any]]:
     """The tools of a request, with the vendor's name for the schema of their parameters."""
     nothing = {"type": "object", "properties": {}}
-    return [
-        {"name": tool["name"], "description": tool.get("description") or "",
-         parameters: tool.get("parameters") or nothing} for tool in request.tools or ()
-    ]  # fmt: skip
-
+    return [{"name": tool["name"], "description": tool.get("description") or "", parameters: tool.get("parameters")
+        or nothing} for tool in request.tools or ()]
 
 def _load_arguments(arguments: Any) -> Any:
     """The arguments of a tool call: a JSON text (or its pieces), or a map already; what is no JSON stays text."""
@@ -4527,7 +4474,6 @@ def _load_arguments(arguments: Any) -> Any:
         return _load_json(arguments) if isinstance(arguments, str) else arguments
     return arguments
 
-
 def _tool_calls(found: Iterable[tuple[Any, Any, Any]]) -> list[dict[str, Any]]:
     """The tool calls of a CompletionResponse from (id or None, name, arguments). Raises ValueError for no name."""
     calls = []
@@ -4536,7 +4482,6 @@ def _tool_calls(found: Iterable[tuple[Any, Any, Any]]) -> list[dict[str, Any]]:
             raise ValueError("a tool call without a name")
         calls.append({"id": str(id or f"call_{index}"), "name": name, "arguments": _load_arguments(arguments)})
     return calls
-
 
 def _object_schema(schema: Any) -> Any:
     """A schema for vendors whose answers are maps: those of other values are wrapped under `value`."""
@@ -4547,7 +4492,6 @@ def _object_schema(schema: Any) -> Any:
     wrapped = {"type": "object", "properties": {"value": inner}, "required": ["value"], "additionalProperties": False}
     return {**wrapped, **outer}
 
-
 def _unwrapped(text: str, schema: Any) -> str:
     """The text of an answer to `_object_schema(schema)` as it would be without the wrapping."""
     if _object_schema(schema) is not schema:
@@ -4557,12 +4501,10 @@ def _unwrapped(text: str, schema: Any) -> str:
                 return _to_json(answer["value"])
     return text
 
-
 _STRICT_KEYS = frozenset((
     "type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "$ref", "$defs",
     "title", "description",
-))  # fmt: skip
-
+))
 
 def _is_strict(schema: Any) -> bool:
     """Whether the strict modes of OpenAI and Anthropic take a schema: maps are closed, and nothing in them is optional.
@@ -4572,19 +4514,16 @@ def _is_strict(schema: Any) -> bool:
     if not isinstance(schema, Mapping) or not _STRICT_KEYS.issuperset(schema):
         return False
     properties = schema.get("properties", {})
-    if (properties or schema.get("type") == "object") and (
-        schema.get("additionalProperties") is not False or set(schema.get("required", ())) != set(properties)
-    ):
+    if (properties or schema.get("type") == "object") and (schema.get("additionalProperties") is not False
+            or set(schema.get("required", ())) != set(properties)):
         return False
     inner = [*properties.values(), *schema.get("$defs", {}).values(), *schema.get("anyOf", ())]
     return all(map(_is_strict, inner + [schema["items"]] if "items" in schema else inner))
-
 
 def _named_schema(schema: Any) -> dict[str, Any]:
     """A schema as OpenAI's interfaces want it."""
     schema = _object_schema(schema)
     return {"name": "answer", "schema": schema, **({"strict": True} if _is_strict(schema) else {})}
-
 
 class _ChatCompletions(Provider):
     """What speaks Chat Completions, or nearly so: messages of role and content, arguments of tools as JSON text."""
@@ -4657,7 +4596,6 @@ class _ChatCompletions(Provider):
                 message.setdefault(field, []).append(text)
         return text
 
-
 class OpenAIProvider(_ChatCompletions):
     """OpenAI: Chat Completions, Responses for the models that only it serves (or `api: responses`), Embeddings.
 
@@ -4682,7 +4620,6 @@ class OpenAIProvider(_ChatCompletions):
     def fields(self, request: CompletionRequest) -> Mapping[str, str]:
         limit = "max_completion_tokens" if self._NEW_LIMIT.match(request.model) else "max_tokens"
         return {**self.FIELDS, "max_tokens": limit}
-
 
 class _Responses(Provider):
     """OpenAI's Responses interface, over the connections of a provider that has it."""
@@ -4735,7 +4672,6 @@ class _Responses(Provider):
             document.update(event["response"], done=True)
         return str(event["delta"]) if event["type"] in ("response.output_text.delta", "response.refusal.delta") else ""
 
-
 class OpenAICompatibleProvider(OpenAIProvider):
     """Any server that speaks Chat Completions: vLLM, LM Studio, llama.cpp, LiteLLM. `base_url` ends with /v1.
 
@@ -4752,13 +4688,11 @@ class OpenAICompatibleProvider(OpenAIProvider):
         super().__init__(**settings)
         self.native_schema = self.options["structured"] != "instructions"
 
-
 def _service(kind: str, base_url: str, prefix: str) -> type[Provider]:
     """A service that speaks Chat Completions, with the variables that its SDK reads."""
     settings = {"KEY_VARIABLES": (f"{kind.upper()}_API_KEY",), "URL_VARIABLES": (f"{kind.upper()}_BASE_URL",)}
     facts = {"TYPE": kind, "BASE_URL": base_url, "PREFIX": prefix, "NEEDS_KEY": True, "__doc__": f"{base_url}{prefix}"}
     return type(f"{kind.title()}Provider", (OpenAICompatibleProvider,), {**facts, **settings})
-
 
 class AzureOpenAIProvider(OpenAIProvider):
     """Azure OpenAI: the v1 path, or with `api_version` the path of a deployment (`deployment`, by default the model).
@@ -4770,7 +4704,7 @@ class AzureOpenAIProvider(OpenAIProvider):
     KEY_VARIABLES, URL_VARIABLES = ("AZURE_OPENAI_API_KEY",), ("AZURE_OPENAI_ENDPOINT",)
     OPTIONS: Mapping[str, str | None] = {
         "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None,
-    }  # fmt: skip
+    }
     TOKEN_OPTION, KEY_HEADER = "ad_token", ("api-key", "")
 
     @classmethod
@@ -4786,7 +4720,6 @@ class AzureOpenAIProvider(OpenAIProvider):
         deployment = f"/deployments/{quote(str(self.options['deployment'] or model), safe='')}"
         return f"{'' if path == '/responses' else deployment}{path}?api-version={quote(version, safe='')}"
 
-
 class MistralProvider(_ChatCompletions):
     """Mistral. Sources: docs.mistral.ai/api; mistralai 3.7 (`models/chatcompletionrequest.py`)."""
 
@@ -4794,7 +4727,6 @@ class MistralProvider(_ChatCompletions):
     KEY_VARIABLES, URL_VARIABLES = ("MISTRAL_API_KEY",), ("MISTRAL_BASE_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "seed": "random_seed"}
     EMBED_FIELDS = ("input", "output_dimension")
-
 
 class CohereProvider(_ChatCompletions):
     """Cohere v2. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
@@ -4826,7 +4758,6 @@ class CohereProvider(_ChatCompletions):
             self.add_delta(message, {"tool_calls": [{"index": event.get("index", 0), **part["tool_calls"]}]})
         return ""
 
-
 class OllamaProvider(_ChatCompletions):
     """Ollama's own interface; no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
 
@@ -4857,7 +4788,6 @@ class OllamaProvider(_ChatCompletions):
         whole = {**message, "content": _joined_text(message.get("content"))}  # images are a list beside it
         return {**whole, "tool_calls": [{"function": call} for call in calls]} if calls else whole
 
-
 class VoyageProvider(Provider):
     """Voyage embeddings; keys that begin with al- are those of MongoDB Atlas.
 
@@ -4868,7 +4798,6 @@ class VoyageProvider(Provider):
     KEY_VARIABLES, KEY_URLS = ("VOYAGE_API_KEY",), {"al-": "https://ai.mongodb.com"}
     EMBED_PATH, EMBED_FIELDS, EMBED_TOKENS = "/embeddings", ("input", "output_dimension"), "usage.total_tokens"
     INPUT_TYPES, max_batch = {"query": "query", "document": "document"}, 128
-
 
 class AnthropicProvider(Provider):
     """Anthropic Messages. `anthropic_version` 2023-06-01 by default: later ones refuse temperature, top_p and top_k,
@@ -4881,7 +4810,7 @@ class AnthropicProvider(Provider):
     KEY_VARIABLES, URL_VARIABLES = ("ANTHROPIC_API_KEY",), ("ANTHROPIC_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {
         "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS",
-    }  # fmt: skip
+    }
     TOKEN_OPTION, KEY_HEADER = "auth_token", ("x-api-key", "")
     FIELDS: Mapping[str, str] = {**{name: name for name in _TUNING[:4]}, "stop": "stop_sequences"}
     PLACES = ("model", "id", "stop_reason")
@@ -4967,7 +4896,6 @@ class AnthropicProvider(Provider):
                 block["input"] = _load_arguments(block.pop("partial_json", block.get("input")))
         return ""
 
-
 class GeminiProvider(Provider):
     """Google Gemini generateContent. `api_version` is v1 unless set (beta: v1beta), or the base URL ends with one.
 
@@ -4984,13 +4912,13 @@ class GeminiProvider(Provider):
             "temperature", "maxOutputTokens", "topP", "topK", "stopSequences", "seed", "frequencyPenalty",
             "presencePenalty",
         ))
-    }  # fmt: skip
+    }
     STREAMING = ({}, {})
     PLACES = ("modelVersion", "responseId", "candidates.0.finishReason")
     COUNTS = (
         "usageMetadata.promptTokenCount", "usageMetadata.candidatesTokenCount + usageMetadata.thoughtsTokenCount",
         "usageMetadata.totalTokenCount",
-    )  # fmt: skip
+    )
     INPUT_TYPES: Mapping[str, str] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}
     VECTORS, OBJECT_SCHEMAS, max_batch = "embeddings", False, 100
 
@@ -5022,10 +4950,8 @@ class GeminiProvider(Provider):
             {"text": part} if isinstance(part, str) else {key: part[key] for key in part if key != "type"}
             for part in ([content] if isinstance(content, str) else content)
         ]
-        parts += [
-            call.get("part") or {"functionCall": {"name": call["name"], "args": call["arguments"]}}
-            for call in message.get("tool_calls") or ()
-        ]
+        parts += [call.get("part") or {"functionCall": {"name": call["name"], "args": call["arguments"]}}
+            for call in message.get("tool_calls") or ()]
         return {"role": "model" if message["role"] == "assistant" else "user", "parts": parts}
 
     def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
@@ -5074,7 +5000,6 @@ class GeminiProvider(Provider):
         requests = [{**named, "content": {"parts": [{"text": text}]}} for text in request.input]
         return self.place(self.EMBED_PATH, request.model), {"requests": requests}
 
-
 class EchoProvider(Provider):
     """Answers without a network, the same everywhere: in every process, on every system and every Python.
 
@@ -5110,10 +5035,8 @@ class EchoProvider(Provider):
         vectors = [_hashed_features(text, size) for text in request.input]
         return EmbeddingResponse(vectors, request.model, sum(len(text.split()) for text in request.input))
 
-
 # Not \w, which knows more letters in newer Pythons: everything but ASCII's and the common other punctuation.
 _ECHO_WORD = re.compile("[^\x00-/:-@\\[-`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+")
-
 
 def _hashed_features(text: str, size: int) -> list[float]:
     """Counts of words and letter groups by feature hashing (Weinberger et al., 2009), scaled to length 1."""
@@ -5125,7 +5048,6 @@ def _hashed_features(text: str, size: int) -> list[float]:
         vector[0] = 1.0
     length = math.sqrt(sum(number * number for number in vector))  # of multiples of 1/4: exact in any order
     return [number / length for number in vector]
-
 
 @functools.lru_cache(maxsize=4096)
 def _word_features(word: str) -> tuple[tuple[int, float], ...]:
@@ -5141,7 +5063,6 @@ def _word_features(word: str) -> tuple[tuple[int, float], ...]:
         number = int.from_bytes(digest, "big")
         hashed.append((number >> 1, weight if number & 1 else -weight))
     return tuple(hashed)
-
 
 def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[str, ...] = ()) -> Any:
     """A small value that fits a part of a JSON Schema: short texts, numbers near 0, the first of several possibilities.
@@ -5184,7 +5105,6 @@ def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[s
         return _smallest_number(schema, kind == "integer")
     return None if kind == "null" else False
 
-
 def _smallest_number(schema: Mapping[str, Any], whole: bool) -> float:
     """A number near 0 within a schema's bounds."""
     low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
@@ -5195,7 +5115,6 @@ def _smallest_number(schema: Mapping[str, Any], whole: bool) -> float:
     tried += [sum(bounds) / 2] if not whole and len(bounds) == 2 else []
     return next(number for number in tried if low <= number <= high and above < number < below)
 
-
 PROVIDERS: dict[str, type[Provider]] = {
     provider.TYPE: provider
     for provider in (
@@ -5204,8 +5123,7 @@ PROVIDERS: dict[str, type[Provider]] = {
         _service("groq", "https://api.groq.com", "/openai/v1"), _service("together", "https://api.together.ai", "/v1"),
         _service("openrouter", "https://openrouter.ai", "/api/v1"),
     )
-}  # fmt: skip
-
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 11. Vector stores
@@ -5343,10 +5261,9 @@ class VectorStore:
                 self._write(place, checked[start : start + size])
         return len(checked)
 
-    def search(
-        self, index: str, vector: Sequence[float], top_k: int = 5, *, filter: Mapping[str, Any] | None = None,
-        namespace: str | None = None, include_metadata: bool = True, include_vectors: bool = False,
-    ) -> list[dict[str, Any]]:
+    def search(self, index: str, vector: Sequence[float], top_k: int = 5, *, filter: Mapping[str, Any] | None = None,
+            namespace: str | None = None, include_metadata: bool = True,
+            include_vectors: bool = False) -> list[dict[str, Any]]:
         """The `top_k` nearest records that pass the filter, best first: {id, score, metadata, vector}."""
         if not _is_integer(top_k) or top_k < 1:
             raise ExecutionError(f"top_k must be a whole number of at least 1, not {_shown(top_k)}")
@@ -5358,10 +5275,8 @@ class VectorStore:
                 results.append({"id": str(key), "score": score + 0.0, **extra})
         return results
 
-    def delete(
-        self, index: str, ids: Sequence[str] | None = None, *, filter: Mapping[str, Any] | None = None,
-        namespace: str | None = None,
-    ) -> int | None:
+    def delete(self, index: str, ids: Sequence[str] | None = None, *, filter: Mapping[str, Any] | None = None,
+            namespace: str | None = None) -> int | None:
         """Deletes the records with these ids, or those that pass the filter; without both, the whole namespace. Returns
         how many, or None where the vendor does not say."""
         if ids is not None and (filter is not None or not isinstance(ids, (list, tuple))):
@@ -5799,7 +5714,6 @@ VECTOR_STORES: dict[str, Any] = {
 # step's outputs in the order of the SPEC's table. It raises; retrying, recording and cancelling are done around it.
 # ---------------------------------------------------------------------------------------------------------------------
 
-
 class _Inputs(dict[str, Any]):
     """A transform's inputs by name, and by position too: inputs["text"], inputs[0]."""
 
@@ -5807,7 +5721,6 @@ class _Inputs(dict[str, Any]):
         if isinstance(key, int) and -len(self) <= key < len(self):
             return list(self.values())[key]
         raise KeyError(key)
-
 
 class _Parameters(dict[str, Any]):
     """A transform's or action's parameters; asking for what is missing or of the wrong kind is an ExecutionError."""
@@ -5820,7 +5733,6 @@ class _Parameters(dict[str, Any]):
             raise ExecutionError(f"{name} {fault}")
         return value
 
-
 def _one_input(inputs: _Inputs, kind: Any = object, description: str = "") -> Any:
     """The only input of a transform, of the kind it needs."""
     if len(inputs) != 1:
@@ -5830,14 +5742,11 @@ def _one_input(inputs: _Inputs, kind: Any = object, description: str = "") -> An
         raise ExecutionError(f"needs {description}, not {_type_name(value)}")
     return value
 
-
 def _list_input(inputs: _Inputs) -> list[Any]:
     return list(_one_input(inputs, (list, tuple), "a list"))
 
-
 def _text_input(inputs: _Inputs) -> str:
     return str(_one_input(inputs, str, "text"))
-
 
 def _same(left: Any, right: Any) -> bool:
     """Equality of JSON values: 1 is 1.0 but not true, inside lists and maps too."""
@@ -5847,7 +5756,6 @@ def _same(left: Any, right: Any) -> bool:
         return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
     return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
 
-
 def _field(item: Any, path: str) -> Any:
     """The value at a dotted path in a map or list; None where there is none."""
     for part in path.split("."):
@@ -5855,7 +5763,6 @@ def _field(item: Any, path: str) -> Any:
         if item is _MISSING:
             return None
     return item
-
 
 def _merge(inputs: _Inputs, parameters: _Parameters) -> Any:
     values = list(inputs.values())
@@ -5868,7 +5775,6 @@ def _merge(inputs: _Inputs, parameters: _Parameters) -> Any:
         return [item for value in values for item in value]
     return dict(inputs)
 
-
 def _merge_deep(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(left)
     for key, value in right.items():
@@ -5876,13 +5782,11 @@ def _merge_deep(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, 
         merged[key] = _merge_deep(merged[key], value) if both else value
     return merged
 
-
 def _concat(inputs: _Inputs, parameters: _Parameters) -> Any:
     values = list(inputs.values())
     if values and all(isinstance(value, (list, tuple)) for value in values):
         return [item for value in values for item in value]
     return parameters.get_as("separator", _text, "").join(map(_to_text, values))
-
 
 def _filter(inputs: _Inputs, parameters: _Parameters) -> Any:
     items = _list_input(inputs)
@@ -5893,14 +5797,12 @@ def _filter(inputs: _Inputs, parameters: _Parameters) -> Any:
         return [item for item in items if _truthy(_field(item, key))]
     return [item for item in items if isinstance(item, Mapping) and _same(_field(item, key), parameters["value"])]
 
-
 def _map(inputs: _Inputs, parameters: _Parameters) -> Any:
     items = _list_input(inputs)
     if parameters.get("template") is not None:  # compiled by the workflow, rendered once an item
         return [parameters["template"](item, index) for index, item in enumerate(items)]
     key = parameters.get_as("key", _text)
     return [_field(item, key) for item in items]
-
 
 def _pick(inputs: _Inputs, parameters: _Parameters) -> Any:
     source = _one_input(inputs, (Mapping, list, tuple), "a map or a list of maps")
@@ -5911,18 +5813,15 @@ def _pick(inputs: _Inputs, parameters: _Parameters) -> Any:
     picked = [{key: item[key] for key in keys if key in item} for item in _as_list(source) if isinstance(item, Mapping)]
     return picked[0] if isinstance(source, Mapping) else picked
 
-
 def _split(inputs: _Inputs, parameters: _Parameters) -> Any:
     text = _text_input(inputs)
     separator = "" if parameters.get("separator") == "" else parameters.get_as("separator", _text, "\n")
     parts = text.split(separator, parameters.get_as("max_splits", _integer(-1), -1)) if separator else list(text)
     return [part.strip() for part in parts] if parameters.get("trim") else parts
 
-
 def _join(inputs: _Inputs, parameters: _Parameters) -> Any:
     separator = "" if parameters.get("separator") == "" else parameters.get_as("separator", _text, ", ")
     return separator.join(map(_to_text, _list_input(inputs)))
-
 
 def _json_parse(inputs: _Inputs, parameters: _Parameters) -> Any:
     try:
@@ -5930,11 +5829,9 @@ def _json_parse(inputs: _Inputs, parameters: _Parameters) -> Any:
     except ParseError as error:
         raise ExecutionError(f"not JSON: {error}") from None
 
-
 def _json_dump(inputs: _Inputs, parameters: _Parameters) -> Any:
     indent = None if parameters.get("indent") is None else parameters.get_as("indent", _integer(0, 20))
     return _to_json(_one_input(inputs), indent=indent)
-
 
 def _regex(inputs: _Inputs, parameters: _Parameters) -> Any:
     text, pattern = _text_input(inputs), parameters.get_as("pattern", _text)
@@ -5949,7 +5846,6 @@ def _regex(inputs: _Inputs, parameters: _Parameters) -> Any:
     except (IndexError, re.error) as error:
         raise ExecutionError(f"{error}: the pattern has {compiled.groups} groups") from None
 
-
 def _sort(inputs: _Inputs, parameters: _Parameters) -> Any:
     items, key = _list_input(inputs), parameters.get("key")
     keyed = [(item if key is None else _field(item, str(key)), item) for item in items]
@@ -5963,13 +5859,11 @@ def _sort(inputs: _Inputs, parameters: _Parameters) -> Any:
         raise ExecutionError(f"cannot order {_type_name(present[0][0])}") from None
     return [item for _, item in present] + [item for value, item in keyed if value is None]  # nulls last, always
 
-
 def _unique(inputs: _Inputs, parameters: _Parameters) -> Any:
     key, seen = parameters.get("key"), {}  # type: ignore[var-annotated]
     for item in _list_input(inputs):
         seen.setdefault(_identity(item if key is None else _field(item, str(key))), item)
     return list(seen.values())
-
 
 def _identity(value: Any) -> Any:
     """Equal, and of equal hash, for values that are the same JSON: 1 is 1.0 but not true, keys have no order."""
@@ -5977,20 +5871,17 @@ def _identity(value: Any) -> Any:
         return "map", frozenset((str(key), _identity(item)) for key, item in value.items())
     return tuple(map(_identity, value)) if isinstance(value, (list, tuple)) else (isinstance(value, bool), value)
 
-
 def _slice(inputs: _Inputs, parameters: _Parameters) -> Any:
     source = _one_input(inputs, (list, tuple, str), "a list or text")
     whole = _must("a whole number", _is_integer)
     start = parameters.get_as("start", whole, 0)
     return source[start : None if parameters.get("end") is None else parameters.get_as("end", whole)]
 
-
 def _flatten(inputs: _Inputs, parameters: _Parameters) -> Any:
     items = _list_input(inputs)
     for _ in range(parameters.get_as("depth", _integer(1, 100), 1)):
         items = [inner for item in items for inner in (item if isinstance(item, (list, tuple)) else [item])]
     return items
-
 
 _TRANSFORMS: dict[str, Callable[[_Inputs, _Parameters], Any]] = {
     "merge": _merge,
@@ -6011,13 +5902,11 @@ _TRANSFORMS: dict[str, Callable[[_Inputs, _Parameters], Any]] = {
     "template": lambda inputs, parameters: parameters.get_as("template", _anything)(inputs, 0),
 }
 
-
 def _log_action(call: _StepRun, parameters: _Parameters) -> Any:
     message = _to_text(parameters.get("message", ""))
     level = parameters.get_as("level", _one_of("debug", "info", "warning", "error"), "info")
     call.run.emit("log", call.id, level=level, message=message)
     return message
-
 
 async def _sleep_action(call: _StepRun, parameters: _Parameters) -> Any:
     import asyncio
@@ -6028,17 +5917,14 @@ async def _sleep_action(call: _StepRun, parameters: _Parameters) -> Any:
     await asyncio.sleep(seconds)
     return seconds
 
-
 def _fail_action(call: _StepRun, parameters: _Parameters) -> Any:
     raise ExecutionError(_to_text(parameters.get("message", "the fail action was reached")))
-
 
 async def _write_file_action(call: _StepRun, parameters: _Parameters) -> Any:
     name, content = parameters.get_as("path", _name), parameters.get("content", "")
     text = content if isinstance(content, str) else _to_json(content, indent=2) + "\n"
     folder, append = call.run.executor.output_folder, bool(parameters.get("append"))
     return await call.threaded(_write_below, folder, name, text, append)
-
 
 def _write_below(folder: str, name: str, text: str, append: bool) -> str:
     """Writes a file below `folder` and nowhere else, whatever links and dots its name holds; returns its path."""
@@ -6057,7 +5943,6 @@ def _write_below(folder: str, name: str, text: str, append: bool) -> str:
     except (OSError, ValueError) as error:
         raise ExecutionError(f"{name!r}: {error}") from None
 
-
 def _replace_file(path: str, text: str) -> None:
     """Writes a file so that a reader sees the old text or the new one, never a part."""
     partial = f"{path}.{os.getpid()}-{threading.get_ident()}.part"
@@ -6069,7 +5954,6 @@ def _replace_file(path: str, text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(partial)
         raise
-
 
 async def _http_action(call: _StepRun, parameters: _Parameters) -> Any:
     url, payload = parameters.get_as("url", _name), parameters.get("json", parameters.get("body"))
@@ -6084,25 +5968,18 @@ async def _http_action(call: _StepRun, parameters: _Parameters) -> Any:
     response = await call.threaded(call.run.http().request, method, url, headers, body)
     text = response.text
     if response.status >= 400 and parameters.get("fail_on_error", True):
-        raise ProviderError(
-            f"{method} answered {response.status}: {_shorten(text, 200)}", provider="http", status=response.status,
-            retryable=response.status in _RETRIED_STATUSES, retry_after=_retry_after_seconds(response.headers),
-        )  # fmt: skip
+        raise ProviderError(f"{method} answered {response.status}: {_shorten(text, 200)}", provider="http",
+            status=response.status, retryable=response.status in _RETRIED_STATUSES,
+            retry_after=_retry_after_seconds(response.headers))
     answered: Any = text
     with contextlib.suppress(ParseError):
         answered = _load_json(text)
     return {"status": response.status, "headers": response.headers, "body": answered}
 
-
 _ACTIONS: dict[str, Callable[[_StepRun, _Parameters], Any]] = {
-    "log": _log_action,
-    "http": _http_action,
-    "webhook": _http_action,
-    "write_file": _write_file_action,
-    "sleep": _sleep_action,
-    "fail": _fail_action,
+    "log": _log_action, "http": _http_action, "webhook": _http_action, "write_file": _write_file_action,
+    "sleep": _sleep_action, "fail": _fail_action,
 }
-
 
 def _fitting_call(
     function: Callable[..., Any], leading: tuple[Any, ...], parameters: dict[str, Any]
@@ -6119,7 +5996,7 @@ def _fitting_call(
         return lambda: function(*leading, **parameters)
     forms: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
         (leading, parameters), ((*leading, parameters), {}), (leading, {}), ((), parameters), ((), {}),
-    ]  # fmt: skip
+    ]
     for positional, named in forms:
         if parameters and not named and parameters not in positional:
             continue  # a function that would not see its parameters is called wrongly
@@ -6129,13 +6006,11 @@ def _fitting_call(
     name = getattr(function, "__name__", "function")
     raise ExecutionError(f"{name}{signature} cannot take the parameters {', '.join(parameters) or '(none)'}")
 
-
 async def _transform_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     """A custom transform; the built-in ones never wait and are run by `_transform_inline`."""
     custom = call.run.executor.transforms[values.pop("function")]
     inputs = _Inputs((key, render(call.context)) for key, render in call.node.inputs)
     return (await call.custom(custom, _fitting_call(custom, (inputs,), values)),)
-
 
 def _transform_inline(node: _Node, context: Any, values: dict[str, Any]) -> Any:
     inputs = _Inputs((name, render(context)) for name, render in node.inputs)
@@ -6150,12 +6025,10 @@ def _transform_inline(node: _Node, context: Any, values: dict[str, Any]) -> Any:
     except RecursionError:
         raise ExecutionError(f"{name}: the value is nested too deeply") from None
 
-
 def _per_item(render: Callable[[Any], Any], context: Any, node: _Node) -> Callable[[Any, int], Any]:
     if node.constants.get("function") == "template":  # its inputs are names in the template
         return lambda inputs, index: render({**context, **inputs})
     return lambda item, index: render({**context, "item": item, "index": index})
-
 
 async def _action_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     name = values.pop("action")
@@ -6167,9 +6040,7 @@ async def _action_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
     except ExecutionError as error:
         raise ExecutionError(str(error) if name == "fail" else f"{name}: {error}") from None
 
-
 # ---- Models: prompts, tools, structured answers ----------------------------------------------------------------------
-
 
 async def _llm_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     """Asks a model, as often as its tool calls and a schema that it misses make necessary."""
@@ -6199,7 +6070,6 @@ async def _llm_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     used = {name: found for name, found in (("tool_calls", made), ("schema_retries", retries)) if found}
     return value, response.model, (call.result.usage or {}).get("total_tokens"), {**metadata, **used}
 
-
 def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[str, Any]) -> CompletionRequest:
     messages = values.get("messages")
     if messages is None:
@@ -6220,20 +6090,15 @@ def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[s
         request.on_text = call.on_text
     return request
 
-
 def _with_text(message: Any) -> Any:
     """A message whose content is text, or a list of parts, whatever its template gave."""
     content = message.get("content", "") if isinstance(message, Mapping) else ""
     return message if isinstance(content, (str, list)) else {**message, "content": _to_text(content)}
 
-
-async def _tool_round(
-    call: _StepRun, response: CompletionResponse, tools: Mapping[str, Any], made: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+async def _tool_round(call: _StepRun, response: CompletionResponse, tools: Mapping[str, Any],
+        made: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages that carry a model's tool calls and what came of them; a tool's error goes back to the model."""
-    answers: list[dict[str, Any]] = [
-        {"role": "assistant", "content": response.text, "tool_calls": response.tool_calls}
-    ]
+    answers: list[dict[str, Any]] = [{"role": "assistant", "content": response.text, "tool_calls": response.tool_calls}]
     for asked in response.tool_calls:
         name, arguments = asked["name"], asked["arguments"]
         entry = {"name": name, "arguments": arguments}
@@ -6252,7 +6117,6 @@ async def _tool_round(
         answers.append({"role": "tool", "id": asked["id"], "name": name, "content": content, "is_error": failed})
     return answers
 
-
 def _tool_call(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
     """The function bound to arguments by name, those that it takes by position alone too."""
     import inspect
@@ -6261,11 +6125,9 @@ def _tool_call(function: Callable[..., Any], arguments: dict[str, Any]) -> Calla
     bound.apply_defaults()
     return functools.partial(function, *bound.args, **bound.kwargs)
 
-
 _JSON_TYPES: dict[Any, str] = {
     str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object",
-}  # fmt: skip
-
+}
 
 def _tool_schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     """A function as a tool: its docstring, and a JSON Schema made of its signature."""
@@ -6287,7 +6149,6 @@ def _tool_schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     return {"name": name, "description": inspect.getdoc(function) or name, "parameters": schema}
 
-
 def _type_schema(hint: Any) -> dict[str, Any]:
     """The JSON Schema of a type hint; {} (anything) for those that JSON does not know."""
     import typing
@@ -6300,7 +6161,6 @@ def _type_schema(hint: Any) -> dict[str, Any]:
     kind = _JSON_TYPES.get(origin or hint)
     items = {"items": _type_schema(arguments[0])} if kind == "array" and arguments else {}
     return {"type": kind, **items} if kind else {}
-
 
 def _structured_answer(text: str, schema: Any) -> tuple[Any, list[str]]:
     """(value, faults) of an answer that should be JSON: the whole text, a fenced part, or the JSON inside prose."""
@@ -6321,7 +6181,6 @@ def _structured_answer(text: str, schema: Any) -> tuple[Any, list[str]]:
             return value, []
         faults = faults or found
     return None, faults or ["it is not JSON"]
-
 
 _SCHEMA_TYPES: dict[str, Callable[[Any], bool]] = {**_INPUT_TYPES, "null": lambda value: value is None}
 _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
@@ -6348,8 +6207,7 @@ _UNCHECKED = frozenset((
     "if", "then", "else", "patternProperties", "propertyNames", "contains", "minContains", "maxContains", "prefixItems",
     "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
     "additionalItems", "$dynamicRef", "$recursiveRef",
-))  # fmt: skip
-
+))
 
 def _pattern_fault(pattern: Any) -> str | None:
     try:
@@ -6357,11 +6215,10 @@ def _pattern_fault(pattern: Any) -> str | None:
     except ConditionError as error:
         return f"is not supported: {error}"
 
-
 _is_bound = _must("a number", _is_number)
 _is_schema_list = _must("a list of schemas", lambda part: isinstance(part, list) and part)
 _is_type = _must(f"of {', '.join(_SCHEMA_TYPES)}", lambda part: all(
-    isinstance(kind, str) and kind in _SCHEMA_TYPES for kind in _as_list(part)))  # fmt: skip
+    isinstance(kind, str) and kind in _SCHEMA_TYPES for kind in _as_list(part)))
 _SCHEMA_PARTS: dict[str, Callable[[Any], str | None]] = {  # what the keywords themselves must be
     "type": _is_type, "enum": _must("a list", lambda part: isinstance(part, list)), "pattern": _pattern_fault,
     "required": _must("a list of texts", lambda part: isinstance(part, list) and not _texts(part)),
@@ -6372,7 +6229,6 @@ _SCHEMA_PARTS: dict[str, Callable[[Any], str | None]] = {  # what the keywords t
     **dict.fromkeys(("properties", "$defs", "definitions"), _mapping),
     **dict.fromkeys(("anyOf", "oneOf", "allOf"), _is_schema_list),
 }  # fmt: skip
-
 
 def _check_schema(root: Any) -> None:
     """ExecutionError for what `_schema_faults` would pass over (keywords that it does not know) or stumble over."""
@@ -6398,10 +6254,8 @@ def _check_schema(root: Any) -> None:
                 inner = {f"[{index}]": one for index, one in enumerate(part)}
             places += [(f"{where}.{keyword}{name}", one) for name, one in inner.items()]
 
-
-def _schema_faults(
-    value: Any, schema: Any, root: Any = None, where: str = "$", followed: tuple[str, ...] = ()
-) -> Iterator[str]:
+def _schema_faults(value: Any, schema: Any, root: Any = None, where: str = "$",
+        followed: tuple[str, ...] = ()) -> Iterator[str]:
     """What in a value does not fit a JSON Schema (the usual part of draft 2020-12), each with its place."""
     root = schema if root is None else root
     if schema is False:
@@ -6434,10 +6288,8 @@ def _schema_faults(
         yield f"{where} must not fit {_shorten(_to_json(schema['not']), 100)}"
     yield from _part_faults(value, schema, functools.partial(_schema_faults, root=root), where)
 
-
-def _part_faults(
-    value: Any, schema: Mapping[str, Any], inner: Callable[..., Iterator[str]], where: str
-) -> Iterator[str]:
+def _part_faults(value: Any, schema: Mapping[str, Any], inner: Callable[..., Iterator[str]],
+        where: str) -> Iterator[str]:
     """The faults of a map's entries and a list's items."""
     if isinstance(value, (list, tuple)) and "items" in schema:
         for index, item in enumerate(value):
@@ -6453,7 +6305,6 @@ def _part_faults(
             else:
                 yield from inner(item, properties.get(name, others), where=f"{where}.{name}")
 
-
 def _schema_at(root: Any, reference: str) -> Any:
     """The schema that a `$ref` within the document names (a JSON pointer); ExecutionError if there is none."""
     start, *steps = reference.split("/")
@@ -6466,9 +6317,7 @@ def _schema_at(root: Any, reference: str) -> Any:
         raise ExecutionError(f"the schema has nothing at $ref {reference!r}")
     return schema
 
-
 # ---- Embeddings, vectors, containers ---------------------------------------------------------------------------------
-
 
 async def _embed_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     texts, single = values["input"], isinstance(values["input"], str)
@@ -6476,7 +6325,6 @@ async def _embed_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]
     call.result.provider, call.result.model = values["provider"], model
     metadata = {"model": model, "dimensions": len(vectors[0]) if vectors else 0, "tokens_used": tokens}
     return vectors[0] if single else vectors, metadata
-
 
 async def _vector_search_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     query, top_k = values["query"], values.get("top_k") or 5
@@ -6494,7 +6342,6 @@ async def _vector_search_step(call: _StepRun, values: dict[str, Any]) -> tuple[A
     metadata = {"count": len(results), "top_k": top_k, "database": values["database"], "index": values["index"]}
     return results, metadata
 
-
 async def _vector_upsert_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     records, documents = values.get("vectors"), values.get("documents")
     if (records is None) == (documents is None):
@@ -6509,7 +6356,6 @@ async def _vector_upsert_step(call: _StepRun, values: dict[str, Any]) -> tuple[A
     store = call.run.vector_store(values["database"])
     upsert = functools.partial(store.upsert, values["index"], records, values.get("namespace"))
     return (await call.custom(store.upsert, upsert),)
-
 
 def _document_record(document: Any) -> dict[str, Any]:
     """A document (a text, or a map with a text, and perhaps an id and metadata) as a record that lacks its vector."""
@@ -6529,12 +6375,10 @@ def _document_record(document: Any) -> dict[str, Any]:
         identifier = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     return {"id": identifier, "metadata": {**metadata, "text": entry["text"]}}
 
-
 async def _parallel_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     assert call.node.children is not None
     children = await call.run_children(call.node.children, limit=call.node.limit)
     return children.firsts()
-
 
 async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     node = call.node
@@ -6550,7 +6394,6 @@ async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
         children = await call.run_children(node.branches[taken], order=list(node.branches).index(taken))
         outputs.update(zip(children.graph.by_id, children.firsts()))
     return (taken, *outputs.values())
-
 
 async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     import asyncio
@@ -6569,10 +6412,8 @@ async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
         raise ExecutionError(f"the condition of until did not hold within {values['max_iterations']} iterations")
     return outputs
 
-
 class _Paused(BaseException):
     """A step waits for an approval: the run goes on as far as it can without it, and stops."""
-
 
 async def _approval_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     """Pauses the run until it is resumed with a decision on this step."""
@@ -6586,25 +6427,14 @@ async def _approval_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, .
         raise ExecutionError("it was rejected", call.id)
     return ({"approved": True, **given},)
 
-
 async def _workflow_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     return await call.run_workflow(values)
 
-
 _HANDLERS: dict[str, Callable[[_StepRun, dict[str, Any]], Awaitable[tuple[Any, ...]]]] = {
-    "llm": _llm_step,
-    "embed": _embed_step,
-    "vector_search": _vector_search_step,
-    "vector_upsert": _vector_upsert_step,
-    "transform": _transform_step,
-    "action": _action_step,
-    "parallel": _parallel_step,
-    "branch": _branch_step,
-    "loop": _loop_step,
-    "workflow": _workflow_step,
-    "approval": _approval_step,
+    "llm": _llm_step, "embed": _embed_step, "vector_search": _vector_search_step, "vector_upsert": _vector_upsert_step,
+    "transform": _transform_step, "action": _action_step, "parallel": _parallel_step, "branch": _branch_step,
+    "loop": _loop_step, "workflow": _workflow_step, "approval": _approval_step,
 }
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 13. Execution: the scheduler and the run
@@ -6618,7 +6448,6 @@ _PATIENCE_SECONDS = 0.5  # after which what did not heed its cancellation is can
 _SLICE_SECONDS = 0.004  # how long steps that never wait may keep the event loop to themselves
 _USAGE = ("input_tokens", "output_tokens", "total_tokens", "calls")
 
-
 class StepResult:
     """What became of one step.
 
@@ -6630,7 +6459,7 @@ class StepResult:
     __slots__ = (
         "attempts", "duration_ms", "error", "exception", "model", "order", "outputs", "provider", "reason", "status",
         "step_id", "tolerated", "type", "usage",
-    )  # fmt: skip
+    )
 
     def __init__(self, step_id: str, type: str, order: tuple[int, ...] = ()) -> None:
         self.step_id, self.type, self.order, self.status = step_id, type, order, "pending"
@@ -6674,7 +6503,6 @@ class StepResult:
     def __repr__(self) -> str:
         return f"StepResult({self.step_id!r}, {self.status}, outputs={self.outputs!r})"
 
-
 def _error_summary(error: BaseException) -> dict[str, Any]:
     """An error as the JSON result shows it."""
     summary: dict[str, Any] = {"type": type(error).__name__, "message": _error_text(error)}
@@ -6684,7 +6512,6 @@ def _error_summary(error: BaseException) -> dict[str, Any]:
     summary["retryable"] = _is_transient(error)
     return summary
 
-
 def _error_text(error: BaseException) -> str:
     """What an error says, also if it is a foreign one that says nothing or cannot."""
     try:
@@ -6692,12 +6519,10 @@ def _error_text(error: BaseException) -> str:
     except Exception:
         return type(error).__name__
 
-
 def _is_transient(error: BaseException) -> bool:
     """Whether another attempt may help, as far as the error itself can tell."""
     likely = isinstance(error, (ConnectionError, TimeoutError))
     return bool(getattr(error, "retryable", likely and not isinstance(error, OrchestratorError)))
-
 
 class RunResult(Mapping[str, StepResult]):
     """What became of a run: a mapping of full step ids to StepResult, in workflow order, and the run's own outcome.
@@ -6740,7 +6565,6 @@ class RunResult(Mapping[str, StepResult]):
     def __repr__(self) -> str:
         return f"RunResult({self.run_id!r}, {self.status}, steps={len(self.steps)})"
 
-
 def _harmless(error: BaseException) -> Exception:
     """What a user's function raised, as an error of its step: nothing that would end, cancel or confuse the run."""
     if isinstance(error, Exception) and not isinstance(error, (StopIteration, _Paused)):
@@ -6748,7 +6572,6 @@ def _harmless(error: BaseException) -> Exception:
     failure = ExecutionError(f"{type(error).__name__} was raised: {_error_text(error)}")
     failure.__cause__ = error
     return failure
-
 
 class _WorkerPool:
     """Daemon threads for blocking calls: as many as there are calls in flight, kept for reuse until `close`.
@@ -6814,7 +6637,6 @@ class _WorkerPool:
         for _ in range(self.threads):
             self.jobs.put(None)
 
-
 class _StepView(dict[str, Any]):
     """What templates see as steps.ID: its outputs, its children, status and error; alone, its first output."""
 
@@ -6831,7 +6653,6 @@ class _StepView(dict[str, Any]):
     def __template_value__(self) -> Any:
         return self.value
 
-
 def _null_views(node: _Node, called: bool = True) -> dict[str, Any]:
     """What templates see as the children of a container that did not run them."""
     views: dict[str, Any] = {}
@@ -6841,7 +6662,6 @@ def _null_views(node: _Node, called: bool = True) -> dict[str, Any]:
         result.status, result.outputs = "skipped", dict.fromkeys(child.output_names)
         views[child.id] = _StepView(result, _null_views(child, False))  # a workflow may call itself
     return views
-
 
 class _OutputNames(dict[str, Any]):
     """`outputs.X`: a step by its id, or an output by its name, of this scope or of those around it."""
@@ -6864,7 +6684,6 @@ class _OutputNames(dict[str, Any]):
     def get(self, key: Any, default: Any = None) -> Any:
         return self[key] if key in self else default  # noqa: SIM401
 
-
 _TRIGGER_RULES: dict[str, Callable[[int, int, int], str | None]] = {
     # (ran, failed, skipped) dependencies -> why the step is skipped, or None to run it
     "none_failed_min_one_success": lambda ran, failed, skipped: (
@@ -6878,7 +6697,6 @@ _TRIGGER_RULES: dict[str, Callable[[int, int, int], str | None]] = {
     "one_failed": lambda ran, failed, skipped: None if failed else "trigger_rule",
 }
 
-
 class _GraphRun:
     """One pass over sibling steps: the top level of a run, the children of a container, an iteration of a loop.
 
@@ -6888,10 +6706,9 @@ class _GraphRun:
 
     has_items = False  # whether these are the items of a for_each
 
-    def __init__(
-        self, run: _Run, graph: _Graph, context: dict[str, Any], workflow: Workflow, prefix: str = "",
-        order: tuple[int, ...] = (), limit: int | None = None, fail_fast: bool = False, chain: tuple[str, ...] = (),
-    ) -> None:  # fmt: skip
+    def __init__(self, run: _Run, graph: _Graph, context: dict[str, Any], workflow: Workflow, prefix: str = "",
+            order: tuple[int, ...] = (), limit: int | None = None, fail_fast: bool = False,
+            chain: tuple[str, ...] = ()) -> None:
         self.run, self.graph, self.context, self.workflow = run, graph, context, workflow
         self.prefix, self.order, self.limit, self.fail_fast, self.chain = prefix, order, limit, fail_fast, chain
         size = len(graph.counts)
@@ -7039,9 +6856,8 @@ class _GraphRun:
         result.duration_ms = round((time.perf_counter() - started) * 1000, 3)
         self.finish(position, result)
 
-    def finish(
-        self, position: int, result: StepResult, children: Mapping[str, Any] | None = None, stored: bool = False
-    ) -> None:
+    def finish(self, position: int, result: StepResult, children: Mapping[str, Any] | None = None,
+            stored: bool = False) -> None:
         """Records the final state of a step and releases what waited for it."""
         node, status, run = self.node(position), result.status, self.run
         if status != "completed":
@@ -7089,7 +6905,6 @@ class _GraphRun:
             error = ExecutionError(first.failure_text() + more, first.step_id, retryable=transient)
             raise error from first.exception
 
-
 class _ItemRuns(_GraphRun):
     """The items of a for_each: the same step once per item, under the ids STEP.INDEX."""
 
@@ -7099,10 +6914,8 @@ class _ItemRuns(_GraphRun):
         graph = _Graph()
         graph.counts, graph.roots = [0] * len(items), list(range(len(items)))
         outer = parent.siblings
-        super().__init__(
-            outer.run, graph, parent.context, outer.workflow, f"{parent.id}.", parent.result.order,
-            parent.node.limit, outer.fail_fast and not parent.node.continue_on_error, outer.chain,
-        )  # fmt: skip
+        super().__init__(outer.run, graph, parent.context, outer.workflow, f"{parent.id}.", parent.result.order,
+            parent.node.limit, outer.fail_fast and not parent.node.continue_on_error, outer.chain)
         self.step, self.items = parent.node, items
 
     def node(self, position: int) -> _Node:
@@ -7120,18 +6933,16 @@ class _ItemRuns(_GraphRun):
         names = self.step.output_names
         return tuple([result.outputs.get(name) if result else None for result in self.results] for name in names)
 
-
 class _StepRun:
     """One step being run outside the scheduler's own thread of control: its attempts, its calls, its children."""
 
     __slots__ = (
         "announced", "began", "candidate", "child_views", "context", "expired", "node", "position", "remaining",
         "result", "run", "siblings", "task",
-    )  # fmt: skip
+    )
 
-    def __init__(
-        self, siblings: _GraphRun, node: _Node, result: StepResult, context: dict[str, Any], position: int
-    ) -> None:
+    def __init__(self, siblings: _GraphRun, node: _Node, result: StepResult, context: dict[str, Any],
+            position: int) -> None:
         self.siblings, self.run, self.node, self.result = siblings, siblings.run, node, result
         self.context, self.position, self.expired = context, position, False
         self.announced = 0  # the latest attempt that an event told of
@@ -7449,20 +7260,16 @@ class _StepRun:
             runs.raise_failures()
         return runs.gathered()
 
-    async def run_children(
-        self, graph: _Graph, local: Mapping[str, Any] | None = None, segment: str = "", order: int = 0,
-        limit: int | None = None,
-    ) -> _GraphRun:  # fmt: skip
+    async def run_children(self, graph: _Graph, local: Mapping[str, Any] | None = None, segment: str = "",
+            order: int = 0, limit: int | None = None) -> _GraphRun:
         """The children of a container, in a scope in front of the container's own; an error if one fails for good."""
         steps: ChainMap[str, Any] = ChainMap({}, self.context["steps"])  # the children's, in front of those around
         outputs = _OutputNames(steps, graph, self.context["outputs"])
         context = {**self.context, **(local or {}), "steps": steps, "outputs": outputs}
         prefix = f"{self.id}.{segment}." if segment else f"{self.id}."
         outer = self.siblings
-        children = _GraphRun(
-            self.run, graph, context, outer.workflow, prefix, (*self.result.order, order), limit, outer.fail_fast,
-            outer.chain,
-        )  # fmt: skip
+        children = _GraphRun(self.run, graph, context, outer.workflow, prefix, (*self.result.order, order), limit,
+            outer.fail_fast, outer.chain)
         await children.execute()
         self.child_views = steps
         children.raise_failures()
@@ -7488,10 +7295,8 @@ class _StepRun:
             raise ExecutionError(f"workflows call each other more than {_MAX_WORKFLOW_DEPTH} deep: {shown}")
         plan = called._plan()
         context = _root_context(self.run, called, plan, _checked_inputs(called, values.get("inputs") or {}))
-        children = _GraphRun(
-            self.run, plan.graph, context, called, f"{self.id}.", (*self.result.order, 0), called.max_concurrency,
-            called.fail_fast or self.siblings.fail_fast, chain,
-        )  # fmt: skip
+        children = _GraphRun(self.run, plan.graph, context, called, f"{self.id}.", (*self.result.order, 0),
+            called.max_concurrency, called.fail_fast or self.siblings.fail_fast, chain)
         timeout = _seconds(called.timeout_seconds, "s") or 3600
         timer = self.run.loop.call_later(timeout, children.abort)
         try:
@@ -7505,7 +7310,6 @@ class _StepRun:
         if plan.outputs:
             return tuple(render(context) for _, render in plan.outputs)
         return children.firsts()
-
 
 class _Clock:
     """Runs while a step works: it expires the attempt when its time is up, and says that the step is running."""
@@ -7537,10 +7341,8 @@ class _Clock:
             self.step.task.cancel()
             self.timer = self.step.run.loop.call_later(_PATIENCE_SECONDS, self.expire)
 
-
 class CircuitOpenError(ProviderError):
     """A provider failed so often that its circuit breaker lets nobody call it for a while; no call was made."""
-
 
 class _Gate:
     """What stands before a provider's calls, for all who share the provider: limits, pauses, a circuit breaker."""
@@ -7587,21 +7389,17 @@ class _Gate:
             unknown = isinstance(outcome, BaseException) and not failed
             self.breaker.record(None if unknown else not failed or refused, permit)
 
-
 def _used_tokens(answer: Any) -> tuple[int, int]:
     """(input, output) tokens that an answer says it used."""
     return _tokens(answer, "input_tokens") or _tokens(answer, "tokens"), _tokens(answer, "output_tokens")
-
 
 def _tokens(answer: Any, name: str) -> int:
     """A count of an answer; 0 if it has none."""
     count = getattr(answer, name, None)
     return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0
 
-
 class BudgetExceededError(ExecutionError):
     """The next call would exceed the workflow's `budget`; it was not made."""
-
 
 class _Budget:
     """A run's `budget` and `pricing`: what is spent, what the calls in flight may still spend, what one more would."""
@@ -7642,7 +7440,6 @@ class _Budget:
             for name, amount in amounts.items():
                 self.pending[name] -= amount
 
-
 def _estimated_tokens(request: Any) -> tuple[int, int]:
     """(input, output) tokens that a call may use: a quarter of its characters, and its max_tokens."""
     if isinstance(request, EmbeddingRequest):
@@ -7651,12 +7448,10 @@ def _estimated_tokens(request: Any) -> tuple[int, int]:
     characters = sum(len(content if isinstance(content, str) else _to_json(content)) for content in contents)
     return (characters + len(request.system or "")) // 4, request.max_tokens or 0
 
-
 def _is_async(function: Any) -> bool:
     import inspect
 
     return any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
-
 
 def _json_value(value: Any, origin: str, depth: int = 0) -> Any:
     """A value that user code returned, as plain JSON; ExecutionError if it is none."""
@@ -7668,16 +7463,12 @@ def _json_value(value: Any, origin: str, depth: int = 0) -> Any:
         return [_json_value(item, origin, depth + 1) for item in value]
     raise ExecutionError(f"{origin} returned {type(value).__name__}, which is no JSON value")
 
-
 def _root_context(run: _Run, workflow: Workflow, plan: _Plan, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The names that templates see at the top level."""
     steps: dict[str, Any] = {}
     named = {"name": workflow.name, "version": workflow.version, "metadata": workflow.metadata}
-    return {
-        **inputs, "inputs": inputs, "input": inputs, "steps": steps, "outputs": _OutputNames(steps, plan.graph, {}),
-        "workflow": named, "run": {"id": run.run_id},
-    }  # fmt: skip
-
+    return {**inputs, "inputs": inputs, "input": inputs, "steps": steps, "outputs": _OutputNames(steps, plan.graph, {}),
+        "workflow": named, "run": {"id": run.run_id}}
 
 def _checked_inputs(workflow: Workflow, given: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs with their defaults filled in; ValidationError for missing, unknown or wrong ones."""
@@ -7706,15 +7497,12 @@ def _checked_inputs(workflow: Workflow, given: Mapping[str, Any]) -> dict[str, A
         raise ValidationError(workflow._located(problems))
     return inputs
 
-
 class _Run:
     """One run of an executor: its slots, threads, results and clock."""
 
-    def __init__(
-        self, executor: WorkflowExecutor, loop: asyncio.AbstractEventLoop,
-        listener: Callable[[dict[str, Any]], None] | None = None, recorded: Mapping[str, Any] | None = None,
-        decisions: Mapping[str, tuple[bool, Mapping[str, Any]]] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, executor: WorkflowExecutor, loop: asyncio.AbstractEventLoop,
+            listener: Callable[[dict[str, Any]], None] | None = None, recorded: Mapping[str, Any] | None = None,
+            decisions: Mapping[str, tuple[bool, Mapping[str, Any]]] | None = None) -> None:
         self.executor, self.loop, self.thread = executor, loop, threading.get_ident()
         self.run_id, self.started = recorded["run_id"] if recorded else os.urandom(8).hex(), time.perf_counter()
         states = recorded["steps"] if recorded else {}
@@ -7864,9 +7652,7 @@ class _Run:
         shown = {name: value for name in names if (value := getattr(result, name))}
         self.emit(f"step_{result.status}", result.step_id, step_type=result.type, **shown)
 
-
 _LATER: Any = object()  # in place of an executor's inputs, when each run of a batch brings its own
-
 
 class WorkflowExecutor:
     """Runs one workflow with one set of inputs; it may be run again, and many may run at once.
@@ -7878,16 +7664,14 @@ class WorkflowExecutor:
     embed step from EchoProvider. Raises ValidationError or DagError for what is wrong with the workflow or the inputs.
     """
 
-    def __init__(
-        self, workflow: Workflow, inputs: Mapping[str, Any] | None = None,
-        providers: Mapping[str, Any] | None = None, *, max_concurrency: int | None = None,
-        actions: Mapping[str, Callable[..., Any]] | None = None,
-        transforms: Mapping[str, Callable[..., Any]] | None = None,
-        tools: Mapping[str, Callable[..., Any]] | None = None, vector_stores: Mapping[str, Any] | None = None,
-        on_event: Callable[[dict[str, Any]], None] | None = None, offline: bool = False,
-        output_folder: str | os.PathLike[str] = "output", streaming: bool = False, store: Any = None,
-        cache: Any = None, cassette: Any = None, audit_texts: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, workflow: Workflow, inputs: Mapping[str, Any] | None = None,
+            providers: Mapping[str, Any] | None = None, *, max_concurrency: int | None = None,
+            actions: Mapping[str, Callable[..., Any]] | None = None,
+            transforms: Mapping[str, Callable[..., Any]] | None = None,
+            tools: Mapping[str, Callable[..., Any]] | None = None, vector_stores: Mapping[str, Any] | None = None,
+            on_event: Callable[[dict[str, Any]], None] | None = None, offline: bool = False,
+            output_folder: str | os.PathLike[str] = "output", streaming: bool = False, store: Any = None,
+            cache: Any = None, cassette: Any = None, audit_texts: bool = False) -> None:
         if not isinstance(workflow, Workflow):
             raise ValidationError(f"workflow must be a Workflow, not {type(workflow).__name__}")
         self.workflow, self.warnings = workflow, workflow.validate()
@@ -7931,9 +7715,8 @@ class WorkflowExecutor:
         finally:
             self._runs.remove(run)
 
-    async def each(
-        self, inputs: Iterable[Any], width: int, may_start: Callable[[], bool] = lambda: True
-    ) -> AsyncIterator[tuple[Any, RunResult | ValidationError]]:
+    async def each(self, inputs: Iterable[Any], width: int,
+            may_start: Callable[[], bool] = lambda: True) -> AsyncIterator[tuple[Any, RunResult | ValidationError]]:
         """Runs the workflow once for each (key, inputs), `width` at a time, and yields (key, result) as they end.
 
         The runs share slots, threads, connections and limits. Inputs that are wrong give a ValidationError in place of
@@ -7991,10 +7774,8 @@ class WorkflowExecutor:
         """Runs the workflow and returns its result; works with and without a running event loop (a notebook)."""
         return self._blocking(self.execute)
 
-    def resume(
-        self, run_id: str, *, from_step: str | None = None, force: bool = False,
-        decisions: Mapping[str, tuple[bool, Mapping[str, Any]]] | None = None,
-    ) -> Any:  # fmt: skip
+    def resume(self, run_id: str, *, from_step: str | None = None, force: bool = False,
+            decisions: Mapping[str, tuple[bool, Mapping[str, Any]]] | None = None) -> Any:
         """Goes on with a run of this workflow that `store` holds, with the inputs it was started with.
 
         Completed steps are not run again; `from_step` and what follows it are. `decisions` maps the ids of approval
@@ -8203,7 +7984,6 @@ class WorkflowExecutor:
         for provider in [*self._built.values(), *([self._client] if self._client else [])]:
             provider.close()
 
-
 def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapping[str, Any], replayed: bool) -> Any:
     """A provider from its entry in a workflow's `providers`, or from its name alone; a `replayed` one has no key."""
     settings = dict(configured or {})
@@ -8222,7 +8002,6 @@ def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapp
     if "timeout_seconds" in settings:
         settings["timeout_seconds"] = _seconds(settings["timeout_seconds"], "s")
     return PROVIDERS[kind].from_env(**({"name": name} if configured else {}), **settings)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 14. Store: runs, checkpoints, cache
@@ -8884,9 +8663,8 @@ class ResponseCache(_Database):
         CREATE TABLE answers (hash TEXT PRIMARY KEY, answer TEXT, size INTEGER, stored_at REAL, used_at REAL);
         CREATE INDEX answers_by_use ON answers (used_at, size)""",)
 
-    def __init__(
-        self, path: str | os.PathLike[str], max_age_seconds: float | None = None, max_bytes: int | None = None
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], max_age_seconds: float | None = None,
+            max_bytes: int | None = None) -> None:
         super().__init__(path)
         self.max_age_seconds, self.max_bytes = math.inf if max_age_seconds is None else max_age_seconds, max_bytes
         with self._transaction() as execute:
@@ -8997,8 +8775,7 @@ class Cassette:
 _EVENT_LEVELS = {
     "step_failed": "error", "step_retry": "warning", "step_fallback": "warning", "circuit": "warning",
     "step_pending": "debug", "step_running": "debug", "provider_call": "debug", "text": "debug",
-}  # fmt: skip
-
+}
 
 @functools.lru_cache
 def _logger() -> logging.Logger:
@@ -9009,11 +8786,9 @@ def _logger() -> logging.Logger:
     logger.addHandler(logging.NullHandler())
     return logger
 
-
 def _enabled_logger() -> logging.Logger | None:
     """The logger if anybody would see its messages."""
     return _logger() if "logging" in sys.modules and _logger().isEnabledFor(40) and _has_handlers(_logger()) else None
-
 
 def _has_handlers(logger: Any) -> bool:
     import logging
@@ -9024,7 +8799,6 @@ def _has_handlers(logger: Any) -> bool:
         logger = logger.parent if logger.propagate else None
     return False
 
-
 def _log_event(logger: logging.Logger, event: Mapping[str, Any]) -> None:
     import logging
 
@@ -9032,7 +8806,6 @@ def _log_event(logger: logging.Logger, event: Mapping[str, Any]) -> None:
     level = getattr(logging, str(name).upper(), logging.INFO)
     if logger.isEnabledFor(level):
         logger.log(level, "%s", _event_text(event), extra={"event": event})
-
 
 def _event_text(event: Mapping[str, Any]) -> str:
     """An event as one line: "step greet completed duration_ms=12.3 attempts=1"."""
@@ -9050,7 +8823,6 @@ def _event_text(event: Mapping[str, Any]) -> str:
         details.append(str(value) if name == "message" else f"{name}={_shorten(_to_text(value), 300)}")
     return " ".join([subject, *details])
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 16. Pictures and reports
 # A workflow goes in; Mermaid, Graphviz DOT or a tree in plain text comes out.
@@ -9061,10 +8833,8 @@ _MERMAID_SHAPES = {"action": "[/ /]", "approval": "{{ }}", "transform": "([ ])",
 def _step_kind(node: _Node) -> str:
     return node.type + (" for each" if node.for_each else "")
 
-def _boxes(
-    workflow: Workflow, step: Callable[[_Node, str, int], tuple[str, list[str]]], group: Callable[[str, int, str], str],
-    close: str, arrow: Callable[[str, str, str], str],
-) -> Iterator[str]:
+def _boxes(workflow: Workflow, step: Callable[[_Node, str, int], tuple[str, list[str]]],
+        group: Callable[[str, int, str], str], close: str, arrow: Callable[[str, str, str], str]) -> Iterator[str]:
     """The lines of a picture: steps, containers around their children, a branch's branches in between; then edges.
 
     `step` gives (name, lines) from a step, its path and its number, `group` opens a branch, `arrow` is from, to, if.
@@ -9142,14 +8912,12 @@ def _graph_text(workflow: Workflow) -> str:
 
 _PICTURES = {"mermaid": _graph_mermaid, "dot": _graph_dot, "text": _graph_text}
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 17. Command line
 # Each command parses its arguments, calls the module and prints. stdout carries results only; the rest is stderr's.
 # ---------------------------------------------------------------------------------------------------------------------
 
 _EXIT_COMPLETED, _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 0, 1, 2, 130
-
 
 _PROGRAM = "python -m llm_orchestrator"
 _FILE = ("file", {"metavar": "FILE", "help": "a workflow in YAML or JSON; - for standard input"})
@@ -9181,7 +8949,7 @@ _RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--batch", {"metavar": "FILE", "help": "run once a line, a JSON object of inputs; --out takes the results"}),
     ("--keep-going", {"action": "store_true", "help": "batch: report lines that are no valid inputs, and go on"}),
     ("--output-dir", {"metavar": "DIR", "help": "where write_file writes (default: output)"}),
-)  # fmt: skip
+)
 # command -> (what it does, an example, its arguments)
 _COMMAND_LINE: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
     "validate": ("check workflows and report every problem", "validate examples/*.yaml", (
@@ -9211,25 +8979,22 @@ _COMMAND_LINE: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]
     "graph": ("draw a workflow", "graph wf.yaml --format text", (
         _FILE, ("--format", {"choices": tuple(_PICTURES), "default": "mermaid", "help": "default: mermaid"}),
     )),
-}  # fmt: skip
-
+}
 
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
-    parser = argparse.ArgumentParser(
-        prog=_PROGRAM, description="Runs workflows of language-model calls, written as a YAML graph of steps.",
-        epilog="exit status: 0 completed, 1 the run failed, 2 bad usage or an invalid workflow, 130 interrupted",
-    )  # fmt: skip
+    parser = argparse.ArgumentParser(prog=_PROGRAM,
+        description="Runs workflows of language-model calls, written as a YAML graph of steps.",
+        epilog="exit status: 0 completed, 1 the run failed, 2 bad usage or an invalid workflow, 130 interrupted")
     parser.add_argument("--version", action="version", version=f"llm_orchestrator {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (what, example, arguments) in _COMMAND_LINE.items():
         command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.",
-                                      epilog=f"example: {_PROGRAM} {example}")  # fmt: skip
+                                      epilog=f"example: {_PROGRAM} {example}")
         for flags, settings in (*arguments, *_COMMON_OPTIONS):
             command.add_argument(*flags.split(), **settings)
     return parser
-
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status. Prints errors and failures, never a traceback without --debug."""
@@ -9257,7 +9022,6 @@ def main(arguments: list[str] | None = None) -> int:
         _complain(f"internal error: {type(error).__name__}: {error} (--debug shows where; please report it)")
         return _EXIT_FAILED
 
-
 def _use_utf8(*streams: Any) -> None:
     """Text that the terminal's encoding lacks is escaped instead of ending the program."""
     for stream in streams:
@@ -9265,11 +9029,9 @@ def _use_utf8(*streams: Any) -> None:
             encoding = (stream.encoding or "").lower().replace("-", "")
             stream.reconfigure(errors="backslashreplace" if encoding != "utf8" else "surrogateescape")
 
-
 def _complain(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
-
 
 def _load_workflow(name: str) -> Workflow:
     if name != "-":
@@ -9277,7 +9039,6 @@ def _load_workflow(name: str) -> Workflow:
     text = sys.stdin.buffer.read()
     load = _load_json if text.lstrip()[:1] == b"{" else load_yaml
     return Workflow._from_text(text, load, "<stdin>", os.getcwd(), {})
-
 
 def _validate_command(options: argparse.Namespace) -> int:
     status, report = _EXIT_COMPLETED, []
@@ -9302,7 +9063,6 @@ def _validate_command(options: argparse.Namespace) -> int:
         print(_to_json(report, indent=2))
     return status
 
-
 def _problem_entry(problem: Any) -> dict[str, Any]:
     names = ("severity", "line", "column", "path", "message")
     entry = {name: getattr(problem, name, None) for name in names}
@@ -9310,14 +9070,12 @@ def _problem_entry(problem: Any) -> dict[str, Any]:
     entry["message"] = getattr(problem, "reason", None) or entry["message"] or str(problem)
     return entry
 
-
 def _graph_command(options: argparse.Namespace) -> int:
     workflow = _load_workflow(options.file)
     workflow.validate()
     sys.stdout.write(_PICTURES[options.format](workflow))
     sys.stdout.flush()
     return _EXIT_COMPLETED
-
 
 def _run_command(options: argparse.Namespace) -> int:
     if options.file == "-" and options.input == "-":
@@ -9328,11 +9086,8 @@ def _run_command(options: argparse.Namespace) -> int:
         store = _open_store(options, opened)
         return (_execute if options.batch is None else _run_batch)(options, workflow, inputs, store, opened)
 
-
-def _execute(
-    options: argparse.Namespace, workflow: Workflow, inputs: Mapping[str, Any] | None, store: Any,
-    opened: contextlib.ExitStack, **resume: Any,
-) -> int:  # fmt: skip
+def _execute(options: argparse.Namespace, workflow: Workflow, inputs: Mapping[str, Any] | None, store: Any,
+        opened: contextlib.ExitStack, **resume: Any) -> int:
     """Runs a workflow, or goes on with a stored run, under the options of the command line; the exit status."""
     reporter = _Reporter(options, len(workflow.steps))
     executor = _make_executor(options, workflow, inputs, store, opened, reporter.on_event if reporter.wanted else None)
@@ -9350,11 +9105,8 @@ def _execute(
         return 128 + received[0] if received else _EXIT_INTERRUPTED
     return _EXIT_COMPLETED if written and result.status in ("completed", "paused") else _EXIT_FAILED
 
-
-def _make_executor(
-    options: argparse.Namespace, workflow: Workflow, inputs: Any, store: Any, opened: contextlib.ExitStack,
-    on_event: Any,
-) -> WorkflowExecutor:  # fmt: skip
+def _make_executor(options: argparse.Namespace, workflow: Workflow, inputs: Any, store: Any,
+        opened: contextlib.ExitStack, on_event: Any) -> WorkflowExecutor:
     """An executor under the options of the command line; what it keeps open is closed with `opened`."""
     if options.record and options.replay:
         raise OrchestratorError("--record and --replay exclude each other")
@@ -9365,12 +9117,9 @@ def _make_executor(
         age = None if options.cache_max_age is None else _parse_age(options.cache_max_age)
         size = None if options.cache_max_mb is None else int(options.cache_max_mb * 1e6)
         cache = opened.enter_context(contextlib.closing(ResponseCache(options.cache, age, size)))
-    executor = WorkflowExecutor(
-        workflow, inputs, max_concurrency=options.max_concurrency, offline=options.offline, streaming=options.stream,
-        output_folder=options.output_dir or "output", on_event=on_event, store=store, cache=cache, cassette=cassette,
-        audit_texts=options.audit_texts,
-        **_load_plugins(options.plugin or []),
-    )  # fmt: skip
+    executor = WorkflowExecutor(workflow, inputs, max_concurrency=options.max_concurrency, offline=options.offline,
+        streaming=options.stream, output_folder=options.output_dir or "output", on_event=on_event, store=store,
+        cache=cache, cassette=cassette, audit_texts=options.audit_texts, **_load_plugins(options.plugin or []))
     executor.launch = {name: getattr(options, name) for name in _LAUNCH_OPTIONS}
     executor.launch["plugin"] = list(map(os.path.abspath, options.plugin or ()))
     for warning in executor.warnings if not options.quiet else ():
@@ -9378,10 +9127,8 @@ def _make_executor(
             _complain(str(warning))
     return executor
 
-
-def _run_batch(
-    options: argparse.Namespace, workflow: Workflow, inputs: Any, store: Any, opened: contextlib.ExitStack
-) -> int:
+def _run_batch(options: argparse.Namespace, workflow: Workflow, inputs: Any, store: Any,
+        opened: contextlib.ExitStack) -> int:
     """Runs a workflow once for each line of a file; --input and --set are what the lines have in common."""
     import asyncio
 
@@ -9391,9 +9138,7 @@ def _run_batch(
         asyncio.run(batch.run(executor, inputs, received))
     return 128 + received[0] if received else _EXIT_FAILED if batch.failed else _EXIT_COMPLETED
 
-
 _LAUNCH_OPTIONS = ("plugin", "offline", "max_concurrency", "output_dir", "audit_texts")  # that a resumed run takes over
-
 
 def _open_store(options: argparse.Namespace, opened: contextlib.ExitStack, needed: bool = False) -> Any:
     """The store of --store or of the environment, closed with `opened`; None if there is none."""
@@ -9401,7 +9146,6 @@ def _open_store(options: argparse.Namespace, opened: contextlib.ExitStack, neede
     if not path and needed:
         raise OrchestratorError("say which store holds the runs: --store FILE, or LLM_ORCHESTRATOR_STORE")
     return opened.enter_context(contextlib.closing(SQLiteStore(path))) if path else None
-
 
 def _resume_command(options: argparse.Namespace) -> int:
     if bool(options.run_id) == options.failed:
@@ -9421,7 +9165,6 @@ def _resume_command(options: argparse.Namespace) -> int:
                 status = _EXIT_USAGE
                 _complain(f"run {run_id}: {error}")
         return status
-
 
 def _resume_run(given: argparse.Namespace, store: Any, run_id: str, opened: contextlib.ExitStack) -> int:
     """Goes on with one run: its workflow's file as it is now, or the recorded text if that file is gone."""
@@ -9444,7 +9187,6 @@ def _resume_run(given: argparse.Namespace, store: Any, run_id: str, opened: cont
             raise OrchestratorError(f"run {run_id}: no step {step_id!r} waits for approval{near}")
     again = {"run_id": run_id, "from_step": options.from_step, "force": options.force, "decisions": decisions}
     return _execute(options, workflow, recorded.get("inputs"), store, opened, **again)
-
 
 def _runs_command(options: argparse.Namespace) -> int:
     if (options.run_id is None) == (options.action in ("show", "audit", "export", "delete")):
@@ -9471,7 +9213,6 @@ def _runs_command(options: argparse.Namespace) -> int:
             print(*(found or [_NOTHING.get(options.action, "none")]), sep="\n")
     return status
 
-
 _RUNS_ACTIONS: dict[str, Callable[[Any, argparse.Namespace], Any]] = {
     "list": lambda store, options: store.runs(options.limit, options.status),
     "show": lambda store, options: store.load(options.run_id),
@@ -9488,8 +9229,7 @@ _RUNS_COLUMNS = {
 }
 _NOTHING = {
     "list": "no runs", "failures": "no failures", "audit": "the audit trail is whole", "prune": "nothing to delete",
-}  # fmt: skip
-
+}
 
 def _cell(name: str, value: Any) -> str:
     """A value in a table or a line."""
@@ -9499,13 +9239,11 @@ def _cell(name: str, value: Any) -> str:
         value = value.get("message")
     return "" if value is None else _shorten(_to_text(value).replace("\n", " "), 100)
 
-
 def _print_table(rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
     cells = [columns, *([_cell(name, row.get(name)) for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-
 
 @contextlib.contextmanager
 def _signals(executor: WorkflowExecutor) -> Iterator[list[int]]:
@@ -9531,7 +9269,6 @@ def _signals(executor: WorkflowExecutor) -> Iterator[list[int]]:
     finally:
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
-
 
 def _read_inputs(source: str | None, settings: list[str], declared: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of --input and --set; the latter wins."""
@@ -9562,9 +9299,7 @@ def _read_inputs(source: str | None, settings: list[str], declared: Mapping[str,
                 inputs[key] = _load_json(value)
     return inputs
 
-
 _PLUGIN_TABLES = ("actions", "transforms", "tools", "providers", "vector_stores")
-
 
 def _load_plugins(paths: list[str]) -> dict[str, dict[str, Any]]:
     """What plugin files define: the dicts of these names. `import llm_orchestrator` in one gives this very module."""
@@ -9589,7 +9324,6 @@ def _load_plugins(paths: list[str]) -> dict[str, dict[str, Any]]:
             found[table].update(getattr(module, table))
     return found
 
-
 def _write_result(result: RunResult, options: argparse.Namespace) -> bool:
     """Writes the result where it is wanted; False if that cannot be."""
     document, written, text = result.to_dict(), True, ""
@@ -9613,7 +9347,6 @@ def _write_result(result: RunResult, options: argparse.Namespace) -> bool:
     sys.stdout.flush()
     return written
 
-
 def _escaped_for(stream: Any, text: str) -> str:
     """JSON text for a stream whose encoding may lack some characters: those as JSON's own escapes."""
     try:
@@ -9621,7 +9354,6 @@ def _escaped_for(stream: Any, text: str) -> str:
     except (UnicodeEncodeError, LookupError):
         return re.sub("[^\x00-\x7f]", lambda match: json.dumps(match[0])[1:-1], text)
     return text
-
 
 def _printed(document: Mapping[str, Any], path: str) -> Any:
     """A value by its path in the JSON result, or in a step as templates write it (steps.a.text); _MISSING if none."""
@@ -9635,7 +9367,6 @@ def _printed(document: Mapping[str, Any], path: str) -> Any:
     for part in path.split("."):
         value = _child(value, part)
     return value
-
 
 class _Batch:
     """The lines of a file of inputs, and their results in the same order in --out (or on stdout).
@@ -9776,7 +9507,6 @@ class _Batch:
             if self.next >= self.total:
                 os.unlink(self.partial.name)
 
-
 class _Reporter:
     """What a run shows on stderr: one live line on a terminal, log lines elsewhere, streamed text if asked for."""
 
@@ -9848,7 +9578,6 @@ class _Reporter:
         self.speak("", "")
         self.clear()
 
-
 _STEP_ENDS = ("step_completed", "step_failed", "step_skipped", "step_cancelled")
 _EVENTS_SHOWN: dict[str, tuple[str, ...]] = {
     "quiet": (),
@@ -9856,8 +9585,7 @@ _EVENTS_SHOWN: dict[str, tuple[str, ...]] = {
     "info": ("run_started", "run_finished", "step_retry", "step_fallback", "circuit", "log", *_STEP_ENDS),
     "debug": ("run_started", "run_finished", "step_pending", "step_running", "step_retry", "step_fallback",
               "provider_call", "circuit", "approval_needed", "log", *_STEP_ENDS),
-}  # fmt: skip
-
+}
 
 def _terminal_width() -> int:
     try:
@@ -9865,15 +9593,10 @@ def _terminal_width() -> int:
     except (OSError, ValueError):
         return 80
 
-
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "validate": _validate_command,
-    "run": _run_command,
-    "resume": _resume_command,
-    "runs": _runs_command,
+    "validate": _validate_command, "run": _run_command, "resume": _resume_command, "runs": _runs_command,
     "graph": _graph_command,
 }
-
 
 def _run_as_program() -> None:
     """`python -m llm_orchestrator`: this module is `__main__`, and must not be loaded a second time by its name."""
@@ -9887,7 +9610,6 @@ def _run_as_program() -> None:
         sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # interpreter exit would wait for nothing either, but a stuck thread may hold its locks
-
 
 if __name__ == "__main__":
     _run_as_program()
