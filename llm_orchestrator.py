@@ -4018,14 +4018,14 @@ _WORD_ERRORS: tuple[tuple[type[ProviderError], frozenset[int | None], Any], ...]
         r"|reduce the length|max allowed tokens per|must have less than \d+ tokens|`inputs` tokens \+ `max_new_tokens`"
     )),
     (AuthenticationError, frozenset((400,)), re.compile(r"api[_ ]key[_ ](not[_ ]valid|invalid)|invalid[_ ]api[_ ]key")),
-)  # fmt: skip
+)
 _TYPE_STATUSES = {  # of errors inside an answer that began as a 200
     "overloaded_error": 529, "rate_limit_error": 429, "rate_limit_exceeded": 429, "slow_down": 429, "api_error": 500,
     "server_error": 500, "internal_server_error": 500, "server_is_overloaded": 503, "timeout_error": 504,
     "authentication_error": 401, "invalid_api_key": 401, "permission_error": 403, "billing_error": 402,
     "insufficient_quota": 429, "credit_balance_exhausted": 429, "invalid_request_error": 400, "not_found_error": 404,
     "context_length_exceeded": 400, "request_too_large": 413,
-}  # fmt: skip
+}
 _SECRET_HEADER = re.compile("auth|key|token|secret|cookie|password|credential|signature", re.I)
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\xa0-\xff]*")
 _USER_AGENT = f"llm_orchestrator/{__version__}"
@@ -6202,7 +6202,7 @@ _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
                     len(set(map(_identity, value))) == len(value)),
     "minProperties": ("a map of at least {} keys", Mapping, lambda value, bound: len(value) >= bound),
     "maxProperties": ("a map of at most {} keys", Mapping, lambda value, bound: len(value) <= bound),
-}  # fmt: skip
+}
 _UNCHECKED = frozenset((
     "if", "then", "else", "patternProperties", "propertyNames", "contains", "minContains", "maxContains", "prefixItems",
     "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
@@ -6228,7 +6228,7 @@ _SCHEMA_PARTS: dict[str, Callable[[Any], str | None]] = {  # what the keywords t
     **dict.fromkeys((low + what for low in ("min", "max") for what in ("Length", "Items", "Properties")), _integer(0)),
     **dict.fromkeys(("properties", "$defs", "definitions"), _mapping),
     **dict.fromkeys(("anyOf", "oneOf", "allOf"), _is_schema_list),
-}  # fmt: skip
+}
 
 def _check_schema(root: Any) -> None:
     """ExecutionError for what `_schema_faults` would pass over (keywords that it does not know) or stumble over."""
