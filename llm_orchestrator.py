@@ -2416,6 +2416,7 @@ _ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_SECONDS = 1e9  # that a clock, a lock and a socket all take; longer durations mean this
 _MAX_WORKFLOW_DEPTH = 16
+_type_name = _kind  # what a reader calls the type of a value: text, a number, a list ...
 if TYPE_CHECKING:
     _Path = tuple[Any, ...]  # of keys and indexes, from the top of the document
     _Check = Callable[[Any], str | None]  # value -> what is wrong with it ("must be ..."), or None
@@ -2430,15 +2431,6 @@ def _seconds(value: Any, bare_unit: str) -> float | None:
     elif _is_number(value):
         seconds = value * _UNIT_SECONDS[bare_unit]
     return min(seconds, _LONGEST_SECONDS) if 0 <= seconds < 1e12 else None
-
-def _type_name(value: Any) -> str:
-    """What a reader calls the type of a value: text, a number, a list ..."""
-    named: tuple[tuple[Any, str], ...] = (
-        (type(None), "null"), (bool, "a boolean"), (str, "text"), ((int, float), "a number"), (Mapping, "a map"),
-        ((list, tuple), "a list"), (object, "an object"),
-    )
-    return next(name for kind, name in named if isinstance(value, kind))
-
 def _shown(value: Any) -> str:
     """A short picture of a wrong value for an error message."""
     if isinstance(value, bool):
@@ -2467,13 +2459,8 @@ def _is_number(value: Any) -> bool:
 def _is_identifier(value: Any) -> bool:
     return isinstance(value, str) and bool(value) and _ID_CHARACTERS.issuperset(value)
 
-def _is_vector(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
-
 def _as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-
-# Checks: the tables of keys below are made of them.
 
 def _must(description: str, accepts: Callable[[Any], Any], hint: Callable[[Any], str] = lambda value: "") -> _Check:
     return lambda value: None if accepts(value) else f"must be {description}, not {_shown(value)}{hint(value)}"
@@ -2626,8 +2613,8 @@ _STEP_TYPES: dict[str, _StepType] = {
     "vector_search": _StepType(
         {
             **_VECTOR_KEYS, "top_k": _integer(1, 100_000), "filter": _mapping, "include_metadata": _boolean,
-            "query": _must("text or a list of numbers", lambda value: isinstance(value, str) or _is_vector(value)),
-            "include_vectors": _boolean,
+            "include_vectors": _boolean, "query": _must("text or a list of numbers", lambda value: (
+                isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_number, value))))),
         },
         ("database", "index", "query"), 2, literal=("database", "embed"),
     ),
@@ -2947,17 +2934,12 @@ class _Node:
     condition = picker = until = None  # type: Condition | None
     item_condition = False  # the condition looks at the item, so it is asked once per item
     for_each: _Render | None = None
-    inputs: Sequence[tuple[str, _Render]] = ()  # a transform's inputs by name
-    item_values: Sequence[tuple[str, _Render]] = ()  # what it renders for each item itself
-    inline = False  # a built-in transform: it never waits
-    local: frozenset[str] = frozenset()  # names that only its own templates see: the item of for_each
-    defaulted: frozenset[str] = frozenset()  # keys that come from the workflow's `defaults`
-    children: _Graph | None = None
-    workflow: Workflow | None = None
-    retry_given = continue_on_error = False
-    timeout: float | None = None
+    inputs = item_values = ()  # type: Sequence[tuple[str, _Render]]  # of a transform; what it renders for each item
+    local = defaulted = frozenset()  # type: frozenset[str]  # names that only it sees; keys that `defaults` gave it
+    children, workflow = None, None  # type: _Graph | None, Workflow | None
+    timeout, limit = None, None  # type: float | None, int | None
+    inline = retry_given = continue_on_error = False  # a built-in transform runs inline: it never waits
     rule = "none_failed_min_one_success"
-    limit: int | None = None
     output_names: tuple[str, ...] = ()
     known: dict[str, _Node | None] | None = None
 
@@ -3001,8 +2983,7 @@ class _Graph:
         self.by_id: dict[str, _Node] = {}
         self.named: dict[str, list[str]] = {}  # output name -> the ids of the steps that have it
         self.producers: dict[str, str] = {}  # output name -> the id of the one step that has it
-        self.counts: list[int] = []
-        self.roots: list[int] = []
+        self.counts, self.roots = [], []  # type: list[int], list[int]
 
     def inside(self, owner: _Node, local: frozenset[str] = frozenset()) -> _Graph:
         """A graph for the children of one of these steps, that see some more names."""
@@ -3096,11 +3077,12 @@ class _Plan:
             self.misshape((*path, *inner), fault)
 
     def guarded(self, path: _Path, key: str, compile_it: Callable[..., Any], source: Any, *arguments: Any) -> Any:
-        """What the template or condition compiler makes of the source; None with a problem if it refuses it."""
+        """What a compiler (of templates, conditions ...) makes of the source; None with a problem if it refuses it."""
         try:
             return compile_it(source, *arguments)
-        except TemplateError as error:
-            self.misshape(path, f"{key}: {error}", (source if isinstance(source, str) else "", error.position))
+        except (TemplateError, ExecutionError) as error:
+            text = source if isinstance(source, str) else ""
+            self.misshape(path, f"{key}: {error}", (text, getattr(error, "position", 0)))
             return None
 
     def steps(self, documents: Any, path: _Path, graph: _Graph) -> _Graph:
@@ -3157,8 +3139,16 @@ class _Plan:
         document = node.document
         if document.get("for_each") is not None:
             node.local, node.for_each = _ITEM_NAMES, self.render(node, "for_each", document["for_each"])
-        if isinstance(document.get("condition"), (str, bool)):
-            self.condition(node, document)
+        source, place = document.get("condition"), self.place(node, "condition")
+        if isinstance(source, (str, bool)) and (condition := self.guarded(place, "condition", Condition, source)):
+            roots = {reference[0][0] for reference in condition.references if reference[0]}
+            if node.type == "branch":
+                node.picker = condition
+            elif "item" in roots and document.get("function") == "filter" and not node.for_each:
+                node.local, node.item_values = _ITEM_NAMES, [("condition", condition.evaluate)]
+            else:
+                node.condition, node.item_condition = condition, not roots.isdisjoint(node.local)
+            self.note(node, condition, "condition", place)
         if row.arity or row is _UNKNOWN_TYPE:  # a container's are named by its children
             self.name_outputs(node, ("output",) if row.arity else (), row.arity or 100)
         node.timeout = _seconds(document.get("timeout_seconds"), "s")
@@ -3175,20 +3165,6 @@ class _Plan:
             except ValidationError as error:
                 for problem in error.problems:
                     self.misshape((*self.place(node, "retry"), *problem.path), problem.message)
-
-    def condition(self, node: _Node, document: Mapping[str, Any]) -> None:
-        """A condition decides whether the step runs, which branch is taken, or which items a filter keeps."""
-        condition = self.guarded(self.place(node, "condition"), "condition", Condition, document["condition"])
-        if condition is None:
-            return
-        roots = {reference[0][0] for reference in condition.references if reference[0]}
-        if node.type == "branch":
-            node.picker = condition
-        elif "item" in roots and document.get("function") == "filter" and not node.for_each:
-            node.local, node.item_values = _ITEM_NAMES, [("condition", condition.evaluate)]
-        else:
-            node.condition, node.item_condition = condition, not roots.isdisjoint(node.local)
-        self.note(node, condition, "condition", self.place(node, "condition"))
 
     def name_outputs(self, node: _Node, names: Sequence[str], most: int) -> None:
         """The outputs of a step have the names that are given, in order; otherwise these."""
@@ -3262,10 +3238,7 @@ class _Plan:
             needed = "documents need" if documents is not None else "query is text and needs"
             self.misshape(node.path, f"{needed} embed: {{provider, model}} to become vectors")
         if isinstance(document.get("filter"), Mapping) and not _holds_tag(document["filter"]):
-            try:
-                _predicate(document["filter"])
-            except ExecutionError as error:
-                self.misshape((*node.path, "filter"), f"filter: {error}")
+            self.guarded((*node.path, "filter"), "filter", _predicate, document["filter"])
         if node.type == "vector_upsert" and (documents is None) == (document.get("vectors") is None):
             self.misshape(node.path, "give documents or vectors, one of the two")
 
@@ -3347,10 +3320,9 @@ class _Plan:
         path, declared = self.place(node, "inputs"), called.inputs
         if not isinstance(declared, dict) or not isinstance(given, dict):
             return
-        for name in given:
-            if name not in declared:
-                near = self.near(name, declared)
-                self.problem((*path, name), f"inputs: the workflow has no input {_shown(name)}{near}")
+        for name in (name for name in given if name not in declared):
+            message = f"inputs: the workflow has no input {_shown(name)}{self.near(name, declared)}"
+            self.problem((*path, name), message)
         for name, entry in declared.items():
             value, entry = given.get(name), entry if isinstance(entry, dict) else {}
             if value is None and entry.get("required") and entry.get("default") is None:
