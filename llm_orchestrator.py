@@ -73,10 +73,7 @@ else:
 
 class OrchestratorError(Exception):
     """Base of every error that this module raises for bad input, a bad answer or a failed run."""
-    @property
-    def message(self) -> str:
-        """The error in one or more lines of text, without the class name."""
-        return str(self)
+    message = property(str, doc="The error in one or more lines of text, without the class name.")
 
 class ParseError(OrchestratorError):
     """YAML or JSON text that cannot be read. `line` and `column` count from 1; str() shows the line and a caret."""
@@ -2421,6 +2418,12 @@ if TYPE_CHECKING:
     _Path = tuple[Any, ...]  # of keys and indexes, from the top of the document
     _Check = Callable[[Any], str | None]  # value -> what is wrong with it ("must be ..."), or None
     _Render = Callable[[Any], Any]
+    _Test = Callable[[Any], bool]
+
+_has_tag: _Test = lambda value: isinstance(value, str) and ("{{" in value or "<<" in value)
+_is_integer: _Test = lambda value: isinstance(value, int) and not isinstance(value, bool)
+_is_number: _Test = lambda value: type(value) is not bool and isinstance(value, (int, float)) and -1e300 < value < 1e300
+_is_identifier: _Test = lambda value: isinstance(value, str) and bool(value) and _ID_CHARACTERS.issuperset(value)
 
 def _seconds(value: Any, bare_unit: str) -> float | None:
     """A duration in seconds from a number (in `bare_unit`) or a text such as "1.5s" or "200ms"; None if it is none."""
@@ -2441,23 +2444,11 @@ def _shown(value: Any) -> str:
 def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
-def _has_tag(value: Any) -> bool:
-    return isinstance(value, str) and ("{{" in value or "<<" in value)
-
 def _holds_tag(value: Any) -> bool:
     """Whether a template stands anywhere in a value."""
     if isinstance(value, Mapping):
         value = list(value.values())
     return any(map(_holds_tag, value)) if isinstance(value, (list, tuple)) else _has_tag(value)
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
-
-def _is_identifier(value: Any) -> bool:
-    return isinstance(value, str) and bool(value) and _ID_CHARACTERS.issuperset(value)
 
 def _as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
@@ -2648,7 +2639,7 @@ _STEP_TYPES: dict[str, _StepType] = {
 }
 _UNKNOWN_TYPE = _StepType({}, arity=0, free=True)
 
-_INPUT_TYPES: dict[str, Callable[[Any], bool]] = {
+_INPUT_TYPES: dict[str, _Test] = {
     "string": lambda value: isinstance(value, str),
     "integer": lambda value: _is_integer(value) or (isinstance(value, float) and value.is_integer()),
     "number": _is_number, "boolean": lambda value: isinstance(value, bool),
@@ -2850,10 +2841,8 @@ class Workflow:
 
     def step(self, step_id: str) -> Step:
         """The top-level step with this id; KeyError if there is none."""
-        for step in self.steps:
-            if isinstance(step, Step) and step.id == step_id:
-                return step
-        raise KeyError(step_id)
+        by_id = {step.id: step for step in self.steps[::-1] if isinstance(step, Step) and isinstance(step.id, str)}
+        return by_id[step_id]
 
     def validate(self) -> list[Problem]:
         """Checks everything that can be known before a run and returns the warnings. Raises ValidationError (DagError
@@ -2994,14 +2983,6 @@ class _Graph:
     def visible(self) -> Iterator[str]:
         return (step_id for graph in (self, *self.around) for step_id in graph.by_id)
 
-    def link(self) -> None:
-        """Fills in dependents, counts and roots once every node knows its dependencies."""
-        for node in self.nodes:
-            for dependency in node.dependencies:
-                self.by_id[dependency].dependents.append(node.position)
-        self.counts = [len(node.dependencies) for node in self.nodes]
-        self.roots = [node.position for node in self.nodes if not node.dependencies]
-
     def walk(self) -> Iterator[_Node]:
         """Every node, containers before their children."""
         for node in self.nodes:
@@ -3041,8 +3022,7 @@ class _Plan:
             for node in siblings.nodes:
                 self.connect(node, siblings)
         for siblings in self.graphs:
-            self.check_cycles(siblings)
-            siblings.link()
+            self.link(siblings)
         holder = _Node({"id": ""}, ("outputs",), 0)  # the run's own outputs are rendered when every step has ended
         self.outputs: list[tuple[str, _Render]] = []
         for name, text in self.section("outputs").items():
@@ -3442,13 +3422,12 @@ class _Plan:
         is_step = root in node.dependencies and root not in (graph.inputs or ())
         return f"steps.{name}" if is_step else f"inputs.{name}"
 
-    def check_cycles(self, graph: _Graph) -> None:
-        """Names the cycles; each is broken where it was found, to look for others."""
-        if all(graph.by_id[name].position < node.position for node in graph.nodes for name in node.dependencies):
-            return  # every step stands below its dependencies
-        import graphlib
+    def link(self, graph: _Graph) -> None:
+        """Names the cycles, each broken where it was found, to look for others; fills in dependents, counts, roots."""
+        ordered = all(graph.by_id[name].position < node.position for node in graph.nodes for name in node.dependencies)
+        for _ in range(0 if ordered else 10):
+            import graphlib
 
-        for _ in range(10):
             try:
                 graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
                 break
@@ -3458,6 +3437,11 @@ class _Plan:
                 cycle = [*cycle[first:], *cycle[:first], cycle[first]]
                 self.problem(graph.by_id[cycle[0]].path, f"cycle: {' -> '.join(cycle)}").cycle = cycle
                 del graph.by_id[cycle[0]].dependencies[cycle[1]]
+        for node in graph.nodes:
+            for dependency in node.dependencies:
+                graph.by_id[dependency].dependents.append(node.position)
+        graph.counts = [len(node.dependencies) for node in graph.nodes]
+        graph.roots = [node.position for node in graph.nodes if not node.dependencies]
 
 def _branch_key(value: Any) -> str:
     """A branch's name as text: YAML's true, 1, 1.0 and null are the texts true, 1, 1 and null."""
