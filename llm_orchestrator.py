@@ -2046,10 +2046,17 @@ _ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_SECONDS = 1e9  # that a clock, a lock and a socket all take; longer durations mean this
 _MAX_WORKFLOW_DEPTH = 16
+_type_name = _kind  # what a reader calls the type of a value: text, a number, a list ...
 if TYPE_CHECKING:
     _Path = tuple[Any, ...]  # of keys and indexes, from the top of the document
     _Check = Callable[[Any], str | None]  # value -> what is wrong with it ("must be ..."), or None
     _Render = Callable[[Any], Any]
+    _Test = Callable[[Any], bool]
+
+_has_tag: _Test = lambda value: isinstance(value, str) and ("{{" in value or "<<" in value)
+_is_integer: _Test = lambda value: isinstance(value, int) and not isinstance(value, bool)
+_is_number: _Test = lambda value: type(value) is not bool and isinstance(value, (int, float)) and -1e300 < value < 1e300
+_is_identifier: _Test = lambda value: isinstance(value, str) and bool(value) and _ID_CHARACTERS.issuperset(value)
 
 def _seconds(value: Any, bare_unit: str) -> float | None:
     """A duration in seconds from a number (in `bare_unit`) or a text such as "1.5s" or "200ms"; None if it is none."""
@@ -2060,15 +2067,6 @@ def _seconds(value: Any, bare_unit: str) -> float | None:
     elif _is_number(value):
         seconds = value * _UNIT_SECONDS[bare_unit]
     return min(seconds, _LONGEST_SECONDS) if 0 <= seconds < 1e12 else None
-
-def _type_name(value: Any) -> str:
-    """What a reader calls the type of a value: text, a number, a list ..."""
-    named: tuple[tuple[Any, str], ...] = (
-        (type(None), "null"), (bool, "a boolean"), (str, "text"), ((int, float), "a number"), (Mapping, "a map"),
-        ((list, tuple), "a list"), (object, "an object"),
-    )
-    return next(name for kind, name in named if isinstance(value, kind))
-
 def _shown(value: Any) -> str:
     """A short picture of a wrong value for an error message."""
     if isinstance(value, bool):
@@ -2079,31 +2077,14 @@ def _shown(value: Any) -> str:
 def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
-def _has_tag(value: Any) -> bool:
-    return isinstance(value, str) and ("{{" in value or "<<" in value)
-
 def _holds_tag(value: Any) -> bool:
     """Whether a template stands anywhere in a value."""
     if isinstance(value, Mapping):
         value = list(value.values())
     return any(map(_holds_tag, value)) if isinstance(value, (list, tuple)) else _has_tag(value)
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
-
-def _is_identifier(value: Any) -> bool:
-    return isinstance(value, str) and bool(value) and _ID_CHARACTERS.issuperset(value)
-
-def _is_vector(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
-
 def _as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-
-# Checks: the tables of keys below are made of them.
 
 def _must(description: str, accepts: Callable[[Any], Any], hint: Callable[[Any], str] = lambda value: "") -> _Check:
     return lambda value: None if accepts(value) else f"must be {description}, not {_shown(value)}{hint(value)}"
@@ -2132,8 +2113,10 @@ class _Map:
 
     Other keys are refused unless `free`; what may be a template (`templates`) is checked in the run.
     """
-    def __init__(self, keys: Mapping[str, _Check], required: tuple[str, ...] = (), *, every: _Check | None = None,
-            either: tuple[str, ...] = (), free: bool = False, templates: Container[str] = ()) -> None:
+    def __init__(
+        self, keys: Mapping[str, _Check], required: tuple[str, ...] = (), *, every: _Check | None = None,
+        either: tuple[str, ...] = (), free: bool = False, templates: Container[str] = (),
+    ) -> None:
         self.keys, self.required, self.every = keys, required, every
         self.either, self.free, self.templates = either, free, templates
 
@@ -2215,8 +2198,10 @@ class _StepType:
     no templates (`literal`); whether other keys are parameters (`free`) and whether it holds no slot, because it runs
     child steps or waits for somebody (`container`). It has `arity` outputs; 0: as its children or its callee name them.
     """
-    def __init__(self, keys: dict[str, _Check], required: tuple[str, ...] = (), arity: int = 1, free: bool = False,
-            container: bool = False, literal: tuple[str, ...] = (), either: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, keys: dict[str, _Check], required: tuple[str, ...] = (), arity: int = 1, free: bool = False,
+        container: bool = False, literal: tuple[str, ...] = (), either: tuple[str, ...] = (),
+    ) -> None:
         self.keys, self.arity, self.free, self.container = keys, arity, free, container
         self.literal, self.plugins = frozenset(literal), [key for key in keys if key in _PLUGINS]
         checks, templates = {**_COMMON_KEYS, **keys}, frozenset(keys) - self.literal
@@ -2252,8 +2237,8 @@ _STEP_TYPES: dict[str, _StepType] = {
     "vector_search": _StepType(
         {
             **_VECTOR_KEYS, "top_k": _integer(1, 100_000), "filter": _mapping, "include_metadata": _boolean,
-            "query": _must("text or a list of numbers", lambda value: isinstance(value, str) or _is_vector(value)),
-            "include_vectors": _boolean,
+            "include_vectors": _boolean, "query": _must("text or a list of numbers", lambda value: (
+                isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_number, value))))),
         },
         ("database", "index", "query"), 2, literal=("database", "embed"),
     ),
@@ -2287,7 +2272,7 @@ _STEP_TYPES: dict[str, _StepType] = {
 }
 _UNKNOWN_TYPE = _StepType({}, arity=0, free=True)
 
-_INPUT_TYPES: dict[str, Callable[[Any], bool]] = {
+_INPUT_TYPES: dict[str, _Test] = {
     "string": lambda value: isinstance(value, str),
     "integer": lambda value: _is_integer(value) or (isinstance(value, float) and value.is_integer()),
     "number": _is_number, "boolean": lambda value: isinstance(value, bool),
@@ -2298,11 +2283,15 @@ _INPUT_TYPE_ALIASES = {
     "str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
     "dict": "object", "map": "object",
 }
-_INPUT = _Map({"type": _one_of(*_INPUT_TYPES, *_INPUT_TYPE_ALIASES), "required": _boolean, "default": _anything,
-    "enum": _List(_anything, "a list of values"), "description": _text})
-_PROVIDER = _Map({"type": lambda value: _one_of(*PROVIDERS)(value), "base_url": _text, "api_key_env": _name,
-    "headers": _mapping, "timeout_seconds": _timeout, "rate_limit": lambda value: _Map(_RATE_LIMIT_KEYS)(value),
-    "proxy": _text, "circuit_breaker": lambda value: _Map(_CIRCUIT_BREAKER_KEYS)(value), "options": _mapping})
+_INPUT = _Map({
+    "type": _one_of(*_INPUT_TYPES, *_INPUT_TYPE_ALIASES), "required": _boolean, "default": _anything,
+    "enum": _List(_anything, "a list of values"), "description": _text,
+})
+_PROVIDER = _Map({
+    "type": lambda value: _one_of(*PROVIDERS)(value), "base_url": _text, "api_key_env": _name, "headers": _mapping,
+    "timeout_seconds": _timeout, "rate_limit": lambda value: _Map(_RATE_LIMIT_KEYS)(value), "proxy": _text,
+    "circuit_breaker": lambda value: _Map(_CIRCUIT_BREAKER_KEYS)(value), "options": _mapping,
+})
 _WORKFLOW_KEYS: dict[str, _Check] = {
     "name": _name, "version": _must("text or a number", lambda value: isinstance(value, str) or _is_number(value)),
     "description": _text, "inputs": _Map({}, every=_INPUT), "providers": _Map({}, every=_PROVIDER),
@@ -2430,9 +2419,10 @@ class Workflow:
         return cls._from_text(_read_file(path), None, path, os.path.dirname(os.path.abspath(path)), loaded, chain)
 
     @classmethod
-    def _from_text(cls, text: str | bytes, load: Callable[[Any], Any] | None, source: str = "workflow",
-            folder: str | None = None, loaded: dict[str, Workflow] | None = None,
-            chain: tuple[str, ...] = ()) -> Workflow:
+    def _from_text(
+        cls, text: str | bytes, load: Callable[[Any], Any] | None, source: str = "workflow", folder: str | None = None,
+        loaded: dict[str, Workflow] | None = None, chain: tuple[str, ...] = (),
+    ) -> Workflow:
         workflow = cls._from_document(_parsed(text, source, load), source)
         workflow.folder, workflow._source_text = folder, _decoded(text)
         workflow._chain = (*chain, os.path.basename(source))
@@ -2484,10 +2474,8 @@ class Workflow:
 
     def step(self, step_id: str) -> Step:
         """The top-level step with this id; KeyError if there is none."""
-        for step in self.steps:
-            if isinstance(step, Step) and step.id == step_id:
-                return step
-        raise KeyError(step_id)
+        by_id = {step.id: step for step in self.steps[::-1] if isinstance(step, Step) and isinstance(step.id, str)}
+        return by_id[step_id]
 
     def validate(self) -> list[Problem]:
         """Checks everything that can be known before a run and returns the warnings. Raises ValidationError (DagError
@@ -2568,17 +2556,12 @@ class _Node:
     condition = picker = until = None  # type: Condition | None
     item_condition = False  # the condition looks at the item, so it is asked once per item
     for_each: _Render | None = None
-    inputs: Sequence[tuple[str, _Render]] = ()  # a transform's inputs by name
-    item_values: Sequence[tuple[str, _Render]] = ()  # what it renders for each item itself
-    inline = False  # a built-in transform: it never waits
-    local: frozenset[str] = frozenset()  # names that only its own templates see: the item of for_each
-    defaulted: frozenset[str] = frozenset()  # keys that come from the workflow's `defaults`
-    children: _Graph | None = None
-    workflow: Workflow | None = None
-    retry_given = continue_on_error = False
-    timeout: float | None = None
+    inputs = item_values = ()  # type: Sequence[tuple[str, _Render]]  # of a transform; what it renders for each item
+    local = defaulted = frozenset()  # type: frozenset[str]  # names that only it sees; keys that `defaults` gave it
+    children, workflow = None, None  # type: _Graph | None, Workflow | None
+    timeout, limit = None, None  # type: float | None, int | None
+    inline = retry_given = continue_on_error = False  # a built-in transform runs inline: it never waits
     rule = "none_failed_min_one_success"
-    limit: int | None = None
     output_names: tuple[str, ...] = ()
     known: dict[str, _Node | None] | None = None
 
@@ -2622,8 +2605,7 @@ class _Graph:
         self.by_id: dict[str, _Node] = {}
         self.named: dict[str, list[str]] = {}  # output name -> the ids of the steps that have it
         self.producers: dict[str, str] = {}  # output name -> the id of the one step that has it
-        self.counts: list[int] = []
-        self.roots: list[int] = []
+        self.counts, self.roots = [], []  # type: list[int], list[int]
 
     def inside(self, owner: _Node, local: frozenset[str] = frozenset()) -> _Graph:
         """A graph for the children of one of these steps, that see some more names."""
@@ -2633,14 +2615,6 @@ class _Graph:
 
     def visible(self) -> Iterator[str]:
         return (step_id for graph in (self, *self.around) for step_id in graph.by_id)
-
-    def link(self) -> None:
-        """Fills in dependents, counts and roots once every node knows its dependencies."""
-        for node in self.nodes:
-            for dependency in node.dependencies:
-                self.by_id[dependency].dependents.append(node.position)
-        self.counts = [len(node.dependencies) for node in self.nodes]
-        self.roots = [node.position for node in self.nodes if not node.dependencies]
 
     def walk(self) -> Iterator[_Node]:
         """Every node, containers before their children."""
@@ -2681,8 +2655,7 @@ class _Plan:
             for node in siblings.nodes:
                 self.connect(node, siblings)
         for siblings in self.graphs:
-            self.check_cycles(siblings)
-            siblings.link()
+            self.link(siblings)
         holder = _Node({"id": ""}, ("outputs",), 0)  # the run's own outputs are rendered when every step has ended
         self.outputs: list[tuple[str, _Render]] = []
         for name, text in self.section("outputs").items():
@@ -2696,8 +2669,9 @@ class _Plan:
         entries = self.document.get(name)
         return {key: entries[key] for key in entries if isinstance(key, str)} if isinstance(entries, dict) else {}
 
-    def problem(self, path: _Path, message: str, severity: str = "error",
-            inside: tuple[str, int] | None = None) -> Problem:
+    def problem(
+        self, path: _Path, message: str, severity: str = "error", inside: tuple[str, int] | None = None
+    ) -> Problem:
         found = Problem(_label(self.document, path) + message, path, severity=severity)
         found.inside = inside
         return self.found.setdefault((path, found.message), found)
@@ -2716,11 +2690,12 @@ class _Plan:
             self.misshape((*path, *inner), fault)
 
     def guarded(self, path: _Path, key: str, compile_it: Callable[..., Any], source: Any, *arguments: Any) -> Any:
-        """What the template or condition compiler makes of the source; None with a problem if it refuses it."""
+        """What a compiler (of templates, conditions ...) makes of the source; None with a problem if it refuses it."""
         try:
             return compile_it(source, *arguments)
-        except TemplateError as error:
-            self.misshape(path, f"{key}: {error}", (source if isinstance(source, str) else "", error.position))
+        except (TemplateError, ExecutionError) as error:
+            text = source if isinstance(source, str) else ""
+            self.misshape(path, f"{key}: {error}", (text, getattr(error, "position", 0)))
             return None
 
     def steps(self, documents: Any, path: _Path, graph: _Graph) -> _Graph:
@@ -2777,8 +2752,16 @@ class _Plan:
         document = node.document
         if document.get("for_each") is not None:
             node.local, node.for_each = _ITEM_NAMES, self.render(node, "for_each", document["for_each"])
-        if isinstance(document.get("condition"), (str, bool)):
-            self.condition(node, document)
+        source, place = document.get("condition"), self.place(node, "condition")
+        if isinstance(source, (str, bool)) and (condition := self.guarded(place, "condition", Condition, source)):
+            roots = {reference[0][0] for reference in condition.references if reference[0]}
+            if node.type == "branch":
+                node.picker = condition
+            elif "item" in roots and document.get("function") == "filter" and not node.for_each:
+                node.local, node.item_values = _ITEM_NAMES, [("condition", condition.evaluate)]
+            else:
+                node.condition, node.item_condition = condition, not roots.isdisjoint(node.local)
+            self.note(node, condition, "condition", place)
         if row.arity or row is _UNKNOWN_TYPE:  # a container's are named by its children
             self.name_outputs(node, ("output",) if row.arity else (), row.arity or 100)
         node.timeout = _seconds(document.get("timeout_seconds"), "s")
@@ -2795,20 +2778,6 @@ class _Plan:
             except ValidationError as error:
                 for problem in error.problems:
                     self.misshape((*self.place(node, "retry"), *problem.path), problem.message)
-
-    def condition(self, node: _Node, document: Mapping[str, Any]) -> None:
-        """A condition decides whether the step runs, which branch is taken, or which items a filter keeps."""
-        condition = self.guarded(self.place(node, "condition"), "condition", Condition, document["condition"])
-        if condition is None:
-            return
-        roots = {reference[0][0] for reference in condition.references if reference[0]}
-        if node.type == "branch":
-            node.picker = condition
-        elif "item" in roots and document.get("function") == "filter" and not node.for_each:
-            node.local, node.item_values = _ITEM_NAMES, [("condition", condition.evaluate)]
-        else:
-            node.condition, node.item_condition = condition, not roots.isdisjoint(node.local)
-        self.note(node, condition, "condition", self.place(node, "condition"))
 
     def name_outputs(self, node: _Node, names: Sequence[str], most: int) -> None:
         """The outputs of a step have the names that are given, in order; otherwise these."""
@@ -2876,15 +2845,13 @@ class _Plan:
         query, documents = document.get("query"), document.get("documents")
         if isinstance(document.get("embed"), Mapping):
             self.check(_Map(_EMBED_KEYS, ("provider", "model")), document["embed"], (*node.path, "embed"))
-        elif documents is not None or (isinstance(query, str)
-                and not re.fullmatch(r"(?s)\s*(\{\{.*\}\}|<<.*>>)\s*", query)):
+        elif documents is not None or (
+            isinstance(query, str) and not re.fullmatch(r"(?s)\s*(\{\{.*\}\}|<<.*>>)\s*", query)
+        ):
             needed = "documents need" if documents is not None else "query is text and needs"
             self.misshape(node.path, f"{needed} embed: {{provider, model}} to become vectors")
         if isinstance(document.get("filter"), Mapping) and not _holds_tag(document["filter"]):
-            try:
-                _predicate(document["filter"])
-            except ExecutionError as error:
-                self.misshape((*node.path, "filter"), f"filter: {error}")
+            self.guarded((*node.path, "filter"), "filter", _predicate, document["filter"])
         if node.type == "vector_upsert" and (documents is None) == (document.get("vectors") is None):
             self.misshape(node.path, "give documents or vectors, one of the two")
 
@@ -2966,10 +2933,9 @@ class _Plan:
         path, declared = self.place(node, "inputs"), called.inputs
         if not isinstance(declared, dict) or not isinstance(given, dict):
             return
-        for name in given:
-            if name not in declared:
-                near = self.near(name, declared)
-                self.problem((*path, name), f"inputs: the workflow has no input {_shown(name)}{near}")
+        for name in (name for name in given if name not in declared):
+            message = f"inputs: the workflow has no input {_shown(name)}{self.near(name, declared)}"
+            self.problem((*path, name), message)
         for name, entry in declared.items():
             value, entry = given.get(name), entry if isinstance(entry, dict) else {}
             if value is None and entry.get("required") and entry.get("default") is None:
@@ -3089,13 +3055,12 @@ class _Plan:
         is_step = root in node.dependencies and root not in (graph.inputs or ())
         return f"steps.{name}" if is_step else f"inputs.{name}"
 
-    def check_cycles(self, graph: _Graph) -> None:
-        """Names the cycles; each is broken where it was found, to look for others."""
-        if all(graph.by_id[name].position < node.position for node in graph.nodes for name in node.dependencies):
-            return  # every step stands below its dependencies
-        import graphlib
+    def link(self, graph: _Graph) -> None:
+        """Names the cycles, each broken where it was found, to look for others; fills in dependents, counts, roots."""
+        ordered = all(graph.by_id[name].position < node.position for node in graph.nodes for name in node.dependencies)
+        for _ in range(0 if ordered else 10):
+            import graphlib
 
-        for _ in range(10):
             try:
                 graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
                 break
@@ -3105,6 +3070,11 @@ class _Plan:
                 cycle = [*cycle[first:], *cycle[:first], cycle[first]]
                 self.problem(graph.by_id[cycle[0]].path, f"cycle: {' -> '.join(cycle)}").cycle = cycle
                 del graph.by_id[cycle[0]].dependencies[cycle[1]]
+        for node in graph.nodes:
+            for dependency in node.dependencies:
+                graph.by_id[dependency].dependents.append(node.position)
+        graph.counts = [len(node.dependencies) for node in graph.nodes]
+        graph.roots = [node.position for node in graph.nodes if not node.dependencies]
 
 def _branch_key(value: Any) -> str:
     """A branch's name as text: YAML's true, 1, 1.0 and null are the texts true, 1, 1 and null."""
@@ -3146,6 +3116,7 @@ def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:
     if isinstance(allowed, list) and not any(value == one and type(value) is type(one) for one in allowed):
         return f"must be one of {_shorten(', '.join(map(_shown, allowed)), 200)}, not {_shown(value)}"
     return None
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Graph: Workflow -> dependencies, order, levels
@@ -3189,6 +3160,7 @@ def _levels(graph: _Graph) -> list[list[_Node]]:
                 following.append(dependent)
         wave = sorted(following)
     return levels
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Retry: policies, delays, limits
@@ -8833,8 +8805,10 @@ _MERMAID_SHAPES = {"action": "[/ /]", "approval": "{{ }}", "transform": "([ ])",
 def _step_kind(node: _Node) -> str:
     return node.type + (" for each" if node.for_each else "")
 
-def _boxes(workflow: Workflow, step: Callable[[_Node, str, int], tuple[str, list[str]]],
-        group: Callable[[str, int, str], str], close: str, arrow: Callable[[str, str, str], str]) -> Iterator[str]:
+def _boxes(
+    workflow: Workflow, step: Callable[[_Node, str, int], tuple[str, list[str]]], group: Callable[[str, int, str], str],
+    close: str, arrow: Callable[[str, str, str], str],
+) -> Iterator[str]:
     """The lines of a picture: steps, containers around their children, a branch's branches in between; then edges.
 
     `step` gives (name, lines) from a step, its path and its number, `group` opens a branch, `arrow` is from, to, if.
@@ -8911,6 +8885,7 @@ def _graph_text(workflow: Workflow) -> str:
     return "\n".join([" ".join(str(workflow.name).split()), *draw(workflow._plan().graph, "")]) + "\n"
 
 _PICTURES = {"mermaid": _graph_mermaid, "dot": _graph_dot, "text": _graph_text}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 17. Command line
