@@ -6457,7 +6457,6 @@ VECTOR_STORES: dict[str, Any] = {
 # step's outputs in the order of the SPEC's table. It raises; retrying, recording and cancelling are done around it.
 # ---------------------------------------------------------------------------------------------------------------------
 
-
 class _Inputs(dict[str, Any]):
     """A transform's inputs by name, and by position too: inputs["text"], inputs[0]."""
 
@@ -6465,7 +6464,6 @@ class _Inputs(dict[str, Any]):
         if isinstance(key, int) and -len(self) <= key < len(self):
             return list(self.values())[key]
         raise KeyError(key)
-
 
 class _Parameters(dict[str, Any]):
     """A transform's or action's parameters; asking for what is missing or of the wrong kind is an ExecutionError."""
@@ -6478,7 +6476,6 @@ class _Parameters(dict[str, Any]):
             raise ExecutionError(f"{name} {fault}")
         return value
 
-
 def _one_input(inputs: _Inputs, kind: Any = object, description: str = "") -> Any:
     """The only input of a transform, of the kind it needs."""
     if len(inputs) != 1:
@@ -6488,14 +6485,8 @@ def _one_input(inputs: _Inputs, kind: Any = object, description: str = "") -> An
         raise ExecutionError(f"needs {description}, not {_type_name(value)}")
     return value
 
-
 def _list_input(inputs: _Inputs) -> list[Any]:
     return list(_one_input(inputs, (list, tuple), "a list"))
-
-
-def _text_input(inputs: _Inputs) -> str:
-    return str(_one_input(inputs, str, "text"))
-
 
 def _same(left: Any, right: Any) -> bool:
     """Equality of JSON values: 1 is 1.0 but not true, inside lists and maps too."""
@@ -6505,7 +6496,6 @@ def _same(left: Any, right: Any) -> bool:
         return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
     return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
 
-
 def _field(item: Any, path: str) -> Any:
     """The value at a dotted path in a map or list; None where there is none."""
     for part in path.split("."):
@@ -6514,7 +6504,6 @@ def _field(item: Any, path: str) -> Any:
             return None
     return item
 
-
 def _merge(inputs: _Inputs, parameters: _Parameters) -> Any:
     values = list(inputs.values())
     if values and all(isinstance(value, Mapping) for value in values):
@@ -6522,10 +6511,10 @@ def _merge(inputs: _Inputs, parameters: _Parameters) -> Any:
         for value in values:
             merged = _merge_deep(merged, value) if parameters.get("deep") else {**merged, **value}
         return merged
-    if values and all(isinstance(value, (list, tuple)) for value in values):
-        return [item for value in values for item in value]
-    return dict(inputs)
+    return list(itertools.chain(*values)) if _are_lists(values) else dict(inputs)
 
+def _are_lists(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, (list, tuple)) for value in values)
 
 def _merge_deep(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(left)
@@ -6534,13 +6523,11 @@ def _merge_deep(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, 
         merged[key] = _merge_deep(merged[key], value) if both else value
     return merged
 
-
 def _concat(inputs: _Inputs, parameters: _Parameters) -> Any:
     values = list(inputs.values())
-    if values and all(isinstance(value, (list, tuple)) for value in values):
-        return [item for value in values for item in value]
+    if _are_lists(values):
+        return list(itertools.chain(*values))
     return parameters.get_as("separator", _text, "").join(map(_to_text, values))
-
 
 def _filter(inputs: _Inputs, parameters: _Parameters) -> Any:
     items = _list_input(inputs)
@@ -6551,14 +6538,12 @@ def _filter(inputs: _Inputs, parameters: _Parameters) -> Any:
         return [item for item in items if _truthy(_field(item, key))]
     return [item for item in items if isinstance(item, Mapping) and _same(_field(item, key), parameters["value"])]
 
-
 def _map(inputs: _Inputs, parameters: _Parameters) -> Any:
     items = _list_input(inputs)
     if parameters.get("template") is not None:  # compiled by the workflow, rendered once an item
         return [parameters["template"](item, index) for index, item in enumerate(items)]
     key = parameters.get_as("key", _text)
     return [_field(item, key) for item in items]
-
 
 def _pick(inputs: _Inputs, parameters: _Parameters) -> Any:
     source = _one_input(inputs, (Mapping, list, tuple), "a map or a list of maps")
@@ -6569,33 +6554,27 @@ def _pick(inputs: _Inputs, parameters: _Parameters) -> Any:
     picked = [{key: item[key] for key in keys if key in item} for item in _as_list(source) if isinstance(item, Mapping)]
     return picked[0] if isinstance(source, Mapping) else picked
 
-
 def _split(inputs: _Inputs, parameters: _Parameters) -> Any:
-    text = _text_input(inputs)
-    separator = "" if parameters.get("separator") == "" else parameters.get_as("separator", _text, "\n")
+    text: str = _one_input(inputs, str, "text")
+    separator = parameters.get_as("separator", _text, "\n")
     parts = text.split(separator, parameters.get_as("max_splits", _integer(-1), -1)) if separator else list(text)
     return [part.strip() for part in parts] if parameters.get("trim") else parts
 
-
 def _join(inputs: _Inputs, parameters: _Parameters) -> Any:
-    separator = "" if parameters.get("separator") == "" else parameters.get_as("separator", _text, ", ")
-    return separator.join(map(_to_text, _list_input(inputs)))
-
+    return parameters.get_as("separator", _text, ", ").join(map(_to_text, _list_input(inputs)))
 
 def _json_parse(inputs: _Inputs, parameters: _Parameters) -> Any:
     try:
-        return _load_json(_text_input(inputs))
+        return _load_json(_one_input(inputs, str, "text"))
     except ParseError as error:
         raise ExecutionError(f"not JSON: {error}") from None
-
 
 def _json_dump(inputs: _Inputs, parameters: _Parameters) -> Any:
     indent = None if parameters.get("indent") is None else parameters.get_as("indent", _integer(0, 20))
     return _to_json(_one_input(inputs), indent=indent)
 
-
 def _regex(inputs: _Inputs, parameters: _Parameters) -> Any:
-    text, pattern = _text_input(inputs), parameters.get_as("pattern", _text)
+    text, pattern = _one_input(inputs, str, "text"), parameters.get_as("pattern", _text)
     compiled, group = _compile_regex(pattern), parameters.get("group", 0)
     try:
         if parameters.get("replace") is not None:
@@ -6606,7 +6585,6 @@ def _regex(inputs: _Inputs, parameters: _Parameters) -> Any:
         return match[group] if match else None
     except (IndexError, re.error) as error:
         raise ExecutionError(f"{error}: the pattern has {compiled.groups} groups") from None
-
 
 def _sort(inputs: _Inputs, parameters: _Parameters) -> Any:
     items, key = _list_input(inputs), parameters.get("key")
@@ -6621,13 +6599,11 @@ def _sort(inputs: _Inputs, parameters: _Parameters) -> Any:
         raise ExecutionError(f"cannot order {_type_name(present[0][0])}") from None
     return [item for _, item in present] + [item for value, item in keyed if value is None]  # nulls last, always
 
-
 def _unique(inputs: _Inputs, parameters: _Parameters) -> Any:
     key, seen = parameters.get("key"), {}  # type: ignore[var-annotated]
     for item in _list_input(inputs):
         seen.setdefault(_identity(item if key is None else _field(item, str(key))), item)
     return list(seen.values())
-
 
 def _identity(value: Any) -> Any:
     """Equal, and of equal hash, for values that are the same JSON: 1 is 1.0 but not true, keys have no order."""
@@ -6635,13 +6611,11 @@ def _identity(value: Any) -> Any:
         return "map", frozenset((str(key), _identity(item)) for key, item in value.items())
     return tuple(map(_identity, value)) if isinstance(value, (list, tuple)) else (isinstance(value, bool), value)
 
-
 def _slice(inputs: _Inputs, parameters: _Parameters) -> Any:
     source = _one_input(inputs, (list, tuple, str), "a list or text")
     whole = _must("a whole number", _is_integer)
     start = parameters.get_as("start", whole, 0)
     return source[start : None if parameters.get("end") is None else parameters.get_as("end", whole)]
-
 
 def _flatten(inputs: _Inputs, parameters: _Parameters) -> Any:
     items = _list_input(inputs)
@@ -6649,26 +6623,13 @@ def _flatten(inputs: _Inputs, parameters: _Parameters) -> Any:
         items = [inner for item in items for inner in (item if isinstance(item, (list, tuple)) else [item])]
     return items
 
-
 _TRANSFORMS: dict[str, Callable[[_Inputs, _Parameters], Any]] = {
-    "merge": _merge,
-    "concat": _concat,
-    "filter": _filter,
-    "map": _map,
-    "pick": _pick,
-    "split": _split,
-    "join": _join,
-    "json_parse": _json_parse,
-    "json_dump": _json_dump,
-    "regex": _regex,
-    "sort": _sort,
-    "unique": _unique,
-    "slice": _slice,
-    "flatten": _flatten,
+    "merge": _merge, "concat": _concat, "filter": _filter, "map": _map, "pick": _pick, "split": _split, "join": _join,
+    "json_parse": _json_parse, "json_dump": _json_dump, "regex": _regex, "sort": _sort, "unique": _unique,
+    "slice": _slice, "flatten": _flatten,
     "length": lambda inputs, parameters: len(_one_input(inputs, (list, tuple, str, Mapping), "a list, map or text")),
     "template": lambda inputs, parameters: parameters.get_as("template", _anything)(inputs, 0),
 }
-
 
 def _log_action(call: _StepRun, parameters: _Parameters) -> Any:
     message = _to_text(parameters.get("message", ""))
@@ -6676,20 +6637,16 @@ def _log_action(call: _StepRun, parameters: _Parameters) -> Any:
     call.run.emit("log", call.id, level=level, message=message)
     return message
 
-
 async def _sleep_action(call: _StepRun, parameters: _Parameters) -> Any:
     import asyncio
-
     seconds = _seconds(parameters.get("seconds", parameters.get("duration")), "s")
     if seconds is None:
         raise ExecutionError('seconds must be a number, or a text such as "1.5s"')
     await asyncio.sleep(seconds)
     return seconds
 
-
 def _fail_action(call: _StepRun, parameters: _Parameters) -> Any:
     raise ExecutionError(_to_text(parameters.get("message", "the fail action was reached")))
-
 
 async def _write_file_action(call: _StepRun, parameters: _Parameters) -> Any:
     name, content = parameters.get_as("path", _name), parameters.get("content", "")
@@ -6697,24 +6654,21 @@ async def _write_file_action(call: _StepRun, parameters: _Parameters) -> Any:
     folder, append = call.run.executor.output_folder, bool(parameters.get("append"))
     return await call.threaded(_write_below, folder, name, text, append)
 
-
 def _write_below(folder: str, name: str, text: str, append: bool) -> str:
     """Writes a file below `folder` and nowhere else, whatever links and dots its name holds; returns its path."""
     try:
-        root = os.path.realpath(folder)
-        path = os.path.realpath(os.path.join(root, name))
+        path = os.path.realpath(os.path.join(root := os.path.realpath(folder), name))
         if not path.startswith(root.rstrip(os.sep) + os.sep):
             raise ExecutionError(f"{name!r} is not below the output folder {folder!r}")
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if not append:
+        if append:
+            with open(path, "a", encoding="utf-8", newline="") as file:
+                file.write(text)
+        else:
             _replace_file(path, text)
-            return path
-        with open(path, "a", encoding="utf-8", newline="") as file:
-            file.write(text)
         return path
     except (OSError, ValueError) as error:
         raise ExecutionError(f"{name!r}: {error}") from None
-
 
 def _replace_file(path: str, text: str) -> None:
     """Writes a file so that a reader sees the old text or the new one, never a part."""
@@ -6728,7 +6682,6 @@ def _replace_file(path: str, text: str) -> None:
             os.unlink(partial)
         raise
 
-
 async def _http_action(call: _StepRun, parameters: _Parameters) -> Any:
     url, payload = parameters.get_as("url", _name), parameters.get("json", parameters.get("body"))
     headers = {str(name): _to_text(value) for name, value in parameters.get_as("headers", _mapping, {}).items()}
@@ -6741,43 +6694,29 @@ async def _http_action(call: _StepRun, parameters: _Parameters) -> Any:
     method = parameters.get_as("method", _name, "GET" if body is None else "POST").upper()
     response = await call.threaded(call.run.http().request, method, url, headers, body)
     text = response.text
-    if response.status >= 400 and parameters.get("fail_on_error", True):
-        raise ProviderError(
-            f"{method} answered {response.status}: {_shorten(text, 200)}", provider="http", status=response.status,
-            retryable=response.status in _RETRIED_STATUSES, retry_after=_retry_after_seconds(response.headers),
-        )  # fmt: skip
+    status, wait = response.status, _retry_after_seconds(response.headers)
+    if status >= 400 and parameters.get("fail_on_error", True):
+        reason, retryable = f"{method} answered {status}: {_shorten(text, 200)}", status in _RETRIED_STATUSES
+        raise ProviderError(reason, provider="http", status=status, retryable=retryable, retry_after=wait)
     answered: Any = text
     with contextlib.suppress(ParseError):
         answered = _load_json(text)
-    return {"status": response.status, "headers": response.headers, "body": answered}
-
+    return {"status": status, "headers": response.headers, "body": answered}
 
 _ACTIONS: dict[str, Callable[[_StepRun, _Parameters], Any]] = {
-    "log": _log_action,
-    "http": _http_action,
-    "webhook": _http_action,
-    "write_file": _write_file_action,
-    "sleep": _sleep_action,
-    "fail": _fail_action,
+    "log": _log_action, "http": _http_action, "webhook": _http_action, "write_file": _write_file_action,
+    "sleep": _sleep_action, "fail": _fail_action,
 }
 
-
-def _fitting_call(
-    function: Callable[..., Any], leading: tuple[Any, ...], parameters: dict[str, Any]
-) -> Callable[[], Any]:
-    """A custom function bound to what it can take: parameters by name, or as one map; ExecutionError if neither fits.
-
-    `leading` comes first if there is room for it (a transform's inputs).
-    """
+def _fitting_call(function: Any, leading: tuple[Any, ...], parameters: dict[str, Any]) -> Callable[[], Any]:
+    """A custom function bound to what it can take: `leading` (a transform's inputs) first if there is room for it, and
+    the parameters by name, or as one map; ExecutionError if neither fits."""
     import inspect
-
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-in functions have none
         return lambda: function(*leading, **parameters)
-    forms: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
-        (leading, parameters), ((*leading, parameters), {}), (leading, {}), ((), parameters), ((), {}),
-    ]  # fmt: skip
+    forms: Any = (leading, parameters), ((*leading, parameters), {}), (leading, {}), ((), parameters), ((), {})
     for positional, named in forms:
         if parameters and not named and parameters not in positional:
             continue  # a function that would not see its parameters is called wrongly
@@ -6787,13 +6726,11 @@ def _fitting_call(
     name = getattr(function, "__name__", "function")
     raise ExecutionError(f"{name}{signature} cannot take the parameters {', '.join(parameters) or '(none)'}")
 
-
 async def _transform_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     """A custom transform; the built-in ones never wait and are run by `_transform_inline`."""
     custom = call.run.executor.transforms[values.pop("function")]
     inputs = _Inputs((key, render(call.context)) for key, render in call.node.inputs)
     return (await call.custom(custom, _fitting_call(custom, (inputs,), values)),)
-
 
 def _transform_inline(node: _Node, context: Any, values: dict[str, Any]) -> Any:
     inputs = _Inputs((name, render(context)) for name, render in node.inputs)
@@ -6808,26 +6745,21 @@ def _transform_inline(node: _Node, context: Any, values: dict[str, Any]) -> Any:
     except RecursionError:
         raise ExecutionError(f"{name}: the value is nested too deeply") from None
 
-
 def _per_item(render: Callable[[Any], Any], context: Any, node: _Node) -> Callable[[Any, int], Any]:
     if node.constants.get("function") == "template":  # its inputs are names in the template
         return lambda inputs, index: render({**context, **inputs})
     return lambda item, index: render({**context, "item": item, "index": index})
 
-
 async def _action_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     name = values.pop("action")
-    custom = call.run.executor.actions.get(name)
-    if custom is not None:
+    if (custom := call.run.executor.actions.get(name)) is not None:
         return (await call.custom(custom, _fitting_call(custom, (), values)),)
     try:
         return (await call.working(functools.partial(_ACTIONS[name], call, _Parameters(values))),)
     except ExecutionError as error:
         raise ExecutionError(str(error) if name == "fail" else f"{name}: {error}") from None
 
-
 # ---- Models: prompts, tools, structured answers ----------------------------------------------------------------------
-
 
 async def _llm_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     """Asks a model, as often as its tool calls and a schema that it misses make necessary."""
@@ -6857,10 +6789,8 @@ async def _llm_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     used = {name: found for name, found in (("tool_calls", made), ("schema_retries", retries)) if found}
     return value, response.model, (call.result.usage or {}).get("total_tokens"), {**metadata, **used}
 
-
 def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[str, Any]) -> CompletionRequest:
-    messages = values.get("messages")
-    if messages is None:
+    if (messages := values.get("messages")) is None:
         messages = [{"role": "user", "content": values["prompt"]}]
     names = ("model", "system", *_SAMPLING_KEYS, "params")
     given = {name: values[name] for name in names if values.get(name) is not None}
@@ -6878,60 +6808,44 @@ def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[s
         request.on_text = call.on_text
     return request
 
-
 def _with_text(message: Any) -> Any:
     """A message whose content is text, or a list of parts, whatever its template gave."""
     content = message.get("content", "") if isinstance(message, Mapping) else ""
     return message if isinstance(content, (str, list)) else {**message, "content": _to_text(content)}
 
-
-async def _tool_round(
-    call: _StepRun, response: CompletionResponse, tools: Mapping[str, Any], made: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+async def _tool_round(call: _StepRun, response: Any, tools: Mapping[str, Any], made: list[Any]) -> list[dict[str, Any]]:
     """The messages that carry a model's tool calls and what came of them; a tool's error goes back to the model."""
-    answers: list[dict[str, Any]] = [
-        {"role": "assistant", "content": response.text, "tool_calls": response.tool_calls}
-    ]
+    answers: list[Any] = [{"role": "assistant", "content": response.text, "tool_calls": response.tool_calls}]
     for asked in response.tool_calls:
         name, arguments = asked["name"], asked["arguments"]
         entry = {"name": name, "arguments": arguments}
         try:
             if name not in tools:
                 raise ExecutionError(f"there is no tool {name!r}; there are {', '.join(tools)}")
-            faults = list(_schema_faults(arguments, _tool_schema(name, tools[name])["parameters"]))
-            if faults:
+            if faults := list(_schema_faults(arguments, _tool_schema(name, tools[name])["parameters"])):
                 raise ExecutionError(f"wrong arguments: {'; '.join(faults[:5])}")
             entry["result"] = await call.custom(tools[name], _tool_call(tools[name], arguments))
         except Exception as error:
             entry["error"] = f"{type(error).__name__}: {error}"
         made.append(entry)
-        failed = "error" in entry
-        content = entry["error"] if failed else _to_text(entry["result"])
+        content, failed = entry.get("error") or _to_text(entry.get("result")), "error" in entry
         answers.append({"role": "tool", "id": asked["id"], "name": name, "content": content, "is_error": failed})
     return answers
-
 
 def _tool_call(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
     """The function bound to arguments by name, those that it takes by position alone too."""
     import inspect
-
     bound = inspect.BoundArguments(inspect.signature(function), dict(arguments))
     bound.apply_defaults()
     return functools.partial(function, *bound.args, **bound.kwargs)
 
-
-_JSON_TYPES: dict[Any, str] = {
-    str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object",
-}  # fmt: skip
-
+_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 
 def _tool_schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     """A function as a tool: its docstring, and a JSON Schema made of its signature."""
     import inspect
     import typing
-
-    properties: dict[str, Any] = {}
-    required: list[str] = []
+    properties, required = {}, []
     try:
         hints = typing.get_type_hints(function)
     except Exception:  # names that are not there at run time: the parameters are then of any type
@@ -6945,11 +6859,9 @@ def _tool_schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     return {"name": name, "description": inspect.getdoc(function) or name, "parameters": schema}
 
-
 def _type_schema(hint: Any) -> dict[str, Any]:
     """The JSON Schema of a type hint; {} (anything) for those that JSON does not know."""
     import typing
-
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return {"enum": list(arguments)}
@@ -6958,7 +6870,6 @@ def _type_schema(hint: Any) -> dict[str, Any]:
     kind = _JSON_TYPES.get(origin or hint)
     items = {"items": _type_schema(arguments[0])} if kind == "array" and arguments else {}
     return {"type": kind, **items} if kind else {}
-
 
 def _structured_answer(text: str, schema: Any) -> tuple[Any, list[str]]:
     """(value, faults) of an answer that should be JSON: the whole text, a fenced part, or the JSON inside prose."""
@@ -6980,12 +6891,11 @@ def _structured_answer(text: str, schema: Any) -> tuple[Any, list[str]]:
         faults = faults or found
     return None, faults or ["it is not JSON"]
 
-
 _SCHEMA_TYPES: dict[str, Callable[[Any], bool]] = {**_INPUT_TYPES, "null": lambda value: value is None}
 _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
     # keyword -> (what the value must be, the types that the keyword speaks of, whether the value is so)
     "enum": ("one of {}", object, lambda value, allowed: any(_same(value, one) for one in allowed)),
-    "const": ("{}", object, lambda value, wanted: _same(value, wanted)),
+    "const": ("{}", object, _same),
     "minimum": ("at least {}", (int, float), lambda value, bound: value >= bound),
     "maximum": ("at most {}", (int, float), lambda value, bound: value <= bound),
     "exclusiveMinimum": ("more than {}", (int, float), lambda value, bound: value > bound),
@@ -6993,21 +6903,19 @@ _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
     "multipleOf": ("a multiple of {}", (int, float), lambda value, step: abs(value / step % 1 - 0.5) > 0.5 - 1e-9),
     "minLength": ("at least {} characters long", str, lambda value, bound: len(value) >= bound),
     "maxLength": ("at most {} characters long", str, lambda value, bound: len(value) <= bound),
-    "pattern": ("text that matches {}", str, lambda value, pattern: bool(
-        _guarded_search(_compile_regex(pattern), value))),
+    "pattern": ("text that matches {}", str, lambda value, one: bool(_guarded_search(_compile_regex(one), value))),
     "minItems": ("a list of at least {}", (list, tuple), lambda value, bound: len(value) >= bound),
     "maxItems": ("a list of at most {}", (list, tuple), lambda value, bound: len(value) <= bound),
     "uniqueItems": ("a list without repeats", (list, tuple), lambda value, wanted: not wanted or
                     len(set(map(_identity, value))) == len(value)),
     "minProperties": ("a map of at least {} keys", Mapping, lambda value, bound: len(value) >= bound),
     "maxProperties": ("a map of at most {} keys", Mapping, lambda value, bound: len(value) <= bound),
-}  # fmt: skip
+}
 _UNCHECKED = frozenset((
     "if", "then", "else", "patternProperties", "propertyNames", "contains", "minContains", "maxContains", "prefixItems",
     "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
     "additionalItems", "$dynamicRef", "$recursiveRef",
-))  # fmt: skip
-
+))
 
 def _pattern_fault(pattern: Any) -> str | None:
     try:
@@ -7015,22 +6923,17 @@ def _pattern_fault(pattern: Any) -> str | None:
     except ConditionError as error:
         return f"is not supported: {error}"
 
-
-_is_bound = _must("a number", _is_number)
-_is_schema_list = _must("a list of schemas", lambda part: isinstance(part, list) and part)
-_is_type = _must(f"of {', '.join(_SCHEMA_TYPES)}", lambda part: all(
-    isinstance(kind, str) and kind in _SCHEMA_TYPES for kind in _as_list(part)))  # fmt: skip
 _SCHEMA_PARTS: dict[str, Callable[[Any], str | None]] = {  # what the keywords themselves must be
-    "type": _is_type, "enum": _must("a list", lambda part: isinstance(part, list)), "pattern": _pattern_fault,
+    "type": _must(f"of {', '.join(_SCHEMA_TYPES)}", lambda part: {*map(str, _as_list(part))} <= {*_SCHEMA_TYPES}),
+    "enum": _must("a list", _INPUT_TYPES["array"]), "pattern": _pattern_fault, "$ref": _text,
     "required": _must("a list of texts", lambda part: isinstance(part, list) and not _texts(part)),
-    "uniqueItems": _must("true or false", _INPUT_TYPES["boolean"]), "$ref": _text,
+    "uniqueItems": _must("true or false", _INPUT_TYPES["boolean"]),
     "multipleOf": _must("a number above 0", lambda part: _is_number(part) and part > 0),
-    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _is_bound),
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _must("a number", _is_number)),
     **dict.fromkeys((low + what for low in ("min", "max") for what in ("Length", "Items", "Properties")), _integer(0)),
     **dict.fromkeys(("properties", "$defs", "definitions"), _mapping),
-    **dict.fromkeys(("anyOf", "oneOf", "allOf"), _is_schema_list),
-}  # fmt: skip
-
+    **dict.fromkeys(("anyOf", "oneOf", "allOf"), _must("a list of schemas", lambda part: part and type(part) is list)),
+}
 
 def _check_schema(root: Any) -> None:
     """ExecutionError for what `_schema_faults` would pass over (keywords that it does not know) or stumble over."""
@@ -7045,7 +6948,7 @@ def _check_schema(root: Any) -> None:
         for keyword, part in schema.items():
             if keyword in _UNCHECKED:
                 raise ExecutionError(f"{where}: the keyword {keyword!r} is not supported")
-            if fault := keyword in _SCHEMA_PARTS and _SCHEMA_PARTS[keyword](part):
+            if fault := _SCHEMA_PARTS.get(keyword, _anything)(part):
                 raise ExecutionError(f"{where}: {keyword} {fault}")
             inner = {"": part} if keyword in ("items", "additionalProperties", "not") else {}
             if keyword == "$ref":
@@ -7056,10 +6959,7 @@ def _check_schema(root: Any) -> None:
                 inner = {f"[{index}]": one for index, one in enumerate(part)}
             places += [(f"{where}.{keyword}{name}", one) for name, one in inner.items()]
 
-
-def _schema_faults(
-    value: Any, schema: Any, root: Any = None, where: str = "$", followed: tuple[str, ...] = ()
-) -> Iterator[str]:
+def _schema_faults(value: Any, schema: Any, root: Any = None, where: str = "$", followed: Any = ()) -> Iterator[str]:
     """What in a value does not fit a JSON Schema (the usual part of draft 2020-12), each with its place."""
     root = schema if root is None else root
     if schema is False:
@@ -7092,10 +6992,7 @@ def _schema_faults(
         yield f"{where} must not fit {_shorten(_to_json(schema['not']), 100)}"
     yield from _part_faults(value, schema, functools.partial(_schema_faults, root=root), where)
 
-
-def _part_faults(
-    value: Any, schema: Mapping[str, Any], inner: Callable[..., Iterator[str]], where: str
-) -> Iterator[str]:
+def _part_faults(value: Any, schema: Any, inner: Callable[..., Iterator[str]], where: str) -> Iterator[str]:
     """The faults of a map's entries and a list's items."""
     if isinstance(value, (list, tuple)) and "items" in schema:
         for index, item in enumerate(value):
@@ -7111,7 +7008,6 @@ def _part_faults(
             else:
                 yield from inner(item, properties.get(name, others), where=f"{where}.{name}")
 
-
 def _schema_at(root: Any, reference: str) -> Any:
     """The schema that a `$ref` within the document names (a JSON pointer); ExecutionError if there is none."""
     start, *steps = reference.split("/")
@@ -7124,9 +7020,7 @@ def _schema_at(root: Any, reference: str) -> Any:
         raise ExecutionError(f"the schema has nothing at $ref {reference!r}")
     return schema
 
-
 # ---- Embeddings, vectors, containers ---------------------------------------------------------------------------------
-
 
 async def _embed_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     texts, single = values["input"], isinstance(values["input"], str)
@@ -7134,7 +7028,6 @@ async def _embed_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]
     call.result.provider, call.result.model = values["provider"], model
     metadata = {"model": model, "dimensions": len(vectors[0]) if vectors else 0, "tokens_used": tokens}
     return vectors[0] if single else vectors, metadata
-
 
 async def _vector_search_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     query, top_k = values["query"], values.get("top_k") or 5
@@ -7149,9 +7042,7 @@ async def _vector_search_step(call: _StepRun, values: dict[str, Any]) -> tuple[A
     results = await call.custom(store.search, functools.partial(store.search, values["index"], query, top_k, **options))
     if not isinstance(results, list):
         raise ExecutionError(f"the vector store {values['database']!r} answered {_type_name(results)}, not results")
-    metadata = {"count": len(results), "top_k": top_k, "database": values["database"], "index": values["index"]}
-    return results, metadata
-
+    return results, {"count": len(results), "top_k": top_k, "database": values["database"], "index": values["index"]}
 
 async def _vector_upsert_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     records, documents = values.get("vectors"), values.get("documents")
@@ -7168,7 +7059,6 @@ async def _vector_upsert_step(call: _StepRun, values: dict[str, Any]) -> tuple[A
     upsert = functools.partial(store.upsert, values["index"], records, values.get("namespace"))
     return (await call.custom(store.upsert, upsert),)
 
-
 def _document_record(document: Any) -> dict[str, Any]:
     """A document (a text, or a map with a text, and perhaps an id and metadata) as a record that lacks its vector."""
     entry = {"text": document} if isinstance(document, str) else document
@@ -7182,17 +7072,13 @@ def _document_record(document: Any) -> dict[str, Any]:
         raise ExecutionError(f"the metadata of a document must be a map, not {_shown(metadata)}")
     if identifier is None:  # what is the same is stored once
         import hashlib
-
         content = entry["text"] + (_to_json(metadata, sort_keys=True) if metadata else "")
         identifier = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     return {"id": identifier, "metadata": {**metadata, "text": entry["text"]}}
 
-
 async def _parallel_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     assert call.node.children is not None
-    children = await call.run_children(call.node.children, limit=call.node.limit)
-    return children.firsts()
-
+    return (await call.run_children(call.node.children, limit=call.node.limit)).firsts()
 
 async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     node = call.node
@@ -7209,10 +7095,8 @@ async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
         outputs.update(zip(children.graph.by_id, children.firsts()))
     return (taken, *outputs.values())
 
-
 async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     import asyncio
-
     node, previous = call.node, None  # type: _Node, Mapping[str, Any] | None
     assert node.children is not None and node.until is not None
     for iteration in range(values["max_iterations"]):
@@ -7227,10 +7111,8 @@ async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
         raise ExecutionError(f"the condition of until did not hold within {values['max_iterations']} iterations")
     return outputs
 
-
 class _Paused(BaseException):
     """A step waits for an approval: the run goes on as far as it can without it, and stops."""
-
 
 async def _approval_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     """Pauses the run until it is resumed with a decision on this step."""
@@ -7244,23 +7126,10 @@ async def _approval_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, .
         raise ExecutionError("it was rejected", call.id)
     return ({"approved": True, **given},)
 
-
-async def _workflow_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
-    return await call.run_workflow(values)
-
-
 _HANDLERS: dict[str, Callable[[_StepRun, dict[str, Any]], Awaitable[tuple[Any, ...]]]] = {
-    "llm": _llm_step,
-    "embed": _embed_step,
-    "vector_search": _vector_search_step,
-    "vector_upsert": _vector_upsert_step,
-    "transform": _transform_step,
-    "action": _action_step,
-    "parallel": _parallel_step,
-    "branch": _branch_step,
-    "loop": _loop_step,
-    "workflow": _workflow_step,
-    "approval": _approval_step,
+    "llm": _llm_step, "embed": _embed_step, "vector_search": _vector_search_step, "vector_upsert": _vector_upsert_step,
+    "transform": _transform_step, "action": _action_step, "parallel": _parallel_step, "branch": _branch_step,
+    "loop": _loop_step, "approval": _approval_step, "workflow": lambda call, values: call.run_workflow(values),
 }
 
 
@@ -9823,42 +9692,34 @@ class Cassette:
 _EVENT_LEVELS = {
     "step_failed": "error", "step_retry": "warning", "step_fallback": "warning", "circuit": "warning",
     "step_pending": "debug", "step_running": "debug", "provider_call": "debug", "text": "debug",
-}  # fmt: skip
-
+}
 
 @functools.lru_cache
 def _logger() -> logging.Logger:
     """The logger `llm_orchestrator`, silent until the application configures logging."""
     import logging
-
     logger = logging.getLogger("llm_orchestrator")
     logger.addHandler(logging.NullHandler())
     return logger
-
 
 def _enabled_logger() -> logging.Logger | None:
     """The logger if anybody would see its messages."""
     return _logger() if "logging" in sys.modules and _logger().isEnabledFor(40) and _has_handlers(_logger()) else None
 
-
 def _has_handlers(logger: Any) -> bool:
     import logging
-
     while logger is not None:
         if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
             return True
         logger = logger.parent if logger.propagate else None
     return False
 
-
 def _log_event(logger: logging.Logger, event: Mapping[str, Any]) -> None:
     import logging
-
     name = event.get("level") or _EVENT_LEVELS.get(event["type"], "info")
     level = getattr(logging, str(name).upper(), logging.INFO)
     if logger.isEnabledFor(level):
         logger.log(level, "%s", _event_text(event), extra={"event": event})
-
 
 def _event_text(event: Mapping[str, Any]) -> str:
     """An event as one line: "step greet completed duration_ms=12.3 attempts=1"."""
