@@ -6609,7 +6609,10 @@ def _identity(value: Any) -> Any:
     """Equal, and of equal hash, for values that are the same JSON: 1 is 1.0 but not true, keys have no order."""
     if isinstance(value, Mapping):
         return "map", frozenset((str(key), _identity(item)) for key, item in value.items())
-    return tuple(map(_identity, value)) if isinstance(value, (list, tuple)) else (isinstance(value, bool), value)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_identity, value))
+    hashable = callable(getattr(value, "__hash__", None))  # an input may hold a set and the like
+    return isinstance(value, bool), value if hashable else repr(value)
 
 def _slice(inputs: _Inputs, parameters: _Parameters) -> Any:
     source = _one_input(inputs, (list, tuple, str), "a list or text")
