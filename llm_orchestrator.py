@@ -6827,7 +6827,7 @@ async def _tool_round(call: _StepRun, response: Any, tools: Mapping[str, Any], m
                 raise ExecutionError(f"there is no tool {name!r}; there are {', '.join(tools)}")
             if faults := list(_schema_faults(arguments, _tool_schema(name, tools[name])["parameters"])):
                 raise ExecutionError(f"wrong arguments: {'; '.join(faults[:5])}")
-            entry["result"] = await call.custom(tools[name], _tool_call(tools[name], arguments))
+            entry["result"] = await call.custom(tools[name], _bound_tool(tools[name], arguments))
         except Exception as error:
             entry["error"] = f"{type(error).__name__}: {error}"
         made.append(entry)
@@ -6835,7 +6835,7 @@ async def _tool_round(call: _StepRun, response: Any, tools: Mapping[str, Any], m
         answers.append({"role": "tool", "id": asked["id"], "name": name, "content": content, "is_error": failed})
     return answers
 
-def _tool_call(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
+def _bound_tool(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
     """The function bound to arguments by name, those that it takes by position alone too."""
     import inspect
     bound = inspect.BoundArguments(inspect.signature(function), dict(arguments))
