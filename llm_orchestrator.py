@@ -5717,9 +5717,6 @@ def _one_input(inputs: _Inputs, kind: Any = object, description: str = "") -> An
 def _list_input(inputs: _Inputs) -> list[Any]:
     return list(_one_input(inputs, (list, tuple), "a list"))
 
-def _text_input(inputs: _Inputs) -> str:
-    return str(_one_input(inputs, str, "text"))
-
 def _same(left: Any, right: Any) -> bool:
     """Equality of JSON values: 1 is 1.0 but not true, inside lists and maps too."""
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
@@ -5743,9 +5740,10 @@ def _merge(inputs: _Inputs, parameters: _Parameters) -> Any:
         for value in values:
             merged = _merge_deep(merged, value) if parameters.get("deep") else {**merged, **value}
         return merged
-    if values and all(isinstance(value, (list, tuple)) for value in values):
-        return [item for value in values for item in value]
-    return dict(inputs)
+    return list(itertools.chain(*values)) if _are_lists(values) else dict(inputs)
+
+def _are_lists(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, (list, tuple)) for value in values)
 
 def _merge_deep(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(left)
@@ -5756,8 +5754,8 @@ def _merge_deep(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, 
 
 def _concat(inputs: _Inputs, parameters: _Parameters) -> Any:
     values = list(inputs.values())
-    if values and all(isinstance(value, (list, tuple)) for value in values):
-        return [item for value in values for item in value]
+    if _are_lists(values):
+        return list(itertools.chain(*values))
     return parameters.get_as("separator", _text, "").join(map(_to_text, values))
 
 def _filter(inputs: _Inputs, parameters: _Parameters) -> Any:
@@ -5786,18 +5784,17 @@ def _pick(inputs: _Inputs, parameters: _Parameters) -> Any:
     return picked[0] if isinstance(source, Mapping) else picked
 
 def _split(inputs: _Inputs, parameters: _Parameters) -> Any:
-    text = _text_input(inputs)
-    separator = "" if parameters.get("separator") == "" else parameters.get_as("separator", _text, "\n")
+    text: str = _one_input(inputs, str, "text")
+    separator = parameters.get_as("separator", _text, "\n")
     parts = text.split(separator, parameters.get_as("max_splits", _integer(-1), -1)) if separator else list(text)
     return [part.strip() for part in parts] if parameters.get("trim") else parts
 
 def _join(inputs: _Inputs, parameters: _Parameters) -> Any:
-    separator = "" if parameters.get("separator") == "" else parameters.get_as("separator", _text, ", ")
-    return separator.join(map(_to_text, _list_input(inputs)))
+    return parameters.get_as("separator", _text, ", ").join(map(_to_text, _list_input(inputs)))
 
 def _json_parse(inputs: _Inputs, parameters: _Parameters) -> Any:
     try:
-        return _load_json(_text_input(inputs))
+        return _load_json(_one_input(inputs, str, "text"))
     except ParseError as error:
         raise ExecutionError(f"not JSON: {error}") from None
 
@@ -5806,7 +5803,7 @@ def _json_dump(inputs: _Inputs, parameters: _Parameters) -> Any:
     return _to_json(_one_input(inputs), indent=indent)
 
 def _regex(inputs: _Inputs, parameters: _Parameters) -> Any:
-    text, pattern = _text_input(inputs), parameters.get_as("pattern", _text)
+    text, pattern = _one_input(inputs, str, "text"), parameters.get_as("pattern", _text)
     compiled, group = _compile_regex(pattern), parameters.get("group", 0)
     try:
         if parameters.get("replace") is not None:
@@ -5841,7 +5838,10 @@ def _identity(value: Any) -> Any:
     """Equal, and of equal hash, for values that are the same JSON: 1 is 1.0 but not true, keys have no order."""
     if isinstance(value, Mapping):
         return "map", frozenset((str(key), _identity(item)) for key, item in value.items())
-    return tuple(map(_identity, value)) if isinstance(value, (list, tuple)) else (isinstance(value, bool), value)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_identity, value))
+    hashable = callable(getattr(value, "__hash__", None))  # an input may hold a set and the like
+    return isinstance(value, bool), value if hashable else repr(value)
 
 def _slice(inputs: _Inputs, parameters: _Parameters) -> Any:
     source = _one_input(inputs, (list, tuple, str), "a list or text")
@@ -5856,20 +5856,9 @@ def _flatten(inputs: _Inputs, parameters: _Parameters) -> Any:
     return items
 
 _TRANSFORMS: dict[str, Callable[[_Inputs, _Parameters], Any]] = {
-    "merge": _merge,
-    "concat": _concat,
-    "filter": _filter,
-    "map": _map,
-    "pick": _pick,
-    "split": _split,
-    "join": _join,
-    "json_parse": _json_parse,
-    "json_dump": _json_dump,
-    "regex": _regex,
-    "sort": _sort,
-    "unique": _unique,
-    "slice": _slice,
-    "flatten": _flatten,
+    "merge": _merge, "concat": _concat, "filter": _filter, "map": _map, "pick": _pick, "split": _split, "join": _join,
+    "json_parse": _json_parse, "json_dump": _json_dump, "regex": _regex, "sort": _sort, "unique": _unique,
+    "slice": _slice, "flatten": _flatten,
     "length": lambda inputs, parameters: len(_one_input(inputs, (list, tuple, str, Mapping), "a list, map or text")),
     "template": lambda inputs, parameters: parameters.get_as("template", _anything)(inputs, 0),
 }
@@ -5882,7 +5871,6 @@ def _log_action(call: _StepRun, parameters: _Parameters) -> Any:
 
 async def _sleep_action(call: _StepRun, parameters: _Parameters) -> Any:
     import asyncio
-
     seconds = _seconds(parameters.get("seconds", parameters.get("duration")), "s")
     if seconds is None:
         raise ExecutionError('seconds must be a number, or a text such as "1.5s"')
@@ -5901,16 +5889,15 @@ async def _write_file_action(call: _StepRun, parameters: _Parameters) -> Any:
 def _write_below(folder: str, name: str, text: str, append: bool) -> str:
     """Writes a file below `folder` and nowhere else, whatever links and dots its name holds; returns its path."""
     try:
-        root = os.path.realpath(folder)
-        path = os.path.realpath(os.path.join(root, name))
+        path = os.path.realpath(os.path.join(root := os.path.realpath(folder), name))
         if not path.startswith(root.rstrip(os.sep) + os.sep):
             raise ExecutionError(f"{name!r} is not below the output folder {folder!r}")
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if not append:
+        if append:
+            with open(path, "a", encoding="utf-8", newline="") as file:
+                file.write(text)
+        else:
             _replace_file(path, text)
-            return path
-        with open(path, "a", encoding="utf-8", newline="") as file:
-            file.write(text)
         return path
     except (OSError, ValueError) as error:
         raise ExecutionError(f"{name!r}: {error}") from None
@@ -5939,36 +5926,29 @@ async def _http_action(call: _StepRun, parameters: _Parameters) -> Any:
     method = parameters.get_as("method", _name, "GET" if body is None else "POST").upper()
     response = await call.threaded(call.run.http().request, method, url, headers, body)
     text = response.text
-    if response.status >= 400 and parameters.get("fail_on_error", True):
-        raise ProviderError(f"{method} answered {response.status}: {_shorten(text, 200)}", provider="http",
-            status=response.status, retryable=response.status in _RETRIED_STATUSES,
-            retry_after=_retry_after_seconds(response.headers))
+    status, wait = response.status, _retry_after_seconds(response.headers)
+    if status >= 400 and parameters.get("fail_on_error", True):
+        reason, retryable = f"{method} answered {status}: {_shorten(text, 200)}", status in _RETRIED_STATUSES
+        raise ProviderError(reason, provider="http", status=status, retryable=retryable, retry_after=wait)
     answered: Any = text
     with contextlib.suppress(ParseError):
         answered = _load_json(text)
-    return {"status": response.status, "headers": response.headers, "body": answered}
+    return {"status": status, "headers": response.headers, "body": answered}
 
 _ACTIONS: dict[str, Callable[[_StepRun, _Parameters], Any]] = {
     "log": _log_action, "http": _http_action, "webhook": _http_action, "write_file": _write_file_action,
     "sleep": _sleep_action, "fail": _fail_action,
 }
 
-def _fitting_call(
-    function: Callable[..., Any], leading: tuple[Any, ...], parameters: dict[str, Any]
-) -> Callable[[], Any]:
-    """A custom function bound to what it can take: parameters by name, or as one map; ExecutionError if neither fits.
-
-    `leading` comes first if there is room for it (a transform's inputs).
-    """
+def _fitting_call(function: Any, leading: tuple[Any, ...], parameters: dict[str, Any]) -> Callable[[], Any]:
+    """A custom function bound to what it can take: `leading` (a transform's inputs) first if there is room for it, and
+    the parameters by name, or as one map; ExecutionError if neither fits."""
     import inspect
-
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-in functions have none
         return lambda: function(*leading, **parameters)
-    forms: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
-        (leading, parameters), ((*leading, parameters), {}), (leading, {}), ((), parameters), ((), {}),
-    ]
+    forms: Any = (leading, parameters), ((*leading, parameters), {}), (leading, {}), ((), parameters), ((), {})
     for positional, named in forms:
         if parameters and not named and parameters not in positional:
             continue  # a function that would not see its parameters is called wrongly
@@ -6004,8 +5984,7 @@ def _per_item(render: Callable[[Any], Any], context: Any, node: _Node) -> Callab
 
 async def _action_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     name = values.pop("action")
-    custom = call.run.executor.actions.get(name)
-    if custom is not None:
+    if (custom := call.run.executor.actions.get(name)) is not None:
         return (await call.custom(custom, _fitting_call(custom, (), values)),)
     try:
         return (await call.working(functools.partial(_ACTIONS[name], call, _Parameters(values))),)
@@ -6043,8 +6022,7 @@ async def _llm_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     return value, response.model, (call.result.usage or {}).get("total_tokens"), {**metadata, **used}
 
 def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[str, Any]) -> CompletionRequest:
-    messages = values.get("messages")
-    if messages is None:
+    if (messages := values.get("messages")) is None:
         messages = [{"role": "user", "content": values["prompt"]}]
     names = ("model", "system", *_SAMPLING_KEYS, "params")
     given = {name: values[name] for name in names if values.get(name) is not None}
@@ -6067,47 +6045,39 @@ def _with_text(message: Any) -> Any:
     content = message.get("content", "") if isinstance(message, Mapping) else ""
     return message if isinstance(content, (str, list)) else {**message, "content": _to_text(content)}
 
-async def _tool_round(call: _StepRun, response: CompletionResponse, tools: Mapping[str, Any],
-        made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+async def _tool_round(call: _StepRun, response: Any, tools: Mapping[str, Any], made: list[Any]) -> list[dict[str, Any]]:
     """The messages that carry a model's tool calls and what came of them; a tool's error goes back to the model."""
-    answers: list[dict[str, Any]] = [{"role": "assistant", "content": response.text, "tool_calls": response.tool_calls}]
+    answers: list[Any] = [{"role": "assistant", "content": response.text, "tool_calls": response.tool_calls}]
     for asked in response.tool_calls:
         name, arguments = asked["name"], asked["arguments"]
         entry = {"name": name, "arguments": arguments}
         try:
             if name not in tools:
                 raise ExecutionError(f"there is no tool {name!r}; there are {', '.join(tools)}")
-            faults = list(_schema_faults(arguments, _tool_schema(name, tools[name])["parameters"]))
-            if faults:
+            if faults := list(_schema_faults(arguments, _tool_schema(name, tools[name])["parameters"])):
                 raise ExecutionError(f"wrong arguments: {'; '.join(faults[:5])}")
-            entry["result"] = await call.custom(tools[name], _tool_call(tools[name], arguments))
+            entry["result"] = await call.custom(tools[name], _bound_tool(tools[name], arguments))
         except Exception as error:
             entry["error"] = f"{type(error).__name__}: {error}"
         made.append(entry)
-        failed = "error" in entry
-        content = entry["error"] if failed else _to_text(entry["result"])
+        content, failed = entry.get("error") or _to_text(entry.get("result")), "error" in entry
         answers.append({"role": "tool", "id": asked["id"], "name": name, "content": content, "is_error": failed})
     return answers
 
-def _tool_call(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
+def _bound_tool(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
     """The function bound to arguments by name, those that it takes by position alone too."""
     import inspect
-
     bound = inspect.BoundArguments(inspect.signature(function), dict(arguments))
     bound.apply_defaults()
     return functools.partial(function, *bound.args, **bound.kwargs)
 
-_JSON_TYPES: dict[Any, str] = {
-    str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object",
-}
+_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 
 def _tool_schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     """A function as a tool: its docstring, and a JSON Schema made of its signature."""
     import inspect
     import typing
-
-    properties: dict[str, Any] = {}
-    required: list[str] = []
+    properties, required = {}, []
     try:
         hints = typing.get_type_hints(function)
     except Exception:  # names that are not there at run time: the parameters are then of any type
@@ -6124,7 +6094,6 @@ def _tool_schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
 def _type_schema(hint: Any) -> dict[str, Any]:
     """The JSON Schema of a type hint; {} (anything) for those that JSON does not know."""
     import typing
-
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return {"enum": list(arguments)}
@@ -6158,7 +6127,7 @@ _SCHEMA_TYPES: dict[str, Callable[[Any], bool]] = {**_INPUT_TYPES, "null": lambd
 _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
     # keyword -> (what the value must be, the types that the keyword speaks of, whether the value is so)
     "enum": ("one of {}", object, lambda value, allowed: any(_same(value, one) for one in allowed)),
-    "const": ("{}", object, lambda value, wanted: _same(value, wanted)),
+    "const": ("{}", object, _same),
     "minimum": ("at least {}", (int, float), lambda value, bound: value >= bound),
     "maximum": ("at most {}", (int, float), lambda value, bound: value <= bound),
     "exclusiveMinimum": ("more than {}", (int, float), lambda value, bound: value > bound),
@@ -6166,8 +6135,7 @@ _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
     "multipleOf": ("a multiple of {}", (int, float), lambda value, step: abs(value / step % 1 - 0.5) > 0.5 - 1e-9),
     "minLength": ("at least {} characters long", str, lambda value, bound: len(value) >= bound),
     "maxLength": ("at most {} characters long", str, lambda value, bound: len(value) <= bound),
-    "pattern": ("text that matches {}", str, lambda value, pattern: bool(
-        _guarded_search(_compile_regex(pattern), value))),
+    "pattern": ("text that matches {}", str, lambda value, one: bool(_guarded_search(_compile_regex(one), value))),
     "minItems": ("a list of at least {}", (list, tuple), lambda value, bound: len(value) >= bound),
     "maxItems": ("a list of at most {}", (list, tuple), lambda value, bound: len(value) <= bound),
     "uniqueItems": ("a list without repeats", (list, tuple), lambda value, wanted: not wanted or
@@ -6187,19 +6155,16 @@ def _pattern_fault(pattern: Any) -> str | None:
     except ConditionError as error:
         return f"is not supported: {error}"
 
-_is_bound = _must("a number", _is_number)
-_is_schema_list = _must("a list of schemas", lambda part: isinstance(part, list) and part)
-_is_type = _must(f"of {', '.join(_SCHEMA_TYPES)}", lambda part: all(
-    isinstance(kind, str) and kind in _SCHEMA_TYPES for kind in _as_list(part)))
 _SCHEMA_PARTS: dict[str, Callable[[Any], str | None]] = {  # what the keywords themselves must be
-    "type": _is_type, "enum": _must("a list", lambda part: isinstance(part, list)), "pattern": _pattern_fault,
+    "type": _must(f"of {', '.join(_SCHEMA_TYPES)}", lambda part: {*map(str, _as_list(part))} <= {*_SCHEMA_TYPES}),
+    "enum": _must("a list", _INPUT_TYPES["array"]), "pattern": _pattern_fault, "$ref": _text,
     "required": _must("a list of texts", lambda part: isinstance(part, list) and not _texts(part)),
-    "uniqueItems": _must("true or false", _INPUT_TYPES["boolean"]), "$ref": _text,
+    "uniqueItems": _must("true or false", _INPUT_TYPES["boolean"]),
     "multipleOf": _must("a number above 0", lambda part: _is_number(part) and part > 0),
-    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _is_bound),
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _must("a number", _is_number)),
     **dict.fromkeys((low + what for low in ("min", "max") for what in ("Length", "Items", "Properties")), _integer(0)),
     **dict.fromkeys(("properties", "$defs", "definitions"), _mapping),
-    **dict.fromkeys(("anyOf", "oneOf", "allOf"), _is_schema_list),
+    **dict.fromkeys(("anyOf", "oneOf", "allOf"), _must("a list of schemas", lambda part: part and type(part) is list)),
 }
 
 def _check_schema(root: Any) -> None:
@@ -6215,7 +6180,7 @@ def _check_schema(root: Any) -> None:
         for keyword, part in schema.items():
             if keyword in _UNCHECKED:
                 raise ExecutionError(f"{where}: the keyword {keyword!r} is not supported")
-            if fault := keyword in _SCHEMA_PARTS and _SCHEMA_PARTS[keyword](part):
+            if fault := _SCHEMA_PARTS.get(keyword, _anything)(part):
                 raise ExecutionError(f"{where}: {keyword} {fault}")
             inner = {"": part} if keyword in ("items", "additionalProperties", "not") else {}
             if keyword == "$ref":
@@ -6226,8 +6191,7 @@ def _check_schema(root: Any) -> None:
                 inner = {f"[{index}]": one for index, one in enumerate(part)}
             places += [(f"{where}.{keyword}{name}", one) for name, one in inner.items()]
 
-def _schema_faults(value: Any, schema: Any, root: Any = None, where: str = "$",
-        followed: tuple[str, ...] = ()) -> Iterator[str]:
+def _schema_faults(value: Any, schema: Any, root: Any = None, where: str = "$", followed: Any = ()) -> Iterator[str]:
     """What in a value does not fit a JSON Schema (the usual part of draft 2020-12), each with its place."""
     root = schema if root is None else root
     if schema is False:
@@ -6260,8 +6224,7 @@ def _schema_faults(value: Any, schema: Any, root: Any = None, where: str = "$",
         yield f"{where} must not fit {_shorten(_to_json(schema['not']), 100)}"
     yield from _part_faults(value, schema, functools.partial(_schema_faults, root=root), where)
 
-def _part_faults(value: Any, schema: Mapping[str, Any], inner: Callable[..., Iterator[str]],
-        where: str) -> Iterator[str]:
+def _part_faults(value: Any, schema: Any, inner: Callable[..., Iterator[str]], where: str) -> Iterator[str]:
     """The faults of a map's entries and a list's items."""
     if isinstance(value, (list, tuple)) and "items" in schema:
         for index, item in enumerate(value):
@@ -6311,8 +6274,7 @@ async def _vector_search_step(call: _StepRun, values: dict[str, Any]) -> tuple[A
     results = await call.custom(store.search, functools.partial(store.search, values["index"], query, top_k, **options))
     if not isinstance(results, list):
         raise ExecutionError(f"the vector store {values['database']!r} answered {_type_name(results)}, not results")
-    metadata = {"count": len(results), "top_k": top_k, "database": values["database"], "index": values["index"]}
-    return results, metadata
+    return results, {"count": len(results), "top_k": top_k, "database": values["database"], "index": values["index"]}
 
 async def _vector_upsert_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     records, documents = values.get("vectors"), values.get("documents")
@@ -6342,15 +6304,13 @@ def _document_record(document: Any) -> dict[str, Any]:
         raise ExecutionError(f"the metadata of a document must be a map, not {_shown(metadata)}")
     if identifier is None:  # what is the same is stored once
         import hashlib
-
         content = entry["text"] + (_to_json(metadata, sort_keys=True) if metadata else "")
         identifier = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     return {"id": identifier, "metadata": {**metadata, "text": entry["text"]}}
 
 async def _parallel_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     assert call.node.children is not None
-    children = await call.run_children(call.node.children, limit=call.node.limit)
-    return children.firsts()
+    return (await call.run_children(call.node.children, limit=call.node.limit)).firsts()
 
 async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     node = call.node
@@ -6369,7 +6329,6 @@ async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
 
 async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     import asyncio
-
     node, previous = call.node, None  # type: _Node, Mapping[str, Any] | None
     assert node.children is not None and node.until is not None
     for iteration in range(values["max_iterations"]):
@@ -6399,14 +6358,12 @@ async def _approval_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, .
         raise ExecutionError("it was rejected", call.id)
     return ({"approved": True, **given},)
 
-async def _workflow_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
-    return await call.run_workflow(values)
-
 _HANDLERS: dict[str, Callable[[_StepRun, dict[str, Any]], Awaitable[tuple[Any, ...]]]] = {
     "llm": _llm_step, "embed": _embed_step, "vector_search": _vector_search_step, "vector_upsert": _vector_upsert_step,
     "transform": _transform_step, "action": _action_step, "parallel": _parallel_step, "branch": _branch_step,
-    "loop": _loop_step, "workflow": _workflow_step, "approval": _approval_step,
+    "loop": _loop_step, "approval": _approval_step, "workflow": lambda call, values: call.run_workflow(values),
 }
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 13. Execution: the scheduler and the run
@@ -8753,7 +8710,6 @@ _EVENT_LEVELS = {
 def _logger() -> logging.Logger:
     """The logger `llm_orchestrator`, silent until the application configures logging."""
     import logging
-
     logger = logging.getLogger("llm_orchestrator")
     logger.addHandler(logging.NullHandler())
     return logger
@@ -8764,7 +8720,6 @@ def _enabled_logger() -> logging.Logger | None:
 
 def _has_handlers(logger: Any) -> bool:
     import logging
-
     while logger is not None:
         if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
             return True
@@ -8773,7 +8728,6 @@ def _has_handlers(logger: Any) -> bool:
 
 def _log_event(logger: logging.Logger, event: Mapping[str, Any]) -> None:
     import logging
-
     name = event.get("level") or _EVENT_LEVELS.get(event["type"], "info")
     level = getattr(logging, str(name).upper(), logging.INFO)
     if logger.isEnabledFor(level):
@@ -8794,6 +8748,7 @@ def _event_text(event: Mapping[str, Any]) -> str:
             name, value = "tokens", value["total_tokens"]
         details.append(str(value) if name == "message" else f"{name}={_shorten(_to_text(value), 300)}")
     return " ".join([subject, *details])
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 16. Pictures and reports

@@ -80,6 +80,7 @@ VALUES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Any]] = {
     "unique": ("unique", {"a": [1, "1", 1, True, {"x": 1}, {"x": 1}, 1.0]}, {}, [1, "1", True, {"x": 1}]),
     "unique nested": ("unique", {"a": [{"x": [1, True]}, {"x": [1.0, True]}, {"x": [1, 1]}]}, {}, [{"x": [1, True]}, {"x": [1, 1]}]),
     "unique keys in any order": ("unique", {"a": [{"x": 1, "y": 2}, {"y": 2, "x": 1}]}, {}, [{"x": 1, "y": 2}]),
+    "unique with keys of many types": ("unique", {"a": [{1: 0, "b": 1}, {"b": 1.0, 1: 0}]}, {}, [{1: 0, "b": 1}]),
     "unique key": ("unique", {"a": [{"k": 1, "v": 1}, {"k": 1, "v": 2}]}, {"key": "k"}, [{"k": 1, "v": 1}]),
     "slice": ("slice", {"a": [1, 2, 3, 4]}, {"start": 1, "end": -1}, [2, 3]),
     "slice text": ("slice", {"a": "hello"}, {"end": 2}, "he"),
@@ -314,6 +315,12 @@ def test_a_provider_without_a_native_mode_is_told_the_schema() -> None:
 def test_a_schema_that_cannot_be_checked_whole_is_refused_when_the_workflow_is_loaded(schema: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(message)):
         ask(['{"score": 1}'], schema=schema)
+
+
+def test_unique_takes_inputs_that_are_not_json() -> None:
+    step = Step(id="u", type="transform", function="unique", inputs=["inputs.a"])
+    run = WorkflowExecutor(Workflow(name="w", steps=[step]), inputs={"a": [{"x": {1}}, {"x": {1}}, b"x"]}).run()
+    assert run["u"].outputs == {"output": [{"x": {1}}, b"x"]}
 
 
 def test_a_schema_may_refer_to_itself_but_not_go_in_circles() -> None:
