@@ -4590,7 +4590,6 @@ def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
 _TUNING = ("temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "frequency_penalty", "presence_penalty")
 _SHAPE_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError)  # of reading what has another shape
 
-
 class CompletionRequest:
     """What a step asks of a language model.
 
@@ -4600,14 +4599,13 @@ class CompletionRequest:
     Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called
     with each piece of text of a streamed answer as it arrives, in the thread that makes the call.
     """
-
     def __init__(
         self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, stop: Any = None,
         temperature: float | None = None, max_tokens: int | None = None, top_p: float | None = None,
         top_k: int | None = None, seed: int | None = None, frequency_penalty: float | None = None,
         presence_penalty: float | None = None, stream: bool = False, params: Mapping[str, Any] | None = None,
         schema: Any = None, tools: list[dict[str, Any]] | None = None, on_text: Callable[[str], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.messages, self.system, self.stop, self.seed = model, messages, system, stop, seed
         self.temperature, self.max_tokens, self.top_p, self.top_k = temperature, max_tokens, top_p, top_k
         self.frequency_penalty, self.presence_penalty, self.on_text = frequency_penalty, presence_penalty, on_text
@@ -4622,7 +4620,6 @@ class CompletionRequest:
     def __repr__(self) -> str:
         return f"CompletionRequest(model={self.model!r}, prompt={_shorten(self.prompt, 60)!r})"
 
-
 class CompletionResponse:
     """What a language model answered.
 
@@ -4630,14 +4627,12 @@ class CompletionResponse:
     tool_use). `tool_calls` are maps of id, name and arguments; further keys are the vendor's, for the next request.
     `metadata` is JSON: finish_reason, request_id, truncated (true for an answer cut off by a limit) and more.
     """
-
     def __init__(
         self, text: str, model: str = "", input_tokens: int | None = None, output_tokens: int | None = None,
         finish_reason: str | None = None, request_id: str | None = None, tool_calls: Iterable[dict[str, Any]] = (),
         metadata: Mapping[str, Any] | None = None, total_tokens: int | None = None,
-    ) -> None:  # fmt: skip
-        self.text, self.model = text, model
-        self.input_tokens, self.output_tokens = input_tokens, output_tokens
+    ) -> None:
+        self.text, self.model, self.input_tokens, self.output_tokens = text, model, input_tokens, output_tokens
         counts = [count for count in (input_tokens, output_tokens) if count is not None]
         self.total_tokens = total_tokens if total_tokens is not None or not counts else sum(counts)
         self.finish_reason, self.request_id, self.tool_calls = finish_reason, request_id, list(tool_calls)
@@ -4648,24 +4643,19 @@ class CompletionResponse:
         shown = _shorten(self.text, 60)
         return f"CompletionResponse({shown!r}, model={self.model!r}, total_tokens={self.total_tokens})"
 
-
 class EmbeddingRequest:
     """Texts to embed with a model. `input_type` is "query" or "document" for vendors that tell them apart."""
-
     def __init__(
         self, model: str, input: list[str], dimensions: int | None = None, input_type: str | None = None,
         params: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.input, self.dimensions, self.input_type = model, input, dimensions, input_type
         self.params = dict(params or {})
 
-
 class EmbeddingResponse:
     """`vectors` (lists of floats) in the order of the texts; `tokens` is None where the vendor does not say."""
-
     def __init__(self, vectors: list[list[float]], model: str = "", tokens: int | None = None) -> None:
         self.vectors, self.model, self.tokens = vectors, model, tokens
-
 
 def _joined_text(content: Any) -> str:
     """The text of a content: itself, or the texts among its parts; TypeError or AttributeError if it is neither."""
@@ -4673,16 +4663,18 @@ def _joined_text(content: Any) -> str:
         return content
     return "".join(part if isinstance(part, str) else _joined_text(part.get("text", "")) for part in content or ())
 
+@functools.lru_cache(maxsize=256)
+def _keys_to(place: str) -> tuple[str | int, ...]:
+    return tuple(int(key) if key.isdigit() else key for key in place.split("."))
 
 def _dig(document: Any, place: str) -> Any:
     """The value at a place such as "choices.0.message"; None where there is none."""
     try:
-        for key in place.split("."):
-            document = document[int(key) if isinstance(document, list) else key]
+        for key in _keys_to(place):
+            document = document[key]
         return document
     except _SHAPE_ERRORS:
         return None
-
 
 def _total(document: Any, places: str) -> int | None:
     """The sum of the token counts at places such as "usage.a + usage.b"; None if there is none."""
@@ -4690,69 +4682,76 @@ def _total(document: Any, places: str) -> int | None:
     counts = [value for value in values if type(value) in (int, float) and value >= 0]
     return int(sum(counts)) if counts else None
 
-
 # ---- From a bad answer to an error -----------------------------------------------------------------------------------
 
 _STATUS_ERRORS: dict[int, type[ProviderError]] = {
     401: AuthenticationError, 402: QuotaExceededError, 403: AuthenticationError, 408: ProviderTimeoutError,
     413: ContextLengthError, 429: RateLimitError, 498: AuthenticationError, 504: ProviderTimeoutError,
-}  # fmt: skip
+}
 _WORD_ERRORS: tuple[tuple[type[ProviderError], frozenset[int | None], Any], ...] = (  # what code and message decide
     (QuotaExceededError, frozenset((400, 402, 403, 429)), re.compile(
         r"insufficient[_ ](quota|balance|credits?|funds)|credit[_ ]balance|billing_(error|hard_limit)|out of credits"
-        r"|spend(ing)?[ _-](limit|cap)|reached your specified .{0,20}usage limits"
-    )),
+        r"|spend(ing)?[ _-](limit|cap)|reached your specified .{0,20}usage limits")),
     (ContextLengthError, frozenset((400, 413, 422, 500, None)), re.compile(
         r"context[_ ](length|window|size|limit)|string_above_max_length|(prompt|input) is too long|prompt too long"
         r"|too many (input )?tokens|token count .{0,40}exceeds|too large for model|maximum model length"
         r"|reduce the length|max allowed tokens per|must have less than \d+ tokens|`inputs` tokens \+ `max_new_tokens`"
     )),
     (AuthenticationError, frozenset((400,)), re.compile(r"api[_ ]key[_ ](not[_ ]valid|invalid)|invalid[_ ]api[_ ]key")),
-)  # fmt: skip
+)
 _TYPE_STATUSES = {  # of errors inside an answer that began as a 200
     "overloaded_error": 529, "rate_limit_error": 429, "rate_limit_exceeded": 429, "slow_down": 429, "api_error": 500,
     "server_error": 500, "internal_server_error": 500, "server_is_overloaded": 503, "timeout_error": 504,
     "authentication_error": 401, "invalid_api_key": 401, "permission_error": 403, "billing_error": 402,
     "insufficient_quota": 429, "credit_balance_exhausted": 429, "invalid_request_error": 400, "not_found_error": 404,
     "context_length_exceeded": 400, "request_too_large": 413,
-}  # fmt: skip
+}
 _SECRET_HEADER = re.compile("auth|key|token|secret|cookie|password|credential|signature", re.I)
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\xa0-\xff]*")
-_USER_AGENT = f"llm_orchestrator/{__version__}"
+_USUAL_HEADERS = dict.fromkeys(("Accept", "Content-Type"), "application/json")
+_USUAL_HEADERS["User-Agent"] = f"llm_orchestrator/{__version__}"
+_JSON_WRITER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_JSON_READER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
+def _first_of(document: Any) -> Any:
+    """What an error may come in: a list of one map."""
+    return document[0] if isinstance(document, list) and document else document
+
+def _loaded(body: bytes) -> Any:
+    """The value of `_load_json`, sooner for a short text in which nothing needs its care."""
+    plain = len(body) < 10_000 and body.isascii() and not any(word in body for word in (b"NaN", b"Infinity", b"\\u"))
+    if plain and body.count(b"{") + body.count(b"[") <= _MAX_DEPTH:
+        with contextlib.suppress(ValueError):
+            return _JSON_READER.decode(body.decode())
+    return _load_json(body)
 
 def _error_parts(document: Any) -> tuple[str, str, Any]:
     """(message, code and type, the error map) of the error bodies that vendors send."""
-    document = document[0] if isinstance(document, list) and document else document
+    document = _first_of(document)
     if not isinstance(document, Mapping):
         return "", "", {}
     fault = document["error"] if isinstance(document.get("error"), Mapping) else document
     words = next((fault[key] for key in ("message", "detail", "error") if fault.get(key)), fault)
     code = " ".join(str(fault[key]) for key in ("code", "type", "status") if isinstance(fault.get(key), (str, int)))
-    return words if isinstance(words, str) else _to_json(words), code, fault
-
+    return _as_text(words), code, fault
 
 class _RestClient:
     """JSON calls to one server: its address, its headers, and one way from a bad answer to an error without secrets."""
-
     def __init__(
-        self, name: str, base_url: str, headers: Mapping[str, str] | None = None, *, proxy: str | None = None,
-        timeout_seconds: float | None = None,
-    ) -> None:  # fmt: skip
+        self, name: str, base_url: str, headers: Mapping[str, str], *, proxy: str | None, timeout_seconds: float | None,
+    ) -> None:
         self.name, self.base_url = name, base_url.rstrip("/")
-        usual = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": _USER_AGENT}
         given: dict[str, tuple[str, str]] = {}  # by its name in lower case: the last one counts
-        self.secrets: list[str] = []
-        for header, value in {**usual, **(headers or {})}.items():
+        secrets: set[str] = set()
+        for header, value in {**_USUAL_HEADERS, **headers}.items():
             header, value = str(header), str(value).strip()
             secret = bool(_SECRET_HEADER.search(header))
             if not _HEADER.fullmatch(f"{header}: {value}"):
                 reason = f"{name}: the header {header!r} holds characters that no header can carry"
                 raise AuthenticationError(reason) if secret else ValidationError(reason)
             given[header.lower()] = (header, value)
-            self.secrets += [part for part in {value, value.split(" ")[-1]} if secret and len(part) > 3]
-        self.headers = dict(given.values())
-        self.secrets.sort(key=len, reverse=True)
+            secrets |= {part for part in (value, value.split(" ")[-1]) if secret and len(part) > 3}
+        self.headers, self.secrets = dict(given.values()), sorted(secrets, key=len, reverse=True)
         self.http = _HttpClient(name, proxy=proxy, timeout_seconds=timeout_seconds)
 
     def send(
@@ -4760,8 +4759,7 @@ class _RestClient:
     ) -> _Response:
         """The response to a JSON payload; an error of the ProviderError family for every status from 400 on."""
         try:
-            text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-            body = None if payload is None else text.encode()
+            body = None if payload is None else _JSON_WRITER.encode(payload).encode()
         except (TypeError, ValueError, RecursionError) as error:  # a lone surrogate is a ValueError too
             raise ValidationError(f"{self.name}: the request has no JSON form: {error}") from None
         response = self.http.request(method, self.base_url + path, self.headers, body, on_bytes)
@@ -4780,34 +4778,32 @@ class _RestClient:
         message, code, fault = _error_parts(document)
         message = self.excerpt(message or text.strip() or "no reason was given", 500)
         if status is None or status < 400:
-            number = fault.get("code")
-            known = [_TYPE_STATUSES[word] for word in code.split() if word in _TYPE_STATUSES]
+            number, known = fault.get("code"), [_TYPE_STATUSES[word] for word in code.split() if word in _TYPE_STATUSES]
             status = number if isinstance(number, int) and 400 <= number < 600 else known[0] if known else None
         words = f"{code} {message}".lower()
         kind = next((kind for kind, statuses, said in _WORD_ERRORS if status in statuses and said.search(words)), None)
         kind = kind or _STATUS_ERRORS.get(status or 0, ProviderError)
-        advice = headers.get("x-should-retry")
+        advice, wait = headers.get("x-should-retry"), _retry_after_seconds(headers)
         retryable = status in _RETRIED_STATUSES if advice not in ("true", "false") else advice == "true"
-        wait = _retry_after_seconds(headers)
         for detail in fault["details"] if wait is None and isinstance(fault.get("details"), list) else ():
             delay = _dig(detail, "retryDelay")  # google.rpc.RetryInfo
             wait = _seconds(delay, "s") if isinstance(delay, str) else wait
-        request_id = headers.get("x-request-id") or headers.get("request-id") or _dig(document, "request_id")
         return kind(
             f"answered {status or 'an error'}: {message}", provider=self.name, status=status, retry_after=wait,
-            retryable=retryable and kind not in (QuotaExceededError, ContextLengthError), request_id=request_id,
-        )  # fmt: skip
+            retryable=retryable and kind not in (QuotaExceededError, ContextLengthError),
+            request_id=headers.get("x-request-id") or headers.get("request-id") or _dig(document, "request_id"),
+        )
 
     def check(self, headers: Mapping[str, str], document: Any) -> None:
         """Raises the error that a document is whose only news is an error, though the status was good."""
-        whole = document[0] if isinstance(document, list) and document else document
+        whole = _first_of(document)
         if isinstance(whole, Mapping) and (whole.get("error") or whole.get("type") == "error"):
             raise self.error(None, headers, whole, "")
 
     def parse(self, response: _Response) -> Any:
         """The JSON of a response; an error for nonsense, and for a document that is an error."""
         try:
-            document = _load_json(response.body)
+            document = _loaded(response.body)
         except ParseError as error:
             reason = f"answered something that is not JSON ({error.reason}): {self.excerpt(response.text)}"
             raise BadResponseError(reason, provider=self.name, status=response.status) from None
@@ -4828,27 +4824,16 @@ class _RestClient:
             reason = f"answered something else than {what}: {self.excerpt(text)}"
             raise BadResponseError(reason, provider=self.name) from None
 
-    def hide(self, text: str) -> str:
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text
-
     def excerpt(self, text: str, limit: int = 200) -> str:
         """How a text of the server begins, without secrets and without what a terminal would obey."""
-        shown = self.hide(text)[:limit]
-        return shown if shown.isprintable() else "".join(mark if mark.isprintable() else " " for mark in shown)
-
-    def close(self) -> None:
-        """Closes the connections that are not in use."""
-        self.http.close()
-
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return "".join(mark if mark.isprintable() else " " for mark in text[:limit])
 
 _EVENT_LINE_END = re.compile(b"\r\n|\n|\r")
 
-
 class _Events:
     """The events of a stream from its bytes: server-sent events (WHATWG HTML, 9.2), or lines of JSON."""
-
     def __init__(self, plain_lines: bool) -> None:
         self.plain_lines, self.after_return = plain_lines, False
         self.rest: list[bytes] = []  # of a line that has not ended yet
@@ -4856,42 +4841,30 @@ class _Events:
         self.other: list[str] = []  # lines that belong to no event
 
     def feed(self, piece: bytes) -> Iterator[str]:
-        """The data of each event that the piece completes. Raises UnicodeDecodeError."""
+        """The data of each event that the piece completes; two line ends end the last. Raises UnicodeDecodeError."""
         piece = piece[1:] if self.after_return and piece.startswith(b"\n") else piece
         self.after_return = piece.endswith(b"\r")
         first, *others = _EVENT_LINE_END.split(piece)
         self.rest.append(first)
         for following in others:
-            yield from self.end_line()
-            self.rest.append(following)
-
-    def end_line(self) -> Iterator[str]:
-        line = b"".join(self.rest).decode("utf-8").lstrip("\ufeff")
-        self.rest.clear()
-        if not line and self.data:
-            yield "\n".join(self.data)
-            self.data.clear()
-        elif self.plain_lines and line.startswith("{") and line.rstrip().endswith("}"):
-            yield line
-        elif line.startswith("data:") and not self.plain_lines:
-            self.data.append(line[6:] if line.startswith("data: ") else line[5:])
-        elif not line.startswith((":", "event:", "id:", "retry:")):
-            self.other.append(line)
-
-    def end(self) -> Iterator[str]:
-        """What is left when the stream ends."""
-        yield from self.end_line()
-        yield from self.end_line()
-
+            line, self.rest = b"".join(self.rest).decode("utf-8").lstrip("\ufeff"), [following]
+            if not line and self.data:
+                yield "\n".join(self.data)
+                self.data.clear()
+            elif self.plain_lines and line.startswith("{") and line.rstrip().endswith("}"):
+                yield line
+            elif line.startswith("data:") and not self.plain_lines:
+                self.data.append(line[6:] if line.startswith("data: ") else line[5:])
+            elif not line.startswith((":", "event:", "id:", "retry:")):
+                self.other.append(line)
 
 # ---- Vendors ---------------------------------------------------------------------------------------------------------
 
 _TRUNCATED = frozenset(("length", "max_tokens", "model_length", "max_output_tokens", "model_context_window_exceeded"))
-_NORMAL_ENDS = _TRUNCATED | frozenset((
+_NORMAL_ENDS = _TRUNCATED | {  # an answer without text that ended otherwise was stopped
     "none", "", "stop", "end_turn", "stop_sequence", "complete", "eos", "eos_token", "tool_calls", "tool_use", "load",
     "pause_turn",
-))  # fmt: skip  # an answer without text that ended otherwise was stopped
-
+}
 
 class Provider:
     """Base of the vendors' clients; safe for many threads.
@@ -4900,29 +4873,25 @@ class Provider:
     that the class lists in `OPTIONS`. `from_env` fills what is not given from the official SDK's variables.
     `native_schema` says whether `schema` is sent to the vendor; where it is not, the prompt has to ask for it.
     """
-
-    TYPE = BASE_URL = ""
+    TYPE = BASE_URL = CHAT_PATH = STREAM_PATH = EMBED_PATH = ""
     PREFIX = ""  # where the vendor's calls lie below the base URL, which may end with it or with another version
-    CHAT_PATH = STREAM_PATH = EMBED_PATH = ""
     KEY_VARIABLES: tuple[str, ...] = ()
     KEY_URLS: Mapping[str, str] = {}  # how a key begins -> another base URL for it
     URL_VARIABLES: tuple[str, ...] = ()
-    NEEDS_KEY = True
-    KEY_HEADER = ("Authorization", "Bearer ")
+    NEEDS_KEY, KEY_HEADER = True, ("Authorization", "Bearer ")
     OPTIONS: Mapping[str, str | None] = {}  # name -> the variable that sets it, or None
     TOKEN_OPTION = ""  # the option that holds a bearer token in place of a key
     FIELDS: Mapping[str, str] = {}  # of a request -> the vendor's place for it ("options.seed": inside a map)
     STREAMING: tuple[dict[str, Any], dict[str, Any]] = {}, {"stream": True}  # fields of a plain and of a streamed call
-    PLACES = ("model", "id", "")  # of an answer's model, id and finish reason in a document
-    COUNTS = ("", "", "")  # of its input, output and total tokens; " + " for a sum
+    PLACES, COUNTS = ("model", "id", ""), ("", "", "")  # of an answer's model, id, finish reason; of its input, output
+    # and total tokens (" + " for a sum)
     EMBED_FIELDS = ("input", "dimensions")  # the vendor's names for these
     EMBED_EXTRA: Mapping[str, Any] = {}  # further fields of an embedding call
     INPUT_TYPES: Mapping[str, str] = {}  # the vendor's words for query and document, if it asks for them
-    VECTORS, EMBED_TOKENS = "data", "usage.prompt_tokens"
+    VECTORS, EMBED_TOKENS, max_batch = "data", "usage.prompt_tokens", 2048  # texts in one embedding call
     PLAIN_LINES = False  # streams are lines of JSON, not server-sent events
     OBJECT_SCHEMAS = True  # a schema has to be that of a map, so that others are wrapped
     native_schema = True
-    max_batch = 2048  # texts in one embedding call
 
     # What a vendor says. The readers may raise KeyError and the like for nonsense.
     conversation: Callable[[CompletionRequest], dict[str, Any]]  # the body's fields of model, system text and messages
@@ -4935,7 +4904,7 @@ class Provider:
     def __init__(
         self, *, api_key: str | None = None, base_url: str | None = None, headers: Mapping[str, str] | None = None,
         timeout_seconds: float | None = None, proxy: str | None = None, name: str | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.limits = {limit: options.pop(limit, None) for limit in ("rate_limit", "circuit_breaker")}
         for option in options:
             if option not in self.OPTIONS:
@@ -4944,7 +4913,7 @@ class Provider:
         self.name, self.timeout_seconds = name or self.TYPE, timeout_seconds
         self.options = {option: options.get(option) for option in self.OPTIONS}
         key, token = (str(secret or "").strip() for secret in (api_key, options.get(self.TOKEN_OPTION)))
-        own = {"Authorization": f"Bearer {token}"} if token and not key else {}
+        own = {"Authorization": f"Bearer {token}"} if token else {}
         own = {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key} if key else own
         self.base_url = self.address((base_url or self.KEY_URLS.get(key[:3], self.BASE_URL)).rstrip("/"))
         url, headers = self.base_url + self.PREFIX, {**own, **self.extra_headers(), **(headers or {})}
@@ -4960,8 +4929,7 @@ class Provider:
         for option, variable in cls.OPTIONS.items():
             if variable and (option != cls.TOKEN_OPTION or not given.get("api_key")):
                 given.setdefault(option, _variable(variable))
-        missing = cls.missing_settings(given)
-        if missing:
+        if missing := cls.missing_settings(given):
             raise AuthenticationError(f"set {missing} in the environment", provider=given.get("name") or cls.TYPE)
         return cls(**given)
 
@@ -4984,9 +4952,13 @@ class Provider:
         """Where a call of a model goes, below the prefix."""
         return path
 
+    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
+        """FIELDS of this request."""
+        return self.FIELDS
+
     def complete(self, request: CompletionRequest) -> CompletionResponse:
         """The answer to a request. Raises ValidationError for a request that cannot be written, and errors of the
-        ProviderError family."""
+        ProviderError family. What `on_text` raises passes unchanged."""
         path, body = self._written(self._completion_call, request)
         started, first = time.perf_counter(), None
         if request.stream:
@@ -4996,13 +4968,14 @@ class Provider:
             document = self._rest.parse(response)
         with self._rest.reading("a completion", document):
             answer = self.answer(document, request)
-        if not answer.text and not answer.tool_calls and str(answer.finish_reason).lower() not in _NORMAL_ENDS:
+        finish = str(answer.finish_reason).lower()
+        if not answer.text and not answer.tool_calls and finish not in _NORMAL_ENDS:
             raise BadResponseError(f"gave no answer: it was stopped by {answer.finish_reason}", provider=self.name)
         fields, headers = self.fields(request), response.headers
         answer.request_id = headers.get("x-request-id") or headers.get("request-id") or answer.request_id
-        ignored = [name for name in _TUNING if getattr(request, name) is not None and name not in fields]
+        ignored = [name for name in _TUNING if name not in fields and getattr(request, name) is not None]
         extra: dict[str, Any] = {"request_id": answer.request_id, "ignored": ignored or None}
-        extra["truncated"] = str(answer.finish_reason).lower() in _TRUNCATED or None
+        extra["truncated"] = finish in _TRUNCATED or None
         extra["time_to_first_token_ms"] = None if first is None else round((first - started) * 1000, 3)
         answer.metadata.update({name: value for name, value in extra.items() if value is not None})
         return answer
@@ -5012,10 +4985,10 @@ class Provider:
         try:
             path, body = write(request)
             _add_fields(body, request.params)
+            return path, body
         except _SHAPE_ERRORS as error:
             reason = f"{self.name}: the request cannot be written: {type(error).__name__}: {error}"
             raise ValidationError(reason) from None
-        return path, body
 
     def _completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
         """(path, body) of a completion, put together from what the vendor says."""
@@ -5028,45 +5001,47 @@ class Provider:
                 value = [value] if name == "stop" and isinstance(value, str) else value
                 outer, _, last = place.rpartition(".")
                 _add_fields(body, {outer: {last: value}} if outer else {last: value})
-        body.update({"tools": self.tools(request)} if request.tools else {})
+        if request.tools:
+            body["tools"] = self.tools(request)
         if request.schema is not None and self.native_schema:
             _add_fields(body, self.schema_fields(request))
         body.update(self.STREAMING[bool(request.stream)])
-        path = self.STREAM_PATH if request.stream and self.STREAM_PATH else self.CHAT_PATH
-        return self.place(path, request.model), body
+        return self.place((request.stream and self.STREAM_PATH) or self.CHAT_PATH, request.model), body
 
     def _stream(self, path: str, body: Any, request: CompletionRequest) -> tuple[_Response, Any, float | None]:
         """(response, the document that the events built up, when the first text came). A stream that ends before its
         end mark is a lost connection."""
-        events, document = _Events(self.PLAIN_LINES), {}  # type: tuple[_Events, dict[str, Any]]
+        events, document, last = _Events(self.PLAIN_LINES), {}, []  # type: _Events, dict[str, Any], list[str]
         first: float | None = None
 
-        def on_event(text: str) -> None:
-            nonlocal first
+        def merged(text: str) -> str:
             if text.strip() == "[DONE]":
                 document["done"] = True
-                return
+                return ""
             event = self._rest.parse(_Response(200, {}, text.encode()))
             with self._rest.reading("the events of a completion", text):
-                piece = self.merge(document, event)
-            if piece:
-                first = first or time.perf_counter()
-                if request.on_text:
-                    request.on_text(piece)
+                return self.merge(document, event)
+
+        def listen(piece: str) -> None:
+            nonlocal first
+            first = first or (time.perf_counter() if piece else None)
+            if piece and request.on_text:
+                request.on_text(piece)
 
         def on_bytes(piece: bytes) -> bool:
             with self._rest.reading("a stream in UTF-8", piece):
                 texts = list(events.feed(piece))
             for text in texts:
                 if not document.get("done"):
-                    on_event(text)
+                    listen(merged(text))
             return bool(document.get("done"))
 
         response = self._rest.send("POST", path, body, on_bytes)
         if not document.get("done"):
             with contextlib.suppress(BadResponseError, UnicodeDecodeError):  # an event that was cut off
-                for text in events.end():
-                    on_event(text)
+                last = [merged(text) for text in events.feed(b"\n\n")]
+            for piece in last:
+                listen(piece)
         response.body = "\n".join(events.other).strip().encode()
         streams = re.search("event-stream|ndjson", response.headers.get("content-type", ""))
         if not document and response.body and not streams:  # the whole answer at once
@@ -5080,11 +5055,11 @@ class Provider:
 
     def answer(self, document: Any, request: CompletionRequest) -> CompletionResponse:
         """The response that a document is. May raise KeyError and the like for nonsense."""
-        model, request_id, finish = (_dig(document, place) for place in self.PLACES)
+        model, request_id, finish = [_dig(document, place) for place in self.PLACES]
         facts = {"model": model or request.model, "request_id": request_id, "finish_reason": finish}
         facts = {name: str(value) for name, value in facts.items() if isinstance(value, (str, int))}
-        counts = zip(("input_tokens", "output_tokens", "total_tokens"), self.COUNTS)
-        facts.update({name: _total(document, places) for name, places in counts})
+        for name, places in zip(("input_tokens", "output_tokens", "total_tokens"), self.COUNTS):
+            facts[name] = _total(document, places)
         response = CompletionResponse(**{**facts, **self.read(document, request)})
         if request.schema is not None and self.OBJECT_SCHEMAS:
             response.text = _unwrapped(response.text, request.schema)
@@ -5105,10 +5080,6 @@ class Provider:
             model = str(_dig(document, "model") or request.model)
             return EmbeddingResponse(rows, model, _total(document, self.EMBED_TOKENS))
 
-    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
-        """FIELDS of this request."""
-        return self.FIELDS
-
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
         """(path, body) of an embedding call."""
         if not self.EMBED_PATH:
@@ -5123,17 +5094,15 @@ class Provider:
 
     def close(self) -> None:
         """Closes the connections that are not in use."""
-        self._rest.close()
+        self._rest.http.close()
 
     def __repr__(self) -> str:
         shown = re.sub(r"(?<=//)[^/]*@|\?.*", "", self.base_url)  # no password, no query
         return f"{type(self).__name__}(name={self.name!r}, base_url={shown!r})"
 
-
 def _variable(*names: str) -> str | None:
     """The first of these environment variables that is set and not empty."""
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
-
+    return next(filter(None, map(os.environ.get, names)), None)
 
 def _add_fields(body: dict[str, Any], fields: Mapping[str, Any]) -> None:
     """Adds fields to a body; a map joins the one that is there."""
@@ -5141,11 +5110,9 @@ def _add_fields(body: dict[str, Any], fields: Mapping[str, Any]) -> None:
         both = isinstance(value, Mapping) and isinstance(body.get(key), Mapping)
         body[key] = {**body[key], **value} if both else value
 
-
 def _as_text(value: Any) -> str:
     """A text as it is, anything else as JSON: what tools return, and the arguments they are called with."""
     return value if isinstance(value, str) else _to_json(value)
-
 
 def _system_apart(request: CompletionRequest) -> tuple[str, list[dict[str, Any]]]:
     """The request's system texts, and its other messages, for vendors that keep the two apart."""
@@ -5153,18 +5120,16 @@ def _system_apart(request: CompletionRequest) -> tuple[str, list[dict[str, Any]]
     system += [_joined_text(message.get("content")) for message in request.messages if message["role"] == "system"]
     return "\n\n".join(filter(None, system)), [message for message in request.messages if message["role"] != "system"]
 
-
 def _merged_turns(messages: Iterable[dict[str, Any]], parts: str) -> list[dict[str, Any]]:
     """Messages in which neighbours of one role are one, as vendors want the results of several tool calls."""
     merged: list[dict[str, Any]] = []
     for message in messages:
-        lists = merged and isinstance(message[parts], list) and isinstance(merged[-1][parts], list)
-        if lists and merged[-1]["role"] == message["role"]:
-            merged[-1] = {**message, parts: [*merged[-1][parts], *message[parts]]}
+        last = merged[-1] if merged else {"role": None}
+        if last["role"] == message["role"] and isinstance(message[parts], list) and isinstance(last[parts], list):
+            merged[-1] = {**message, parts: [*last[parts], *message[parts]]}
         else:
             merged.append(message)
     return merged
-
 
 def _functions(request: CompletionRequest, parameters: str = "parameters") -> list[dict[str, Any]]:
     """The tools of a request, with the vendor's name for the schema of their parameters."""
@@ -5172,8 +5137,7 @@ def _functions(request: CompletionRequest, parameters: str = "parameters") -> li
     return [
         {"name": tool["name"], "description": tool.get("description") or "",
          parameters: tool.get("parameters") or nothing} for tool in request.tools or ()
-    ]  # fmt: skip
-
+    ]
 
 def _load_arguments(arguments: Any) -> Any:
     """The arguments of a tool call: a JSON text (or its pieces), or a map already; what is no JSON stays text."""
@@ -5185,7 +5149,6 @@ def _load_arguments(arguments: Any) -> Any:
         return _load_json(arguments) if isinstance(arguments, str) else arguments
     return arguments
 
-
 def _tool_calls(found: Iterable[tuple[Any, Any, Any]]) -> list[dict[str, Any]]:
     """The tool calls of a CompletionResponse from (id or None, name, arguments). Raises ValueError for no name."""
     calls = []
@@ -5195,54 +5158,43 @@ def _tool_calls(found: Iterable[tuple[Any, Any, Any]]) -> list[dict[str, Any]]:
         calls.append({"id": str(id or f"call_{index}"), "name": name, "arguments": _load_arguments(arguments)})
     return calls
 
-
 def _object_schema(schema: Any) -> Any:
     """A schema for vendors whose answers are maps: those of other values are wrapped under `value`."""
     if not isinstance(schema, Mapping) or schema.get("type") == "object":
         return schema
-    inner = {key: value for key, value in schema.items() if key not in ("$defs", "definitions")}
-    outer = {key: value for key, value in schema.items() if key in ("$defs", "definitions")}
+    outer = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    inner = {key: value for key, value in schema.items() if key not in outer}
     wrapped = {"type": "object", "properties": {"value": inner}, "required": ["value"], "additionalProperties": False}
     return {**wrapped, **outer}
 
-
 def _unwrapped(text: str, schema: Any) -> str:
     """The text of an answer to `_object_schema(schema)` as it would be without the wrapping."""
-    if _object_schema(schema) is not schema:
-        with contextlib.suppress(ParseError):
-            answer = _load_json(text)
-            if isinstance(answer, dict) and list(answer) == ["value"]:
-                return _to_json(answer["value"])
+    with contextlib.suppress(ParseError):
+        answer = _load_json(text) if _object_schema(schema) is not schema else None
+        if isinstance(answer, dict) and list(answer) == ["value"]:
+            return _to_json(answer["value"])
     return text
-
 
 _STRICT_KEYS = frozenset((
     "type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "$ref", "$defs",
-    "title", "description",
-))  # fmt: skip
-
+    "title", "description"))
 
 def _is_strict(schema: Any) -> bool:
     """Whether the strict modes of OpenAI and Anthropic take a schema: maps are closed, and nothing in them is optional.
-
     Sources: "Structured outputs" in platform.openai.com/docs/guides and docs.anthropic.com/en/docs/build-with-claude.
     """
     if not isinstance(schema, Mapping) or not _STRICT_KEYS.issuperset(schema):
         return False
-    properties = schema.get("properties", {})
-    if (properties or schema.get("type") == "object") and (
-        schema.get("additionalProperties") is not False or set(schema.get("required", ())) != set(properties)
-    ):
-        return False
+    properties, required = schema.get("properties", {}), schema.get("required", ())
+    closed = schema.get("additionalProperties") is False and set(required) == set(properties)
     inner = [*properties.values(), *schema.get("$defs", {}).values(), *schema.get("anyOf", ())]
-    return all(map(_is_strict, inner + [schema["items"]] if "items" in schema else inner))
-
+    inner += [schema["items"]] if "items" in schema else []
+    return (closed or not (properties or schema.get("type") == "object")) and all(map(_is_strict, inner))
 
 def _named_schema(schema: Any) -> dict[str, Any]:
     """A schema as OpenAI's interfaces want it."""
     schema = _object_schema(schema)
     return {"name": "answer", "schema": schema, **({"strict": True} if _is_strict(schema) else {})}
-
 
 class _ChatCompletions(Provider):
     """What speaks Chat Completions, or nearly so: messages of role and content, arguments of tools as JSON text."""
@@ -5315,7 +5267,6 @@ class _ChatCompletions(Provider):
                 message.setdefault(field, []).append(text)
         return text
 
-
 class OpenAIProvider(_ChatCompletions):
     """OpenAI: Chat Completions, Responses for the models that only it serves (or `api: responses`), Embeddings.
 
@@ -5340,7 +5291,6 @@ class OpenAIProvider(_ChatCompletions):
     def fields(self, request: CompletionRequest) -> Mapping[str, str]:
         limit = "max_completion_tokens" if self._NEW_LIMIT.match(request.model) else "max_tokens"
         return {**self.FIELDS, "max_tokens": limit}
-
 
 class _Responses(Provider):
     """OpenAI's Responses interface, over the connections of a provider that has it."""
@@ -5393,7 +5343,6 @@ class _Responses(Provider):
             document.update(event["response"], done=True)
         return str(event["delta"]) if event["type"] in ("response.output_text.delta", "response.refusal.delta") else ""
 
-
 class OpenAICompatibleProvider(OpenAIProvider):
     """Any server that speaks Chat Completions: vLLM, LM Studio, llama.cpp, LiteLLM. `base_url` ends with /v1.
 
@@ -5410,13 +5359,11 @@ class OpenAICompatibleProvider(OpenAIProvider):
         super().__init__(**settings)
         self.native_schema = self.options["structured"] != "instructions"
 
-
 def _service(kind: str, base_url: str, prefix: str) -> type[Provider]:
     """A service that speaks Chat Completions, with the variables that its SDK reads."""
     settings = {"KEY_VARIABLES": (f"{kind.upper()}_API_KEY",), "URL_VARIABLES": (f"{kind.upper()}_BASE_URL",)}
     facts = {"TYPE": kind, "BASE_URL": base_url, "PREFIX": prefix, "NEEDS_KEY": True, "__doc__": f"{base_url}{prefix}"}
     return type(f"{kind.title()}Provider", (OpenAICompatibleProvider,), {**facts, **settings})
-
 
 class AzureOpenAIProvider(OpenAIProvider):
     """Azure OpenAI: the v1 path, or with `api_version` the path of a deployment (`deployment`, by default the model).
@@ -5444,7 +5391,6 @@ class AzureOpenAIProvider(OpenAIProvider):
         deployment = f"/deployments/{quote(str(self.options['deployment'] or model), safe='')}"
         return f"{'' if path == '/responses' else deployment}{path}?api-version={quote(version, safe='')}"
 
-
 class MistralProvider(_ChatCompletions):
     """Mistral. Sources: docs.mistral.ai/api; mistralai 3.7 (`models/chatcompletionrequest.py`)."""
 
@@ -5452,7 +5398,6 @@ class MistralProvider(_ChatCompletions):
     KEY_VARIABLES, URL_VARIABLES = ("MISTRAL_API_KEY",), ("MISTRAL_BASE_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "seed": "random_seed"}
     EMBED_FIELDS = ("input", "output_dimension")
-
 
 class CohereProvider(_ChatCompletions):
     """Cohere v2. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
@@ -5484,7 +5429,6 @@ class CohereProvider(_ChatCompletions):
             self.add_delta(message, {"tool_calls": [{"index": event.get("index", 0), **part["tool_calls"]}]})
         return ""
 
-
 class OllamaProvider(_ChatCompletions):
     """Ollama's own interface; no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
 
@@ -5515,7 +5459,6 @@ class OllamaProvider(_ChatCompletions):
         whole = {**message, "content": _joined_text(message.get("content"))}  # images are a list beside it
         return {**whole, "tool_calls": [{"function": call} for call in calls]} if calls else whole
 
-
 class VoyageProvider(Provider):
     """Voyage embeddings; keys that begin with al- are those of MongoDB Atlas.
 
@@ -5526,7 +5469,6 @@ class VoyageProvider(Provider):
     KEY_VARIABLES, KEY_URLS = ("VOYAGE_API_KEY",), {"al-": "https://ai.mongodb.com"}
     EMBED_PATH, EMBED_FIELDS, EMBED_TOKENS = "/embeddings", ("input", "output_dimension"), "usage.total_tokens"
     INPUT_TYPES, max_batch = {"query": "query", "document": "document"}, 128
-
 
 class AnthropicProvider(Provider):
     """Anthropic Messages. `anthropic_version` 2023-06-01 by default: later ones refuse temperature, top_p and top_k,
@@ -5624,7 +5566,6 @@ class AnthropicProvider(Provider):
                     block[field] = (block.get(field) or "") + "".join(texts)
                 block["input"] = _load_arguments(block.pop("partial_json", block.get("input")))
         return ""
-
 
 class GeminiProvider(Provider):
     """Google Gemini generateContent. `api_version` is v1 unless set (beta: v1beta), or the base URL ends with one.
@@ -5732,7 +5673,6 @@ class GeminiProvider(Provider):
         requests = [{**named, "content": {"parts": [{"text": text}]}} for text in request.input]
         return self.place(self.EMBED_PATH, request.model), {"requests": requests}
 
-
 class EchoProvider(Provider):
     """Answers without a network, the same everywhere: in every process, on every system and every Python.
 
@@ -5768,10 +5708,8 @@ class EchoProvider(Provider):
         vectors = [_hashed_features(text, size) for text in request.input]
         return EmbeddingResponse(vectors, request.model, sum(len(text.split()) for text in request.input))
 
-
 # Not \w, which knows more letters in newer Pythons: everything but ASCII's and the common other punctuation.
 _ECHO_WORD = re.compile("[^\x00-/:-@\\[-`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+")
-
 
 def _hashed_features(text: str, size: int) -> list[float]:
     """Counts of words and letter groups by feature hashing (Weinberger et al., 2009), scaled to length 1."""
@@ -5783,7 +5721,6 @@ def _hashed_features(text: str, size: int) -> list[float]:
         vector[0] = 1.0
     length = math.sqrt(sum(number * number for number in vector))  # of multiples of 1/4: exact in any order
     return [number / length for number in vector]
-
 
 @functools.lru_cache(maxsize=4096)
 def _word_features(word: str) -> tuple[tuple[int, float], ...]:
@@ -5799,7 +5736,6 @@ def _word_features(word: str) -> tuple[tuple[int, float], ...]:
         number = int.from_bytes(digest, "big")
         hashed.append((number >> 1, weight if number & 1 else -weight))
     return tuple(hashed)
-
 
 def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[str, ...] = ()) -> Any:
     """A small value that fits a part of a JSON Schema: short texts, numbers near 0, the first of several possibilities.
@@ -5842,7 +5778,6 @@ def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[s
         return _smallest_number(schema, kind == "integer")
     return None if kind == "null" else False
 
-
 def _smallest_number(schema: Mapping[str, Any], whole: bool) -> float:
     """A number near 0 within a schema's bounds."""
     low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
@@ -5853,7 +5788,6 @@ def _smallest_number(schema: Mapping[str, Any], whole: bool) -> float:
     tried += [sum(bounds) / 2] if not whole and len(bounds) == 2 else []
     return next(number for number in tried if low <= number <= high and above < number < below)
 
-
 PROVIDERS: dict[str, type[Provider]] = {
     provider.TYPE: provider
     for provider in (
@@ -5863,7 +5797,6 @@ PROVIDERS: dict[str, type[Provider]] = {
         _service("openrouter", "https://openrouter.ai", "/api/v1"),
     )
 }  # fmt: skip
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 11. Vector stores
