@@ -5198,7 +5198,6 @@ def _named_schema(schema: Any) -> dict[str, Any]:
 
 class _ChatCompletions(Provider):
     """What speaks Chat Completions, or nearly so: messages of role and content, arguments of tools as JSON text."""
-
     CHAT_PATH, EMBED_PATH = "/chat/completions", "/embeddings"
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING if name != "top_k"}
     COUNTS = ("usage.prompt_tokens", "usage.completion_tokens", "usage.total_tokens")
@@ -5250,7 +5249,7 @@ class _ChatCompletions(Provider):
 
     def add_delta(self, message: dict[str, Any], delta: Any) -> str:
         """Adds a piece of a message to the whole; texts and arguments are lists of their pieces. Returns the text."""
-        calls, opened = message.setdefault("tool_calls", []), message.setdefault("opened", {})
+        calls, opened, text = message.setdefault("tool_calls", []), message.setdefault("opened", {}), ""
         for part in delta.get("tool_calls") or ():
             index, function = part.get("index"), part.get("function") or {}
             call = opened.get(index)
@@ -5260,7 +5259,6 @@ class _ChatCompletions(Provider):
                 calls.append(call)
             call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
             call["function"]["arguments"] += [function["arguments"]] if function.get("arguments") else []
-        text = ""
         for field in ("content", "refusal"):
             if delta.get(field) is not None:
                 text = _joined_text(delta[field])
@@ -5269,10 +5267,8 @@ class _ChatCompletions(Provider):
 
 class OpenAIProvider(_ChatCompletions):
     """OpenAI: Chat Completions, Responses for the models that only it serves (or `api: responses`), Embeddings.
-
     Sources: platform.openai.com/docs/api-reference; openai-python 3.54 (`resources/chat/completions.py`, `_client.py`).
     """
-
     TYPE, BASE_URL = "openai", "https://api.openai.com/v1"
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID", "api": None}
@@ -5294,23 +5290,20 @@ class OpenAIProvider(_ChatCompletions):
 
 class _Responses(Provider):
     """OpenAI's Responses interface, over the connections of a provider that has it."""
-
     CHAT_PATH = "/responses"
     FIELDS: Mapping[str, str] = {"temperature": "temperature", "top_p": "top_p", "max_tokens": "max_output_tokens"}
     COUNTS = ("usage.input_tokens", "usage.output_tokens", "usage.total_tokens")
 
     def __init__(self, client: OpenAIProvider) -> None:
-        self.client, self.name, self._rest, self.native_schema = client, client.name, client._rest, client.native_schema
-
-    def place(self, path: str, model: str) -> str:
-        return self.client.place(path, model)
+        self.name, self._rest, self.native_schema = client.name, client._rest, client.native_schema
+        self.place = client.place  # type: ignore[method-assign]
 
     def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         items: list[dict[str, Any]] = []
         for message in request.messages:
             if message["role"] == "tool":
-                result = {"call_id": message["id"], "output": _as_text(message["content"])}
-                items.append({"type": "function_call_output", **result})
+                output = _as_text(message["content"])
+                items.append({"type": "function_call_output", "call_id": message["id"], "output": output})
             elif message.get("content"):
                 items.append({"role": message["role"], "content": message["content"]})
             for call in message.get("tool_calls") or ():
@@ -5345,10 +5338,7 @@ class _Responses(Provider):
 
 class OpenAICompatibleProvider(OpenAIProvider):
     """Any server that speaks Chat Completions: vLLM, LM Studio, llama.cpp, LiteLLM. `base_url` ends with /v1.
-
-    `structured: instructions` is for servers without response_format json_schema.
-    """
-
+    `structured: instructions` is for servers without response_format json_schema."""
     TYPE, BASE_URL, NEEDS_KEY = "openai_compatible", "http://localhost:8000/v1", False
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_COMPATIBLE_API_KEY",), ("OPENAI_COMPATIBLE_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"api": None, "structured": None}
@@ -5367,15 +5357,11 @@ def _service(kind: str, base_url: str, prefix: str) -> type[Provider]:
 
 class AzureOpenAIProvider(OpenAIProvider):
     """Azure OpenAI: the v1 path, or with `api_version` the path of a deployment (`deployment`, by default the model).
-
-    Sources: learn.microsoft.com/azure/ai-services/openai/reference; openai-python 3.54 (`lib/azure.py`).
-    """
-
+    Sources: learn.microsoft.com/azure/ai-services/openai/reference; openai-python 3.54 (`lib/azure.py`)."""
     TYPE, BASE_URL, PREFIX = "azure", "", "/openai"
     KEY_VARIABLES, URL_VARIABLES = ("AZURE_OPENAI_API_KEY",), ("AZURE_OPENAI_ENDPOINT",)
     OPTIONS: Mapping[str, str | None] = {
-        "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None,
-    }  # fmt: skip
+        "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None}
     TOKEN_OPTION, KEY_HEADER = "ad_token", ("api-key", "")
 
     @classmethod
@@ -5393,7 +5379,6 @@ class AzureOpenAIProvider(OpenAIProvider):
 
 class MistralProvider(_ChatCompletions):
     """Mistral. Sources: docs.mistral.ai/api; mistralai 3.7 (`models/chatcompletionrequest.py`)."""
-
     TYPE, BASE_URL, PREFIX = "mistral", "https://api.mistral.ai", "/v1"
     KEY_VARIABLES, URL_VARIABLES = ("MISTRAL_API_KEY",), ("MISTRAL_BASE_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "seed": "random_seed"}
@@ -5401,9 +5386,7 @@ class MistralProvider(_ChatCompletions):
 
 class CohereProvider(_ChatCompletions):
     """Cohere v2. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
-
-    TYPE, BASE_URL, PREFIX = "cohere", "https://api.cohere.com", "/v2"
-    CHAT_PATH, EMBED_PATH = "/chat", "/embed"
+    TYPE, BASE_URL, PREFIX, CHAT_PATH, EMBED_PATH = "cohere", "https://api.cohere.com", "/v2", "/chat", "/embed"
     KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
     COUNTS = ("usage.tokens.input_tokens", "usage.tokens.output_tokens", "")
@@ -5431,15 +5414,12 @@ class CohereProvider(_ChatCompletions):
 
 class OllamaProvider(_ChatCompletions):
     """Ollama's own interface; no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
-
-    TYPE, BASE_URL, PREFIX, NEEDS_KEY = "ollama", "http://127.0.0.1:11434", "/api", False
-    CHAT_PATH, EMBED_PATH = "/chat", "/embed"
-    KEY_VARIABLES, URL_VARIABLES = ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
+    TYPE, BASE_URL, PREFIX, CHAT_PATH, EMBED_PATH = "ollama", "http://127.0.0.1:11434", "/api", "/chat", "/embed"
+    NEEDS_KEY, KEY_VARIABLES, URL_VARIABLES = False, ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
     FIELDS: Mapping[str, str] = {name: f"options.{'num_predict' if name == 'max_tokens' else name}" for name in _TUNING}
     STREAMING = ({"stream": False}, {"stream": True})  # which is true where it is not said
     COUNTS = ("prompt_eval_count", "eval_count", "")
-    VECTORS, EMBED_TOKENS = "embeddings", "prompt_eval_count"
-    PLAIN_LINES, OBJECT_SCHEMAS = True, False
+    VECTORS, EMBED_TOKENS, PLAIN_LINES, OBJECT_SCHEMAS = "embeddings", "prompt_eval_count", True, False
 
     def address(self, base_url: str) -> str:
         """OLLAMA_HOST is a host, host:port or URL; 0.0.0.0 is where a server listens, not where it is."""
@@ -5461,10 +5441,7 @@ class OllamaProvider(_ChatCompletions):
 
 class VoyageProvider(Provider):
     """Voyage embeddings; keys that begin with al- are those of MongoDB Atlas.
-
-    Sources: docs.voyageai.com/reference/embeddings-api; voyageai 0.5 (`client.py`, `util.py`).
-    """
-
+    Sources: docs.voyageai.com/reference/embeddings-api; voyageai 0.5 (`client.py`, `util.py`)."""
     TYPE, BASE_URL, PREFIX = "voyage", "https://api.voyageai.com", "/v1"
     KEY_VARIABLES, KEY_URLS = ("VOYAGE_API_KEY",), {"al-": "https://ai.mongodb.com"}
     EMBED_PATH, EMBED_FIELDS, EMBED_TOKENS = "/embeddings", ("input", "output_dimension"), "usage.total_tokens"
