@@ -5124,7 +5124,7 @@ def _merged_turns(messages: Iterable[dict[str, Any]], parts: str) -> list[dict[s
     """Messages in which neighbours of one role are one, as vendors want the results of several tool calls."""
     merged: list[dict[str, Any]] = []
     for message in messages:
-        last = merged[-1] if merged else {"role": None}
+        last: dict[str, Any] = merged[-1] if merged else {"role": None}
         if last["role"] == message["role"] and isinstance(message[parts], list) and isinstance(last[parts], list):
             merged[-1] = {**message, parts: [*last[parts], *message[parts]]}
         else:
@@ -5450,22 +5450,17 @@ class VoyageProvider(Provider):
 class AnthropicProvider(Provider):
     """Anthropic Messages. `anthropic_version` 2023-06-01 by default: later ones refuse temperature, top_p and top_k,
     which are then left out. A schema that the strict mode does not take is a tool that the model is made to call.
-
-    Sources: docs.anthropic.com/en/api/messages, /api/errors, /api/versioning; anthropic-sdk-python 2.12.
-    """
-
+    Sources: docs.anthropic.com/en/api/messages, /api/errors, /api/versioning; anthropic-sdk-python 2.12."""
     TYPE, BASE_URL, PREFIX, CHAT_PATH = "anthropic", "https://api.anthropic.com", "/v1", "/messages"
     KEY_VARIABLES, URL_VARIABLES = ("ANTHROPIC_API_KEY",), ("ANTHROPIC_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {
-        "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS",
-    }  # fmt: skip
+        "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS"}
     TOKEN_OPTION, KEY_HEADER = "auth_token", ("x-api-key", "")
     FIELDS: Mapping[str, str] = {**{name: name for name in _TUNING[:4]}, "stop": "stop_sequences"}
     PLACES = ("model", "id", "stop_reason")
     _INPUT_TOKENS = "usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens"
     COUNTS = (_INPUT_TOKENS, "usage.output_tokens", "")
-    _DEFAULT_MAX_TOKENS = 4096
-    _ANSWER_TOOL = "give_answer"
+    _DEFAULT_MAX_TOKENS, _ANSWER_TOOL = 4096, "give_answer"
 
     def version(self) -> str:
         return str(self.options["anthropic_version"] or "2023-06-01")
@@ -5491,8 +5486,8 @@ class AnthropicProvider(Provider):
             return {"role": "user", "content": [{**result, "is_error": True} if message.get("is_error") else result]}
         if not message.get("tool_calls"):
             return dict(message)
-        thinking = [block for call in message["tool_calls"] for block in call.get("thinking") or ()]
-        blocks = [*thinking, {"type": "text", "text": message["content"]}] if message.get("content") else thinking
+        blocks = [block for call in message["tool_calls"] for block in call.get("thinking") or ()]
+        blocks += [{"type": "text", "text": message["content"]}] if message.get("content") else []
         for call in message["tool_calls"]:
             arguments = call["arguments"] if isinstance(call["arguments"], dict) else {}
             blocks.append({"type": "tool_use", "id": call["id"], "name": call["name"], "input": arguments})
@@ -5512,8 +5507,8 @@ class AnthropicProvider(Provider):
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
         blocks = document["content"]
         text = "".join(_joined_text(block["text"]) for block in blocks if block["type"] == "text")
-        found = [block for block in blocks if block["type"] == "tool_use"]
-        calls = _tool_calls((block["id"], block["name"], block["input"]) for block in found)
+        found = [(block["id"], block["name"], block["input"]) for block in blocks if block["type"] == "tool_use"]
+        calls = _tool_calls(found)
         others = [call for call in calls if request.schema is None or call["name"] != self._ANSWER_TOOL]
         if calls and not others:
             return {"text": _as_text(calls[0]["arguments"]), "finish_reason": "end_turn"}
@@ -5546,27 +5541,17 @@ class AnthropicProvider(Provider):
 
 class GeminiProvider(Provider):
     """Google Gemini generateContent. `api_version` is v1 unless set (beta: v1beta), or the base URL ends with one.
-
-    Sources: ai.google.dev/api/generate-content, /api/embeddings; google-genai 3.4 (`models.py`, `_api_client.py`).
-    """
-
-    TYPE, BASE_URL = "gemini", "https://generativelanguage.googleapis.com"
+    Sources: ai.google.dev/api/generate-content, /api/embeddings; google-genai 3.4 (`models.py`, `_api_client.py`)."""
+    TYPE, BASE_URL, STREAMING = "gemini", "https://generativelanguage.googleapis.com", ({}, {})
     CHAT_PATH, STREAM_PATH, EMBED_PATH = "generateContent", "streamGenerateContent?alt=sse", "batchEmbedContents"
     KEY_VARIABLES, URL_VARIABLES = ("GOOGLE_API_KEY", "GEMINI_API_KEY"), ("GOOGLE_GEMINI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"api_version": "GOOGLE_GENAI_API_VERSION"}
     KEY_HEADER = ("x-goog-api-key", "")
-    FIELDS: Mapping[str, str] = {
-        name: f"generationConfig.{place}" for name, place in zip(_TUNING, (
-            "temperature", "maxOutputTokens", "topP", "topK", "stopSequences", "seed", "frequencyPenalty",
-            "presencePenalty",
-        ))
-    }  # fmt: skip
-    STREAMING = ({}, {})
+    _NAMES = "temperature maxOutputTokens topP topK stopSequences seed frequencyPenalty presencePenalty"
+    FIELDS: Mapping[str, str] = {ours: f"generationConfig.{name}" for ours, name in zip(_TUNING, _NAMES.split())}
     PLACES = ("modelVersion", "responseId", "candidates.0.finishReason")
-    COUNTS = (
-        "usageMetadata.promptTokenCount", "usageMetadata.candidatesTokenCount + usageMetadata.thoughtsTokenCount",
-        "usageMetadata.totalTokenCount",
-    )  # fmt: skip
+    _OUTPUT_TOKENS = "usageMetadata.candidatesTokenCount + usageMetadata.thoughtsTokenCount"
+    COUNTS = ("usageMetadata.promptTokenCount", _OUTPUT_TOKENS, "usageMetadata.totalTokenCount")
     INPUT_TYPES: Mapping[str, str] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}
     VECTORS, OBJECT_SCHEMAS, max_batch = "embeddings", False, 100
 
@@ -5578,7 +5563,10 @@ class GeminiProvider(Provider):
     def place(self, path: str, model: str) -> str:
         from urllib.parse import quote
 
-        return f"/{quote(model if '/' in model else f'models/{model}', safe='/')}:{path}"
+        return f"/{quote(self.model_name(model), safe='/')}:{path}"
+
+    def model_name(self, model: str) -> str:
+        return model if "/" in model else f"models/{model}"
 
     def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         system, messages = _system_apart(request)
@@ -5589,19 +5577,17 @@ class GeminiProvider(Provider):
 
     def message(self, message: Mapping[str, Any], named: Container[str]) -> dict[str, Any]:
         if message["role"] == "tool":
+            result = {"id": message["id"]} if message["id"] in named else {}
             answer = {"error" if message.get("is_error") else "output": message["content"]}
-            result: dict[str, Any] = {"id": message["id"]} if message["id"] in named else {}
             result.update(name=message["name"], response=answer)
             return {"role": "user", "parts": [{"functionResponse": result}]}
         content = message.get("content") or []
-        parts = [
+        parts: list[Any] = [
             {"text": part} if isinstance(part, str) else {key: part[key] for key in part if key != "type"}
             for part in ([content] if isinstance(content, str) else content)
         ]
-        parts += [
-            call.get("part") or {"functionCall": {"name": call["name"], "args": call["arguments"]}}
-            for call in message.get("tool_calls") or ()
-        ]
+        for call in message.get("tool_calls") or ():
+            parts.append(call.get("part") or {"functionCall": {"name": call["name"], "args": call["arguments"]}})
         return {"role": "model" if message["role"] == "assistant" else "user", "parts": parts}
 
     def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
@@ -5616,10 +5602,9 @@ class GeminiProvider(Provider):
         parts = (candidate.get("content") or {}).get("parts") or []
         if candidate.get("finishReason") in (None, "STOP") and "content" not in candidate:
             raise ValueError("no content")
-        found = [part for part in parts if "functionCall" in part]
-        named = [part["functionCall"] for part in found]
-        calls = _tool_calls((call.get("id"), call["name"], call.get("args")) for call in named)
-        for call, part in zip(calls, found):
+        found = [(part, part["functionCall"]) for part in parts if "functionCall" in part]
+        calls = _tool_calls((call.get("id"), call["name"], call.get("args")) for _, call in found)
+        for call, (part, _) in zip(calls, found):
             call["part"] = part  # its signature has to come back
         answer = {"text": self.text_of(parts), "tool_calls": calls}
         return {**answer, "finish_reason": str(blocked)} if blocked else answer
@@ -5628,10 +5613,9 @@ class GeminiProvider(Provider):
         return "".join(part["text"] for part in parts if "text" in part and not part.get("thought"))
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
-        event = event[0] if isinstance(event, list) else event
+        event, text = event[0] if isinstance(event, list) else event, ""
         document.update({key: value for key, value in event.items() if key != "candidates"})
         document["finished"] = document.get("finished") or _dig(event, "promptFeedback.blockReason")
-        text = ""
         for candidate in event.get("candidates") or ():
             if candidate.get("index", 0) == 0:
                 whole = document.setdefault("candidates", [{"content": {"parts": []}}])[0]
@@ -5644,10 +5628,10 @@ class GeminiProvider(Provider):
 
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
         kind = self.INPUT_TYPES.get(request.input_type or "", request.input_type)
-        model = request.model if "/" in request.model else f"models/{request.model}"
-        named = {"model": model, "taskType": kind, "outputDimensionality": request.dimensions}
-        named = {name: value for name, value in named.items() if value is not None}
-        requests = [{**named, "content": {"parts": [{"text": text}]}} for text in request.input]
+        facts = {"taskType": kind, "outputDimensionality": request.dimensions}
+        facts = {name: value for name, value in facts.items() if value is not None}
+        facts["model"] = self.model_name(request.model)
+        requests = [{**facts, "content": {"parts": [{"text": text}]}} for text in request.input]
         return self.place(self.EMBED_PATH, request.model), {"requests": requests}
 
 class EchoProvider(Provider):
@@ -5657,11 +5641,9 @@ class EchoProvider(Provider):
     it. Tools are never called; tokens are words. Embeddings are hashed counts of words and of the letter groups in
     them, of length 1: the more words and word stems two texts share, the nearer they are.
     """
-
-    TYPE = "echo"
+    TYPE, DIMENSIONS = "echo", 256
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING}
     instant = True  # never waits, so that it needs no thread
-    DIMENSIONS = 256
 
     def complete(self, request: CompletionRequest) -> CompletionResponse:
         try:
@@ -5672,9 +5654,8 @@ class EchoProvider(Provider):
         except (*_SHAPE_ERRORS, ArithmeticError, RecursionError, StopIteration) as error:
             reason = f"the messages cannot be read, or no answer that fits the schema is known: {error!r}"
             raise ValidationError(f"{self.name}: {reason}") from None
-        for piece in re.findall(r"\s*\S+\s*", text) if request.stream else ():
-            if request.on_text:
-                request.on_text(piece)
+        for piece in re.findall(r"\s*\S+\s*", text) if request.stream and request.on_text else ():
+            request.on_text(piece)  # type: ignore[misc]
         words = sum(len(part.split()) for part in asked)
         return CompletionResponse(text, request.model, words, len(text.split()), "stop")
 
@@ -5704,9 +5685,9 @@ def _word_features(word: str) -> tuple[tuple[int, float], ...]:
     """(hash, weight) of a word and of the groups of three letters in it. Words of up to three letters count little."""
     import hashlib
 
-    marked = f"^{word[:100]}$"
-    features = [(word, 1.0 if len(word) > 3 or word[0] > "\x7f" else 0.25)] if word else []
-    features += [(marked[start : start + 3], 0.25) for start in range(len(marked) - 2)] if len(word) > 3 else []
+    marked, long = f"^{word[:100]}$", len(word) > 3
+    features = [(word, 1.0 if long or word[0] > "\x7f" else 0.25)] if word else []
+    features += [(marked[start : start + 3], 0.25) for start in range(len(marked) - 2)] if long else []
     hashed = []
     for feature, weight in features:
         digest = hashlib.blake2b(feature.encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -5722,10 +5703,12 @@ def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[s
     """
     if next(left, None) is None:
         raise ValueError("the smallest answer is too large")
-    for key in ("const", "enum", "default", "examples") if isinstance(schema, Mapping) else ():
+    if not isinstance(schema, Mapping):
+        return None
+    for key in ("const", "enum", "default", "examples"):
         if key in schema:
             return schema[key][0] if key in ("enum", "examples") else schema[key]
-    if not isinstance(schema, Mapping) or schema.get("$ref") in opened:
+    if schema.get("$ref") in opened:
         return None
     if "$ref" in schema:
         keys = [key.replace("~1", "/").replace("~0", "~") for key in schema["$ref"].lstrip("#").split("/")[1:]]
@@ -5740,40 +5723,36 @@ def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[s
                 required = [*whole.get("required", ()), *part.get("required", ())]
                 whole = {**whole, **part, "properties": properties, "required": required}
             return _smallest_value(whole, root, left, opened)
-    kind = (_as_list(schema.get("type")) or ["object" if schema.get("properties") else "string"])[0]
+    properties, least = schema.get("properties") or {}, schema.get("minLength", 0)
+    kind = (_as_list(schema.get("type")) or ["object" if properties else "string"])[0]
     if kind == "object":
-        properties = schema.get("properties") or {}
         wanted = schema.get("required") or properties
         return {name: _smallest_value(properties.get(name, {}), root, left, opened) for name in wanted}
     if kind == "array":
         return [_smallest_value(schema.get("items", {}), root, left, opened) for _ in range(schema.get("minItems", 0))]
-    if kind == "string":
-        if schema.get("minLength", 0) > 10_000:
-            raise ValueError("the smallest answer is too large")
-        return "x" * schema.get("minLength", 0)
+    if kind == "string" and least > 10_000:
+        raise ValueError("the smallest answer is too large")
     if kind in ("number", "integer"):
         return _smallest_number(schema, kind == "integer")
-    return None if kind == "null" else False
+    return "x" * least if kind == "string" else None if kind == "null" else False
 
 def _smallest_number(schema: Mapping[str, Any], whole: bool) -> float:
     """A number near 0 within a schema's bounds."""
     low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
     above, below = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
-    step, floor, roof = schema.get("multipleOf") or 1, max(low, above), min(high, below)
-    bounds = [bound for bound in (floor, roof) if math.isfinite(bound)]
+    step, bounds = schema.get("multipleOf") or 1, [*filter(math.isfinite, (max(low, above), min(high, below)))]
     tried: list[float] = [0, *(math.floor(bound / step + shift) * step for bound in bounds for shift in (0, 1, -1))]
     tried += [sum(bounds) / 2] if not whole and len(bounds) == 2 else []
     return next(number for number in tried if low <= number <= high and above < number < below)
 
 PROVIDERS: dict[str, type[Provider]] = {
-    provider.TYPE: provider
-    for provider in (
+    provider.TYPE: provider for provider in (
         OpenAIProvider, AnthropicProvider, AzureOpenAIProvider, GeminiProvider, CohereProvider, MistralProvider,
         OllamaProvider, VoyageProvider, OpenAICompatibleProvider, EchoProvider,
         _service("groq", "https://api.groq.com", "/openai/v1"), _service("together", "https://api.together.ai", "/v1"),
         _service("openrouter", "https://openrouter.ai", "/api/v1"),
     )
-}  # fmt: skip
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 11. Vector stores
