@@ -4593,12 +4593,11 @@ _SHAPE_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError)  #
 class CompletionRequest:
     """What a step asks of a language model.
 
-    `messages` are maps of role and content: {role: user | system, content}, {role: assistant, content, tool_calls},
-    {role: tool, id, name, content, is_error?}; tool calls are those of a CompletionResponse, passed back as they are. A
-    content is a text, or a list of the vendor's own parts. `params` go to the vendor as they are. `schema` is a JSON
-    Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called
-    with each piece of text of a streamed answer as it arrives, in the thread that makes the call.
-    """
+    `messages` are maps: {role: user | system, content}, {role: assistant, content, tool_calls}, {role: tool, id, name,
+    content, is_error?}; tool calls are those of a CompletionResponse, passed back as they are. A content is a text, or
+    a list of the vendor's own parts. `params` go to the vendor as they are. `schema` is a JSON Schema for the answer;
+    `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called with each piece of text of
+    a streamed answer as it arrives, in the thread that makes the call."""
     def __init__(
         self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, stop: Any = None,
         temperature: float | None = None, max_tokens: int | None = None, top_p: float | None = None,
@@ -4621,12 +4620,10 @@ class CompletionRequest:
         return f"CompletionRequest(model={self.model!r}, prompt={_shorten(self.prompt, 60)!r})"
 
 class CompletionResponse:
-    """What a language model answered.
-
-    Token counts are None where the vendor does not say. `finish_reason` is the vendor's word (such as stop, length,
-    tool_use). `tool_calls` are maps of id, name and arguments; further keys are the vendor's, for the next request.
-    `metadata` is JSON: finish_reason, request_id, truncated (true for an answer cut off by a limit) and more.
-    """
+    """What a language model answered. Token counts are None where the vendor does not say. `finish_reason` is the
+    vendor's word (such as stop, length, tool_use). `tool_calls` are maps of id, name and arguments; further keys are
+    the vendor's, for the next request. `metadata` is JSON: finish_reason, request_id, truncated (true for an answer cut
+    off by a limit) and more."""
     def __init__(
         self, text: str, model: str = "", input_tokens: int | None = None, output_tokens: int | None = None,
         finish_reason: str | None = None, request_id: str | None = None, tool_calls: Iterable[dict[str, Any]] = (),
@@ -4640,8 +4637,8 @@ class CompletionResponse:
         self.metadata: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
 
     def __repr__(self) -> str:
-        shown = _shorten(self.text, 60)
-        return f"CompletionResponse({shown!r}, model={self.model!r}, total_tokens={self.total_tokens})"
+        shown, model = _shorten(self.text, 60), self.model
+        return f"CompletionResponse({shown!r}, {model=}, total_tokens={self.total_tokens})"
 
 class EmbeddingRequest:
     """Texts to embed with a model. `input_type` is "query" or "document" for vendors that tell them apart."""
@@ -4659,9 +4656,8 @@ class EmbeddingResponse:
 
 def _joined_text(content: Any) -> str:
     """The text of a content: itself, or the texts among its parts; TypeError or AttributeError if it is neither."""
-    if isinstance(content, str):
-        return content
-    return "".join(part if isinstance(part, str) else _joined_text(part.get("text", "")) for part in content or ())
+    texts = (_joined_text(part if isinstance(part, str) else part.get("text", "")) for part in content or ())
+    return content if isinstance(content, str) else "".join(texts)
 
 @functools.lru_cache(maxsize=256)
 def _keys_to(place: str) -> tuple[str | int, ...]:
@@ -4713,10 +4709,6 @@ _USUAL_HEADERS["User-Agent"] = f"llm_orchestrator/{__version__}"
 _JSON_WRITER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _JSON_READER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
-def _first_of(document: Any) -> Any:
-    """What an error may come in: a list of one map."""
-    return document[0] if isinstance(document, list) and document else document
-
 def _loaded(body: bytes) -> Any:
     """The value of `_load_json`, sooner for a short text in which nothing needs its care."""
     plain = len(body) < 10_000 and body.isascii() and not any(word in body for word in (b"NaN", b"Infinity", b"\\u"))
@@ -4727,7 +4719,7 @@ def _loaded(body: bytes) -> Any:
 
 def _error_parts(document: Any) -> tuple[str, str, Any]:
     """(message, code and type, the error map) of the error bodies that vendors send."""
-    document = _first_of(document)
+    document = document[0] if isinstance(document, list) and document else document
     if not isinstance(document, Mapping):
         return "", "", {}
     fault = document["error"] if isinstance(document.get("error"), Mapping) else document
@@ -4754,9 +4746,7 @@ class _RestClient:
         self.headers, self.secrets = dict(given.values()), sorted(secrets, key=len, reverse=True)
         self.http = _HttpClient(name, proxy=proxy, timeout_seconds=timeout_seconds)
 
-    def send(
-        self, method: str, path: str, payload: Any = None, on_bytes: Callable[[bytes], Any] | None = None
-    ) -> _Response:
+    def send(self, method: str, path: str, payload: Any = None, on_bytes: Any = None) -> _Response:
         """The response to a JSON payload; an error of the ProviderError family for every status from 400 on."""
         try:
             body = None if payload is None else _JSON_WRITER.encode(payload).encode()
@@ -4771,10 +4761,8 @@ class _RestClient:
         return response
 
     def error(self, status: int | None, headers: Mapping[str, str], document: Any, text: str) -> ProviderError:
-        """The error that an answer is: its class, whether to retry, and how long the server asks to wait.
-
-        `status` is the HTTP status; below 400 the error itself says what it is, as those do that come in a stream.
-        """
+        """The error that an answer is: its class, whether to retry, and how long the server asks to wait. `status` is
+        that of HTTP; below 400 the error itself says what it is, as those do that come in a stream."""
         message, code, fault = _error_parts(document)
         message = self.excerpt(message or text.strip() or "no reason was given", 500)
         if status is None or status < 400:
@@ -4796,7 +4784,7 @@ class _RestClient:
 
     def check(self, headers: Mapping[str, str], document: Any) -> None:
         """Raises the error that a document is whose only news is an error, though the status was good."""
-        whole = _first_of(document)
+        whole = document[0] if isinstance(document, list) and document else document
         if isinstance(whole, Mapping) and (whole.get("error") or whole.get("type") == "error"):
             raise self.error(None, headers, whole, "")
 
@@ -4867,17 +4855,14 @@ _NORMAL_ENDS = _TRUNCATED | {  # an answer without text that ended otherwise was
 }
 
 class Provider:
-    """Base of the vendors' clients; safe for many threads.
-
-    `api_key`, `base_url`, extra `headers`, `timeout_seconds` of each call, `proxy` (a URL, "" for none) and the options
-    that the class lists in `OPTIONS`. `from_env` fills what is not given from the official SDK's variables.
-    `native_schema` says whether `schema` is sent to the vendor; where it is not, the prompt has to ask for it.
-    """
+    """Base of the vendors' clients; safe for many threads. It takes `api_key`, `base_url`, extra `headers`,
+    `timeout_seconds` of each call, `proxy` (a URL, "" for none) and the options that the class lists in `OPTIONS`.
+    `from_env` fills what is not given from the official SDK's variables. `native_schema` says whether `schema` is sent
+    to the vendor; where it is not, the prompt has to ask for it."""
     TYPE = BASE_URL = CHAT_PATH = STREAM_PATH = EMBED_PATH = ""
     PREFIX = ""  # where the vendor's calls lie below the base URL, which may end with it or with another version
-    KEY_VARIABLES: tuple[str, ...] = ()
+    KEY_VARIABLES, URL_VARIABLES = (), ()  # type: tuple[str, ...], tuple[str, ...]
     KEY_URLS: Mapping[str, str] = {}  # how a key begins -> another base URL for it
-    URL_VARIABLES: tuple[str, ...] = ()
     NEEDS_KEY, KEY_HEADER = True, ("Authorization", "Bearer ")
     OPTIONS: Mapping[str, str | None] = {}  # name -> the variable that sets it, or None
     TOKEN_OPTION = ""  # the option that holds a bearer token in place of a key
@@ -4889,9 +4874,8 @@ class Provider:
     EMBED_EXTRA: Mapping[str, Any] = {}  # further fields of an embedding call
     INPUT_TYPES: Mapping[str, str] = {}  # the vendor's words for query and document, if it asks for them
     VECTORS, EMBED_TOKENS, max_batch = "data", "usage.prompt_tokens", 2048  # texts in one embedding call
-    PLAIN_LINES = False  # streams are lines of JSON, not server-sent events
+    PLAIN_LINES, native_schema = False, True  # streams are lines of JSON, not server-sent events
     OBJECT_SCHEMAS = True  # a schema has to be that of a map, so that others are wrapped
-    native_schema = True
 
     # What a vendor says. The readers may raise KeyError and the like for nonsense.
     conversation: Callable[[CompletionRequest], dict[str, Any]]  # the body's fields of model, system text and messages
@@ -5086,8 +5070,7 @@ class Provider:
             raise ValidationError(f"the provider {self.name!r} makes no embeddings")
         texts, dimensions = self.EMBED_FIELDS
         body: dict[str, Any] = {"model": request.model, texts: request.input, **self.EMBED_EXTRA}
-        if request.dimensions is not None:
-            body[dimensions] = request.dimensions
+        body.update({} if request.dimensions is None else {dimensions: request.dimensions})
         if self.INPUT_TYPES and request.input_type is not None:
             body["input_type"] = self.INPUT_TYPES.get(request.input_type, request.input_type)
         return self.place(self.EMBED_PATH, request.model), body
@@ -5180,9 +5163,8 @@ _STRICT_KEYS = frozenset((
     "title", "description"))
 
 def _is_strict(schema: Any) -> bool:
-    """Whether the strict modes of OpenAI and Anthropic take a schema: maps are closed, and nothing in them is optional.
-    Sources: "Structured outputs" in platform.openai.com/docs/guides and docs.anthropic.com/en/docs/build-with-claude.
-    """
+    """Whether the strict modes of OpenAI and Anthropic take a schema: maps are closed, nothing in them is optional. See
+    "Structured outputs" in platform.openai.com/docs/guides and docs.anthropic.com/en/docs/build-with-claude."""
     if not isinstance(schema, Mapping) or not _STRICT_KEYS.issuperset(schema):
         return False
     properties, required = schema.get("properties", {}), schema.get("required", ())
@@ -5211,11 +5193,10 @@ class _ChatCompletions(Provider):
             return {"role": "tool", "tool_call_id": message["id"], "content": _as_text(message["content"])}
         if not message.get("tool_calls"):
             return message
-        turn: dict[str, Any] = {"role": "assistant", "content": message.get("content"), "tool_calls": []}
-        for call in message["tool_calls"]:
-            function = {"name": call["name"], "arguments": _as_text(call["arguments"])}
-            turn["tool_calls"].append({"id": call["id"], "type": "function", "function": function})
-        return {key: value for key, value in turn.items() if value}
+        calls = [(call["id"], call["name"], _as_text(call["arguments"])) for call in message["tool_calls"]]
+        functions = [(id, {"name": name, "arguments": arguments}) for id, name, arguments in calls]
+        turn = {"tool_calls": [{"id": id, "type": "function", "function": function} for id, function in functions]}
+        return {"role": "assistant", **({"content": message["content"]} if message.get("content") else {}), **turn}
 
     def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
         return [{"type": "function", "function": function} for function in _functions(request)]
@@ -5267,8 +5248,7 @@ class _ChatCompletions(Provider):
 
 class OpenAIProvider(_ChatCompletions):
     """OpenAI: Chat Completions, Responses for the models that only it serves (or `api: responses`), Embeddings.
-    Sources: platform.openai.com/docs/api-reference; openai-python 3.54 (`resources/chat/completions.py`, `_client.py`).
-    """
+    Sources: platform.openai.com/docs/api-reference; openai-python 3.54 (`resources/chat/completions.py`)."""
     TYPE, BASE_URL = "openai", "https://api.openai.com/v1"
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID", "api": None}
@@ -5285,8 +5265,8 @@ class OpenAIProvider(_ChatCompletions):
         return _Responses(self).complete(request) if chosen == "responses" else super().complete(request)
 
     def fields(self, request: CompletionRequest) -> Mapping[str, str]:
-        limit = "max_completion_tokens" if self._NEW_LIMIT.match(request.model) else "max_tokens"
-        return {**self.FIELDS, "max_tokens": limit}
+        newer = self._NEW_LIMIT.match(request.model)
+        return {**self.FIELDS, "max_tokens": "max_completion_tokens"} if newer else self.FIELDS
 
 class _Responses(Provider):
     """OpenAI's Responses interface, over the connections of a provider that has it."""
@@ -5381,16 +5361,14 @@ class MistralProvider(_ChatCompletions):
     """Mistral. Sources: docs.mistral.ai/api; mistralai 3.7 (`models/chatcompletionrequest.py`)."""
     TYPE, BASE_URL, PREFIX = "mistral", "https://api.mistral.ai", "/v1"
     KEY_VARIABLES, URL_VARIABLES = ("MISTRAL_API_KEY",), ("MISTRAL_BASE_URL",)
-    FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "seed": "random_seed"}
-    EMBED_FIELDS = ("input", "output_dimension")
+    FIELDS, EMBED_FIELDS = {**_ChatCompletions.FIELDS, "seed": "random_seed"}, ("input", "output_dimension")
 
 class CohereProvider(_ChatCompletions):
     """Cohere v2. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
     TYPE, BASE_URL, PREFIX, CHAT_PATH, EMBED_PATH = "cohere", "https://api.cohere.com", "/v2", "/chat", "/embed"
     KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
-    COUNTS = ("usage.tokens.input_tokens", "usage.tokens.output_tokens", "")
-    EMBED_FIELDS = ("texts", "output_dimension")
+    EMBED_FIELDS, COUNTS = ("texts", "output_dimension"), ("usage.tokens.input_tokens", "usage.tokens.output_tokens", "")
     EMBED_EXTRA: Mapping[str, Any] = {"input_type": "search_document", "embedding_types": ["float"]}
     INPUT_TYPES: Mapping[str, str] = {"query": "search_query", "document": "search_document"}
     VECTORS, EMBED_TOKENS, max_batch = "embeddings.float", "meta.billed_units.input_tokens", 96
@@ -5417,7 +5395,7 @@ class OllamaProvider(_ChatCompletions):
     TYPE, BASE_URL, PREFIX, CHAT_PATH, EMBED_PATH = "ollama", "http://127.0.0.1:11434", "/api", "/chat", "/embed"
     NEEDS_KEY, KEY_VARIABLES, URL_VARIABLES = False, ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
     FIELDS: Mapping[str, str] = {name: f"options.{'num_predict' if name == 'max_tokens' else name}" for name in _TUNING}
-    STREAMING = ({"stream": False}, {"stream": True})  # which is true where it is not said
+    STREAMING = ({"stream": False}, {"stream": True})  # it streams where it is not said
     COUNTS = ("prompt_eval_count", "eval_count", "")
     VECTORS, EMBED_TOKENS, PLAIN_LINES, OBJECT_SCHEMAS = "embeddings", "prompt_eval_count", True, False
 
@@ -5635,12 +5613,10 @@ class GeminiProvider(Provider):
         return self.place(self.EMBED_PATH, request.model), {"requests": requests}
 
 class EchoProvider(Provider):
-    """Answers without a network, the same everywhere: in every process, on every system and every Python.
-
-    A completion is "echo: " and the text of the user's last message; with a schema it is the smallest value that fits
-    it. Tools are never called; tokens are words. Embeddings are hashed counts of words and of the letter groups in
-    them, of length 1: the more words and word stems two texts share, the nearer they are.
-    """
+    """Answers without a network, the same in every process, on every system and every Python: "echo: " and the text of
+    the user's last message, or the smallest value that fits a schema. Tools are never called; tokens are words.
+    Embeddings are hashed counts of words and of the letter groups in them, of length 1: the more words and word stems
+    two texts share, the nearer they are."""
     TYPE, DIMENSIONS = "echo", 256
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING}
     instant = True  # never waits, so that it needs no thread
@@ -5675,8 +5651,7 @@ def _hashed_features(text: str, size: int) -> list[float]:
     for word in _ECHO_WORD.findall(text.lower()) or [text]:
         for place, weight in _word_features(word):
             vector[place % size] += weight
-    if not any(vector):  # no feature, or all cancel each other out
-        vector[0] = 1.0
+    vector = vector if any(vector) else [1.0, *vector[1:]]  # no feature, or all cancel each other out
     length = math.sqrt(sum(number * number for number in vector))  # of multiples of 1/4: exact in any order
     return [number / length for number in vector]
 
@@ -5696,11 +5671,9 @@ def _word_features(word: str) -> tuple[tuple[int, float], ...]:
     return tuple(hashed)
 
 def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[str, ...] = ()) -> Any:
-    """A small value that fits a part of a JSON Schema: short texts, numbers near 0, the first of several possibilities.
-
-    A map has its required properties, or all where none is said to be required. A `pattern` needs an `examples`. `left`
-    runs out (a ValueError) when the value grows too large; `opened` are the `$ref`s around this part.
-    """
+    """A small value that fits a part of a JSON Schema: short texts, numbers near 0, the first of several possibilities;
+    of a map the required properties, or all where none is. A `pattern` needs an `examples`. `left` runs out (a
+    ValueError) when the value grows too large; `opened` are the `$ref`s around this part."""
     if next(left, None) is None:
         raise ValueError("the smallest answer is too large")
     if not isinstance(schema, Mapping):
@@ -5708,9 +5681,9 @@ def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[s
     for key in ("const", "enum", "default", "examples"):
         if key in schema:
             return schema[key][0] if key in ("enum", "examples") else schema[key]
-    if schema.get("$ref") in opened:
-        return None
     if "$ref" in schema:
+        if schema["$ref"] in opened:
+            return None
         keys = [key.replace("~1", "/").replace("~0", "~") for key in schema["$ref"].lstrip("#").split("/")[1:]]
         target = functools.reduce(lambda inner, key: inner[key], keys, root)
         return _smallest_value(target, root, left, (*opened, schema["$ref"]))
