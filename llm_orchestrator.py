@@ -3888,19 +3888,18 @@ _SHAPE_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError)  #
 class CompletionRequest:
     """What a step asks of a language model.
 
-    `messages` are maps of role and content: {role: user | system, content}, {role: assistant, content, tool_calls},
-    {role: tool, id, name, content, is_error?}; tool calls are those of a CompletionResponse, passed back as they are. A
-    content is a text, or a list of the vendor's own parts. `params` go to the vendor as they are. `schema` is a JSON
-    Schema for the answer; `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called
-    with each piece of text of a streamed answer as it arrives, in the thread that makes the call.
-    """
-
-    def __init__(self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, stop: Any = None,
-            temperature: float | None = None, max_tokens: int | None = None, top_p: float | None = None,
-            top_k: int | None = None, seed: int | None = None, frequency_penalty: float | None = None,
-            presence_penalty: float | None = None, stream: bool = False, params: Mapping[str, Any] | None = None,
-            schema: Any = None, tools: list[dict[str, Any]] | None = None,
-            on_text: Callable[[str], None] | None = None) -> None:
+    `messages` are maps: {role: user | system, content}, {role: assistant, content, tool_calls}, {role: tool, id, name,
+    content, is_error?}; tool calls are those of a CompletionResponse, passed back as they are. A content is a text, or
+    a list of the vendor's own parts. `params` go to the vendor as they are. `schema` is a JSON Schema for the answer;
+    `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called with each piece of text of
+    a streamed answer as it arrives, in the thread that makes the call."""
+    def __init__(
+        self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, stop: Any = None,
+        temperature: float | None = None, max_tokens: int | None = None, top_p: float | None = None,
+        top_k: int | None = None, seed: int | None = None, frequency_penalty: float | None = None,
+        presence_penalty: float | None = None, stream: bool = False, params: Mapping[str, Any] | None = None,
+        schema: Any = None, tools: list[dict[str, Any]] | None = None, on_text: Callable[[str], None] | None = None,
+    ) -> None:
         self.model, self.messages, self.system, self.stop, self.seed = model, messages, system, stop, seed
         self.temperature, self.max_tokens, self.top_p, self.top_k = temperature, max_tokens, top_p, top_k
         self.frequency_penalty, self.presence_penalty, self.on_text = frequency_penalty, presence_penalty, on_text
@@ -3916,18 +3915,16 @@ class CompletionRequest:
         return f"CompletionRequest(model={self.model!r}, prompt={_shorten(self.prompt, 60)!r})"
 
 class CompletionResponse:
-    """What a language model answered.
-
-    Token counts are None where the vendor does not say. `finish_reason` is the vendor's word (such as stop, length,
-    tool_use). `tool_calls` are maps of id, name and arguments; further keys are the vendor's, for the next request.
-    `metadata` is JSON: finish_reason, request_id, truncated (true for an answer cut off by a limit) and more.
-    """
-
-    def __init__(self, text: str, model: str = "", input_tokens: int | None = None, output_tokens: int | None = None,
-            finish_reason: str | None = None, request_id: str | None = None, tool_calls: Iterable[dict[str, Any]] = (),
-            metadata: Mapping[str, Any] | None = None, total_tokens: int | None = None) -> None:
-        self.text, self.model = text, model
-        self.input_tokens, self.output_tokens = input_tokens, output_tokens
+    """What a language model answered. Token counts are None where the vendor does not say. `finish_reason` is the
+    vendor's word (such as stop, length, tool_use). `tool_calls` are maps of id, name and arguments; further keys are
+    the vendor's, for the next request. `metadata` is JSON: finish_reason, request_id, truncated (true for an answer cut
+    off by a limit) and more."""
+    def __init__(
+        self, text: str, model: str = "", input_tokens: int | None = None, output_tokens: int | None = None,
+        finish_reason: str | None = None, request_id: str | None = None, tool_calls: Iterable[dict[str, Any]] = (),
+        metadata: Mapping[str, Any] | None = None, total_tokens: int | None = None,
+    ) -> None:
+        self.text, self.model, self.input_tokens, self.output_tokens = text, model, input_tokens, output_tokens
         counts = [count for count in (input_tokens, output_tokens) if count is not None]
         self.total_tokens = total_tokens if total_tokens is not None or not counts else sum(counts)
         self.finish_reason, self.request_id, self.tool_calls = finish_reason, request_id, list(tool_calls)
@@ -3935,34 +3932,37 @@ class CompletionResponse:
         self.metadata: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
 
     def __repr__(self) -> str:
-        shown = _shorten(self.text, 60)
-        return f"CompletionResponse({shown!r}, model={self.model!r}, total_tokens={self.total_tokens})"
+        shown, model = _shorten(self.text, 60), self.model
+        return f"CompletionResponse({shown!r}, {model=}, total_tokens={self.total_tokens})"
 
 class EmbeddingRequest:
     """Texts to embed with a model. `input_type` is "query" or "document" for vendors that tell them apart."""
-
-    def __init__(self, model: str, input: list[str], dimensions: int | None = None, input_type: str | None = None,
-            params: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, model: str, input: list[str], dimensions: int | None = None, input_type: str | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> None:
         self.model, self.input, self.dimensions, self.input_type = model, input, dimensions, input_type
         self.params = dict(params or {})
 
 class EmbeddingResponse:
     """`vectors` (lists of floats) in the order of the texts; `tokens` is None where the vendor does not say."""
-
     def __init__(self, vectors: list[list[float]], model: str = "", tokens: int | None = None) -> None:
         self.vectors, self.model, self.tokens = vectors, model, tokens
 
 def _joined_text(content: Any) -> str:
     """The text of a content: itself, or the texts among its parts; TypeError or AttributeError if it is neither."""
-    if isinstance(content, str):
-        return content
-    return "".join(part if isinstance(part, str) else _joined_text(part.get("text", "")) for part in content or ())
+    texts = (_joined_text(part if isinstance(part, str) else part.get("text", "")) for part in content or ())
+    return content if isinstance(content, str) else "".join(texts)
+
+@functools.lru_cache(maxsize=256)
+def _keys_to(place: str) -> tuple[str | int, ...]:
+    return tuple(int(key) if key.isdigit() else key for key in place.split("."))
 
 def _dig(document: Any, place: str) -> Any:
     """The value at a place such as "choices.0.message"; None where there is none."""
     try:
-        for key in place.split("."):
-            document = document[int(key) if isinstance(document, list) else key]
+        for key in _keys_to(place):
+            document = document[key]
         return document
     except _SHAPE_ERRORS:
         return None
@@ -3982,8 +3982,7 @@ _STATUS_ERRORS: dict[int, type[ProviderError]] = {
 _WORD_ERRORS: tuple[tuple[type[ProviderError], frozenset[int | None], Any], ...] = (  # what code and message decide
     (QuotaExceededError, frozenset((400, 402, 403, 429)), re.compile(
         r"insufficient[_ ](quota|balance|credits?|funds)|credit[_ ]balance|billing_(error|hard_limit)|out of credits"
-        r"|spend(ing)?[ _-](limit|cap)|reached your specified .{0,20}usage limits"
-    )),
+        r"|spend(ing)?[ _-](limit|cap)|reached your specified .{0,20}usage limits")),
     (ContextLengthError, frozenset((400, 413, 422, 500, None)), re.compile(
         r"context[_ ](length|window|size|limit)|string_above_max_length|(prompt|input) is too long|prompt too long"
         r"|too many (input )?tokens|token count .{0,40}exceeds|too large for model|maximum model length"
@@ -4000,7 +3999,18 @@ _TYPE_STATUSES = {  # of errors inside an answer that began as a 200
 }
 _SECRET_HEADER = re.compile("auth|key|token|secret|cookie|password|credential|signature", re.I)
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\xa0-\xff]*")
-_USER_AGENT = f"llm_orchestrator/{__version__}"
+_USUAL_HEADERS = dict.fromkeys(("Accept", "Content-Type"), "application/json")
+_USUAL_HEADERS["User-Agent"] = f"llm_orchestrator/{__version__}"
+_JSON_WRITER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_JSON_READER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+
+def _loaded(body: bytes) -> Any:
+    """The value of `_load_json`, sooner for a short text in which nothing needs its care."""
+    plain = len(body) < 10_000 and body.isascii() and not any(word in body for word in (b"NaN", b"Infinity", b"\\u"))
+    if plain and body.count(b"{") + body.count(b"[") <= _MAX_DEPTH:
+        with contextlib.suppress(ValueError):
+            return _JSON_READER.decode(body.decode())
+    return _load_json(body)
 
 def _error_parts(document: Any) -> tuple[str, str, Any]:
     """(message, code and type, the error map) of the error bodies that vendors send."""
@@ -4010,35 +4020,31 @@ def _error_parts(document: Any) -> tuple[str, str, Any]:
     fault = document["error"] if isinstance(document.get("error"), Mapping) else document
     words = next((fault[key] for key in ("message", "detail", "error") if fault.get(key)), fault)
     code = " ".join(str(fault[key]) for key in ("code", "type", "status") if isinstance(fault.get(key), (str, int)))
-    return words if isinstance(words, str) else _to_json(words), code, fault
+    return _as_text(words), code, fault
 
 class _RestClient:
     """JSON calls to one server: its address, its headers, and one way from a bad answer to an error without secrets."""
-
-    def __init__(self, name: str, base_url: str, headers: Mapping[str, str] | None = None, *, proxy: str | None = None,
-            timeout_seconds: float | None = None) -> None:
+    def __init__(
+        self, name: str, base_url: str, headers: Mapping[str, str], *, proxy: str | None, timeout_seconds: float | None,
+    ) -> None:
         self.name, self.base_url = name, base_url.rstrip("/")
-        usual = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": _USER_AGENT}
         given: dict[str, tuple[str, str]] = {}  # by its name in lower case: the last one counts
-        self.secrets: list[str] = []
-        for header, value in {**usual, **(headers or {})}.items():
+        secrets: set[str] = set()
+        for header, value in {**_USUAL_HEADERS, **headers}.items():
             header, value = str(header), str(value).strip()
             secret = bool(_SECRET_HEADER.search(header))
             if not _HEADER.fullmatch(f"{header}: {value}"):
                 reason = f"{name}: the header {header!r} holds characters that no header can carry"
                 raise AuthenticationError(reason) if secret else ValidationError(reason)
             given[header.lower()] = (header, value)
-            self.secrets += [part for part in {value, value.split(" ")[-1]} if secret and len(part) > 3]
-        self.headers = dict(given.values())
-        self.secrets.sort(key=len, reverse=True)
+            secrets |= {part for part in (value, value.split(" ")[-1]) if secret and len(part) > 3}
+        self.headers, self.secrets = dict(given.values()), sorted(secrets, key=len, reverse=True)
         self.http = _HttpClient(name, proxy=proxy, timeout_seconds=timeout_seconds)
 
-    def send(self, method: str, path: str, payload: Any = None,
-            on_bytes: Callable[[bytes], Any] | None = None) -> _Response:
+    def send(self, method: str, path: str, payload: Any = None, on_bytes: Any = None) -> _Response:
         """The response to a JSON payload; an error of the ProviderError family for every status from 400 on."""
         try:
-            text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-            body = None if payload is None else text.encode()
+            body = None if payload is None else _JSON_WRITER.encode(payload).encode()
         except (TypeError, ValueError, RecursionError) as error:  # a lone surrogate is a ValueError too
             raise ValidationError(f"{self.name}: the request has no JSON form: {error}") from None
         response = self.http.request(method, self.base_url + path, self.headers, body, on_bytes)
@@ -4050,28 +4056,26 @@ class _RestClient:
         return response
 
     def error(self, status: int | None, headers: Mapping[str, str], document: Any, text: str) -> ProviderError:
-        """The error that an answer is: its class, whether to retry, and how long the server asks to wait.
-
-        `status` is the HTTP status; below 400 the error itself says what it is, as those do that come in a stream.
-        """
+        """The error that an answer is: its class, whether to retry, and how long the server asks to wait. `status` is
+        that of HTTP; below 400 the error itself says what it is, as those do that come in a stream."""
         message, code, fault = _error_parts(document)
         message = self.excerpt(message or text.strip() or "no reason was given", 500)
         if status is None or status < 400:
-            number = fault.get("code")
-            known = [_TYPE_STATUSES[word] for word in code.split() if word in _TYPE_STATUSES]
+            number, known = fault.get("code"), [_TYPE_STATUSES[word] for word in code.split() if word in _TYPE_STATUSES]
             status = number if isinstance(number, int) and 400 <= number < 600 else known[0] if known else None
         words = f"{code} {message}".lower()
         kind = next((kind for kind, statuses, said in _WORD_ERRORS if status in statuses and said.search(words)), None)
         kind = kind or _STATUS_ERRORS.get(status or 0, ProviderError)
-        advice = headers.get("x-should-retry")
+        advice, wait = headers.get("x-should-retry"), _retry_after_seconds(headers)
         retryable = status in _RETRIED_STATUSES if advice not in ("true", "false") else advice == "true"
-        wait = _retry_after_seconds(headers)
         for detail in fault["details"] if wait is None and isinstance(fault.get("details"), list) else ():
             delay = _dig(detail, "retryDelay")  # google.rpc.RetryInfo
             wait = _seconds(delay, "s") if isinstance(delay, str) else wait
-        request_id = headers.get("x-request-id") or headers.get("request-id") or _dig(document, "request_id")
-        return kind(f"answered {status or 'an error'}: {message}", provider=self.name, status=status, retry_after=wait,
-            retryable=retryable and kind not in (QuotaExceededError, ContextLengthError), request_id=request_id)
+        return kind(
+            f"answered {status or 'an error'}: {message}", provider=self.name, status=status, retry_after=wait,
+            retryable=retryable and kind not in (QuotaExceededError, ContextLengthError),
+            request_id=headers.get("x-request-id") or headers.get("request-id") or _dig(document, "request_id"),
+        )
 
     def check(self, headers: Mapping[str, str], document: Any) -> None:
         """Raises the error that a document is whose only news is an error, though the status was good."""
@@ -4082,7 +4086,7 @@ class _RestClient:
     def parse(self, response: _Response) -> Any:
         """The JSON of a response; an error for nonsense, and for a document that is an error."""
         try:
-            document = _load_json(response.body)
+            document = _loaded(response.body)
         except ParseError as error:
             reason = f"answered something that is not JSON ({error.reason}): {self.excerpt(response.text)}"
             raise BadResponseError(reason, provider=self.name, status=response.status) from None
@@ -4103,25 +4107,16 @@ class _RestClient:
             reason = f"answered something else than {what}: {self.excerpt(text)}"
             raise BadResponseError(reason, provider=self.name) from None
 
-    def hide(self, text: str) -> str:
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text
-
     def excerpt(self, text: str, limit: int = 200) -> str:
         """How a text of the server begins, without secrets and without what a terminal would obey."""
-        shown = self.hide(text)[:limit]
-        return shown if shown.isprintable() else "".join(mark if mark.isprintable() else " " for mark in shown)
-
-    def close(self) -> None:
-        """Closes the connections that are not in use."""
-        self.http.close()
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return "".join(mark if mark.isprintable() else " " for mark in text[:limit])
 
 _EVENT_LINE_END = re.compile(b"\r\n|\n|\r")
 
 class _Events:
     """The events of a stream from its bytes: server-sent events (WHATWG HTML, 9.2), or lines of JSON."""
-
     def __init__(self, plain_lines: bool) -> None:
         self.plain_lines, self.after_return = plain_lines, False
         self.rest: list[bytes] = []  # of a line that has not ended yet
@@ -4129,71 +4124,53 @@ class _Events:
         self.other: list[str] = []  # lines that belong to no event
 
     def feed(self, piece: bytes) -> Iterator[str]:
-        """The data of each event that the piece completes. Raises UnicodeDecodeError."""
+        """The data of each event that the piece completes; two line ends end the last. Raises UnicodeDecodeError."""
         piece = piece[1:] if self.after_return and piece.startswith(b"\n") else piece
         self.after_return = piece.endswith(b"\r")
         first, *others = _EVENT_LINE_END.split(piece)
         self.rest.append(first)
         for following in others:
-            yield from self.end_line()
-            self.rest.append(following)
-
-    def end_line(self) -> Iterator[str]:
-        line = b"".join(self.rest).decode("utf-8").lstrip("\ufeff")
-        self.rest.clear()
-        if not line and self.data:
-            yield "\n".join(self.data)
-            self.data.clear()
-        elif self.plain_lines and line.startswith("{") and line.rstrip().endswith("}"):
-            yield line
-        elif line.startswith("data:") and not self.plain_lines:
-            self.data.append(line[6:] if line.startswith("data: ") else line[5:])
-        elif not line.startswith((":", "event:", "id:", "retry:")):
-            self.other.append(line)
-
-    def end(self) -> Iterator[str]:
-        """What is left when the stream ends."""
-        yield from self.end_line()
-        yield from self.end_line()
+            line, self.rest = b"".join(self.rest).decode("utf-8").lstrip("\ufeff"), [following]
+            if not line and self.data:
+                yield "\n".join(self.data)
+                self.data.clear()
+            elif self.plain_lines and line.startswith("{") and line.rstrip().endswith("}"):
+                yield line
+            elif line.startswith("data:") and not self.plain_lines:
+                self.data.append(line[6:] if line.startswith("data: ") else line[5:])
+            elif not line.startswith((":", "event:", "id:", "retry:")):
+                self.other.append(line)
 
 # ---- Vendors ---------------------------------------------------------------------------------------------------------
 
 _TRUNCATED = frozenset(("length", "max_tokens", "model_length", "max_output_tokens", "model_context_window_exceeded"))
-_NORMAL_ENDS = _TRUNCATED | frozenset((
+_NORMAL_ENDS = _TRUNCATED | {  # an answer without text that ended otherwise was stopped
     "none", "", "stop", "end_turn", "stop_sequence", "complete", "eos", "eos_token", "tool_calls", "tool_use", "load",
     "pause_turn",
-))  # fmt: skip  # an answer without text that ended otherwise was stopped
+}
 
 class Provider:
-    """Base of the vendors' clients; safe for many threads.
-
-    `api_key`, `base_url`, extra `headers`, `timeout_seconds` of each call, `proxy` (a URL, "" for none) and the options
-    that the class lists in `OPTIONS`. `from_env` fills what is not given from the official SDK's variables.
-    `native_schema` says whether `schema` is sent to the vendor; where it is not, the prompt has to ask for it.
-    """
-
-    TYPE = BASE_URL = ""
+    """Base of the vendors' clients; safe for many threads. It takes `api_key`, `base_url`, extra `headers`,
+    `timeout_seconds` of each call, `proxy` (a URL, "" for none) and the options that the class lists in `OPTIONS`.
+    `from_env` fills what is not given from the official SDK's variables. `native_schema` says whether `schema` is sent
+    to the vendor; where it is not, the prompt has to ask for it."""
+    TYPE = BASE_URL = CHAT_PATH = STREAM_PATH = EMBED_PATH = ""
     PREFIX = ""  # where the vendor's calls lie below the base URL, which may end with it or with another version
-    CHAT_PATH = STREAM_PATH = EMBED_PATH = ""
-    KEY_VARIABLES: tuple[str, ...] = ()
+    KEY_VARIABLES, URL_VARIABLES = (), ()  # type: tuple[str, ...], tuple[str, ...]
     KEY_URLS: Mapping[str, str] = {}  # how a key begins -> another base URL for it
-    URL_VARIABLES: tuple[str, ...] = ()
-    NEEDS_KEY = True
-    KEY_HEADER = ("Authorization", "Bearer ")
+    NEEDS_KEY, KEY_HEADER = True, ("Authorization", "Bearer ")
     OPTIONS: Mapping[str, str | None] = {}  # name -> the variable that sets it, or None
     TOKEN_OPTION = ""  # the option that holds a bearer token in place of a key
     FIELDS: Mapping[str, str] = {}  # of a request -> the vendor's place for it ("options.seed": inside a map)
     STREAMING: tuple[dict[str, Any], dict[str, Any]] = {}, {"stream": True}  # fields of a plain and of a streamed call
-    PLACES = ("model", "id", "")  # of an answer's model, id and finish reason in a document
-    COUNTS = ("", "", "")  # of its input, output and total tokens; " + " for a sum
+    PLACES, COUNTS = ("model", "id", ""), ("", "", "")  # of an answer's model, id, finish reason; of its input, output
+    # and total tokens (" + " for a sum)
     EMBED_FIELDS = ("input", "dimensions")  # the vendor's names for these
     EMBED_EXTRA: Mapping[str, Any] = {}  # further fields of an embedding call
     INPUT_TYPES: Mapping[str, str] = {}  # the vendor's words for query and document, if it asks for them
-    VECTORS, EMBED_TOKENS = "data", "usage.prompt_tokens"
-    PLAIN_LINES = False  # streams are lines of JSON, not server-sent events
+    VECTORS, EMBED_TOKENS, max_batch = "data", "usage.prompt_tokens", 2048  # texts in one embedding call
+    PLAIN_LINES, native_schema = False, True  # streams are lines of JSON, not server-sent events
     OBJECT_SCHEMAS = True  # a schema has to be that of a map, so that others are wrapped
-    native_schema = True
-    max_batch = 2048  # texts in one embedding call
 
     # What a vendor says. The readers may raise KeyError and the like for nonsense.
     conversation: Callable[[CompletionRequest], dict[str, Any]]  # the body's fields of model, system text and messages
@@ -4203,9 +4180,10 @@ class Provider:
     merge: Callable[[dict[str, Any], Any], str]  # adds a stream's event to the document that `read` gets; returns its
     # text; sets document["finished"] when the vendor said that the answer is complete, ["done"] at the end mark
 
-    def __init__(self, *, api_key: str | None = None, base_url: str | None = None,
-            headers: Mapping[str, str] | None = None, timeout_seconds: float | None = None, proxy: str | None = None,
-            name: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, *, api_key: str | None = None, base_url: str | None = None, headers: Mapping[str, str] | None = None,
+        timeout_seconds: float | None = None, proxy: str | None = None, name: str | None = None, **options: Any,
+    ) -> None:
         self.limits = {limit: options.pop(limit, None) for limit in ("rate_limit", "circuit_breaker")}
         for option in options:
             if option not in self.OPTIONS:
@@ -4214,7 +4192,7 @@ class Provider:
         self.name, self.timeout_seconds = name or self.TYPE, timeout_seconds
         self.options = {option: options.get(option) for option in self.OPTIONS}
         key, token = (str(secret or "").strip() for secret in (api_key, options.get(self.TOKEN_OPTION)))
-        own = {"Authorization": f"Bearer {token}"} if token and not key else {}
+        own = {"Authorization": f"Bearer {token}"} if token else {}
         own = {self.KEY_HEADER[0]: self.KEY_HEADER[1] + key} if key else own
         self.base_url = self.address((base_url or self.KEY_URLS.get(key[:3], self.BASE_URL)).rstrip("/"))
         url, headers = self.base_url + self.PREFIX, {**own, **self.extra_headers(), **(headers or {})}
@@ -4230,8 +4208,7 @@ class Provider:
         for option, variable in cls.OPTIONS.items():
             if variable and (option != cls.TOKEN_OPTION or not given.get("api_key")):
                 given.setdefault(option, _variable(variable))
-        missing = cls.missing_settings(given)
-        if missing:
+        if missing := cls.missing_settings(given):
             raise AuthenticationError(f"set {missing} in the environment", provider=given.get("name") or cls.TYPE)
         return cls(**given)
 
@@ -4254,9 +4231,13 @@ class Provider:
         """Where a call of a model goes, below the prefix."""
         return path
 
+    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
+        """FIELDS of this request."""
+        return self.FIELDS
+
     def complete(self, request: CompletionRequest) -> CompletionResponse:
         """The answer to a request. Raises ValidationError for a request that cannot be written, and errors of the
-        ProviderError family."""
+        ProviderError family. What `on_text` raises passes unchanged."""
         path, body = self._written(self._completion_call, request)
         started, first = time.perf_counter(), None
         if request.stream:
@@ -4266,13 +4247,14 @@ class Provider:
             document = self._rest.parse(response)
         with self._rest.reading("a completion", document):
             answer = self.answer(document, request)
-        if not answer.text and not answer.tool_calls and str(answer.finish_reason).lower() not in _NORMAL_ENDS:
+        finish = str(answer.finish_reason).lower()
+        if not answer.text and not answer.tool_calls and finish not in _NORMAL_ENDS:
             raise BadResponseError(f"gave no answer: it was stopped by {answer.finish_reason}", provider=self.name)
         fields, headers = self.fields(request), response.headers
         answer.request_id = headers.get("x-request-id") or headers.get("request-id") or answer.request_id
-        ignored = [name for name in _TUNING if getattr(request, name) is not None and name not in fields]
+        ignored = [name for name in _TUNING if name not in fields and getattr(request, name) is not None]
         extra: dict[str, Any] = {"request_id": answer.request_id, "ignored": ignored or None}
-        extra["truncated"] = str(answer.finish_reason).lower() in _TRUNCATED or None
+        extra["truncated"] = finish in _TRUNCATED or None
         extra["time_to_first_token_ms"] = None if first is None else round((first - started) * 1000, 3)
         answer.metadata.update({name: value for name, value in extra.items() if value is not None})
         return answer
@@ -4282,10 +4264,10 @@ class Provider:
         try:
             path, body = write(request)
             _add_fields(body, request.params)
+            return path, body
         except _SHAPE_ERRORS as error:
             reason = f"{self.name}: the request cannot be written: {type(error).__name__}: {error}"
             raise ValidationError(reason) from None
-        return path, body
 
     def _completion_call(self, request: CompletionRequest) -> tuple[str, dict[str, Any]]:
         """(path, body) of a completion, put together from what the vendor says."""
@@ -4298,45 +4280,47 @@ class Provider:
                 value = [value] if name == "stop" and isinstance(value, str) else value
                 outer, _, last = place.rpartition(".")
                 _add_fields(body, {outer: {last: value}} if outer else {last: value})
-        body.update({"tools": self.tools(request)} if request.tools else {})
+        if request.tools:
+            body["tools"] = self.tools(request)
         if request.schema is not None and self.native_schema:
             _add_fields(body, self.schema_fields(request))
         body.update(self.STREAMING[bool(request.stream)])
-        path = self.STREAM_PATH if request.stream and self.STREAM_PATH else self.CHAT_PATH
-        return self.place(path, request.model), body
+        return self.place((request.stream and self.STREAM_PATH) or self.CHAT_PATH, request.model), body
 
     def _stream(self, path: str, body: Any, request: CompletionRequest) -> tuple[_Response, Any, float | None]:
         """(response, the document that the events built up, when the first text came). A stream that ends before its
         end mark is a lost connection."""
-        events, document = _Events(self.PLAIN_LINES), {}  # type: tuple[_Events, dict[str, Any]]
+        events, document, last = _Events(self.PLAIN_LINES), {}, []  # type: _Events, dict[str, Any], list[str]
         first: float | None = None
 
-        def on_event(text: str) -> None:
-            nonlocal first
+        def merged(text: str) -> str:
             if text.strip() == "[DONE]":
                 document["done"] = True
-                return
+                return ""
             event = self._rest.parse(_Response(200, {}, text.encode()))
             with self._rest.reading("the events of a completion", text):
-                piece = self.merge(document, event)
-            if piece:
-                first = first or time.perf_counter()
-                if request.on_text:
-                    request.on_text(piece)
+                return self.merge(document, event)
+
+        def listen(piece: str) -> None:
+            nonlocal first
+            first = first or (time.perf_counter() if piece else None)
+            if piece and request.on_text:
+                request.on_text(piece)
 
         def on_bytes(piece: bytes) -> bool:
             with self._rest.reading("a stream in UTF-8", piece):
                 texts = list(events.feed(piece))
             for text in texts:
                 if not document.get("done"):
-                    on_event(text)
+                    listen(merged(text))
             return bool(document.get("done"))
 
         response = self._rest.send("POST", path, body, on_bytes)
         if not document.get("done"):
             with contextlib.suppress(BadResponseError, UnicodeDecodeError):  # an event that was cut off
-                for text in events.end():
-                    on_event(text)
+                last = [merged(text) for text in events.feed(b"\n\n")]
+            for piece in last:
+                listen(piece)
         response.body = "\n".join(events.other).strip().encode()
         streams = re.search("event-stream|ndjson", response.headers.get("content-type", ""))
         if not document and response.body and not streams:  # the whole answer at once
@@ -4350,11 +4334,11 @@ class Provider:
 
     def answer(self, document: Any, request: CompletionRequest) -> CompletionResponse:
         """The response that a document is. May raise KeyError and the like for nonsense."""
-        model, request_id, finish = (_dig(document, place) for place in self.PLACES)
+        model, request_id, finish = [_dig(document, place) for place in self.PLACES]
         facts = {"model": model or request.model, "request_id": request_id, "finish_reason": finish}
         facts = {name: str(value) for name, value in facts.items() if isinstance(value, (str, int))}
-        counts = zip(("input_tokens", "output_tokens", "total_tokens"), self.COUNTS)
-        facts.update({name: _total(document, places) for name, places in counts})
+        for name, places in zip(("input_tokens", "output_tokens", "total_tokens"), self.COUNTS):
+            facts[name] = _total(document, places)
         response = CompletionResponse(**{**facts, **self.read(document, request)})
         if request.schema is not None and self.OBJECT_SCHEMAS:
             response.text = _unwrapped(response.text, request.schema)
@@ -4375,25 +4359,20 @@ class Provider:
             model = str(_dig(document, "model") or request.model)
             return EmbeddingResponse(rows, model, _total(document, self.EMBED_TOKENS))
 
-    def fields(self, request: CompletionRequest) -> Mapping[str, str]:
-        """FIELDS of this request."""
-        return self.FIELDS
-
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
         """(path, body) of an embedding call."""
         if not self.EMBED_PATH:
             raise ValidationError(f"the provider {self.name!r} makes no embeddings")
         texts, dimensions = self.EMBED_FIELDS
         body: dict[str, Any] = {"model": request.model, texts: request.input, **self.EMBED_EXTRA}
-        if request.dimensions is not None:
-            body[dimensions] = request.dimensions
+        body.update({} if request.dimensions is None else {dimensions: request.dimensions})
         if self.INPUT_TYPES and request.input_type is not None:
             body["input_type"] = self.INPUT_TYPES.get(request.input_type, request.input_type)
         return self.place(self.EMBED_PATH, request.model), body
 
     def close(self) -> None:
         """Closes the connections that are not in use."""
-        self._rest.close()
+        self._rest.http.close()
 
     def __repr__(self) -> str:
         shown = re.sub(r"(?<=//)[^/]*@|\?.*", "", self.base_url)  # no password, no query
@@ -4401,7 +4380,7 @@ class Provider:
 
 def _variable(*names: str) -> str | None:
     """The first of these environment variables that is set and not empty."""
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+    return next(filter(None, map(os.environ.get, names)), None)
 
 def _add_fields(body: dict[str, Any], fields: Mapping[str, Any]) -> None:
     """Adds fields to a body; a map joins the one that is there."""
@@ -4423,9 +4402,9 @@ def _merged_turns(messages: Iterable[dict[str, Any]], parts: str) -> list[dict[s
     """Messages in which neighbours of one role are one, as vendors want the results of several tool calls."""
     merged: list[dict[str, Any]] = []
     for message in messages:
-        lists = merged and isinstance(message[parts], list) and isinstance(merged[-1][parts], list)
-        if lists and merged[-1]["role"] == message["role"]:
-            merged[-1] = {**message, parts: [*merged[-1][parts], *message[parts]]}
+        last: dict[str, Any] = merged[-1] if merged else {"role": None}
+        if last["role"] == message["role"] and isinstance(message[parts], list) and isinstance(last[parts], list):
+            merged[-1] = {**message, parts: [*last[parts], *message[parts]]}
         else:
             merged.append(message)
     return merged
@@ -4433,8 +4412,10 @@ def _merged_turns(messages: Iterable[dict[str, Any]], parts: str) -> list[dict[s
 def _functions(request: CompletionRequest, parameters: str = "parameters") -> list[dict[str, Any]]:
     """The tools of a request, with the vendor's name for the schema of their parameters."""
     nothing = {"type": "object", "properties": {}}
-    return [{"name": tool["name"], "description": tool.get("description") or "", parameters: tool.get("parameters")
-        or nothing} for tool in request.tools or ()]
+    return [
+        {"name": tool["name"], "description": tool.get("description") or "",
+         parameters: tool.get("parameters") or nothing} for tool in request.tools or ()
+    ]
 
 def _load_arguments(arguments: Any) -> Any:
     """The arguments of a tool call: a JSON text (or its pieces), or a map already; what is no JSON stays text."""
@@ -4459,38 +4440,33 @@ def _object_schema(schema: Any) -> Any:
     """A schema for vendors whose answers are maps: those of other values are wrapped under `value`."""
     if not isinstance(schema, Mapping) or schema.get("type") == "object":
         return schema
-    inner = {key: value for key, value in schema.items() if key not in ("$defs", "definitions")}
-    outer = {key: value for key, value in schema.items() if key in ("$defs", "definitions")}
+    outer = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    inner = {key: value for key, value in schema.items() if key not in outer}
     wrapped = {"type": "object", "properties": {"value": inner}, "required": ["value"], "additionalProperties": False}
     return {**wrapped, **outer}
 
 def _unwrapped(text: str, schema: Any) -> str:
     """The text of an answer to `_object_schema(schema)` as it would be without the wrapping."""
-    if _object_schema(schema) is not schema:
-        with contextlib.suppress(ParseError):
-            answer = _load_json(text)
-            if isinstance(answer, dict) and list(answer) == ["value"]:
-                return _to_json(answer["value"])
+    with contextlib.suppress(ParseError):
+        answer = _load_json(text) if _object_schema(schema) is not schema else None
+        if isinstance(answer, dict) and list(answer) == ["value"]:
+            return _to_json(answer["value"])
     return text
 
 _STRICT_KEYS = frozenset((
     "type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "$ref", "$defs",
-    "title", "description",
-))
+    "title", "description"))
 
 def _is_strict(schema: Any) -> bool:
-    """Whether the strict modes of OpenAI and Anthropic take a schema: maps are closed, and nothing in them is optional.
-
-    Sources: "Structured outputs" in platform.openai.com/docs/guides and docs.anthropic.com/en/docs/build-with-claude.
-    """
+    """Whether the strict modes of OpenAI and Anthropic take a schema: maps are closed, nothing in them is optional. See
+    "Structured outputs" in platform.openai.com/docs/guides and docs.anthropic.com/en/docs/build-with-claude."""
     if not isinstance(schema, Mapping) or not _STRICT_KEYS.issuperset(schema):
         return False
-    properties = schema.get("properties", {})
-    if (properties or schema.get("type") == "object") and (schema.get("additionalProperties") is not False
-            or set(schema.get("required", ())) != set(properties)):
-        return False
+    properties, required = schema.get("properties", {}), schema.get("required", ())
+    closed = schema.get("additionalProperties") is False and set(required) == set(properties)
     inner = [*properties.values(), *schema.get("$defs", {}).values(), *schema.get("anyOf", ())]
-    return all(map(_is_strict, inner + [schema["items"]] if "items" in schema else inner))
+    inner += [schema["items"]] if "items" in schema else []
+    return (closed or not (properties or schema.get("type") == "object")) and all(map(_is_strict, inner))
 
 def _named_schema(schema: Any) -> dict[str, Any]:
     """A schema as OpenAI's interfaces want it."""
@@ -4499,7 +4475,6 @@ def _named_schema(schema: Any) -> dict[str, Any]:
 
 class _ChatCompletions(Provider):
     """What speaks Chat Completions, or nearly so: messages of role and content, arguments of tools as JSON text."""
-
     CHAT_PATH, EMBED_PATH = "/chat/completions", "/embeddings"
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING if name != "top_k"}
     COUNTS = ("usage.prompt_tokens", "usage.completion_tokens", "usage.total_tokens")
@@ -4513,11 +4488,10 @@ class _ChatCompletions(Provider):
             return {"role": "tool", "tool_call_id": message["id"], "content": _as_text(message["content"])}
         if not message.get("tool_calls"):
             return message
-        turn: dict[str, Any] = {"role": "assistant", "content": message.get("content"), "tool_calls": []}
-        for call in message["tool_calls"]:
-            function = {"name": call["name"], "arguments": _as_text(call["arguments"])}
-            turn["tool_calls"].append({"id": call["id"], "type": "function", "function": function})
-        return {key: value for key, value in turn.items() if value}
+        calls = [(call["id"], call["name"], _as_text(call["arguments"])) for call in message["tool_calls"]]
+        functions = [(id, {"name": name, "arguments": arguments}) for id, name, arguments in calls]
+        turn = {"tool_calls": [{"id": id, "type": "function", "function": function} for id, function in functions]}
+        return {"role": "assistant", **({"content": message["content"]} if message.get("content") else {}), **turn}
 
     def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
         return [{"type": "function", "function": function} for function in _functions(request)]
@@ -4551,7 +4525,7 @@ class _ChatCompletions(Provider):
 
     def add_delta(self, message: dict[str, Any], delta: Any) -> str:
         """Adds a piece of a message to the whole; texts and arguments are lists of their pieces. Returns the text."""
-        calls, opened = message.setdefault("tool_calls", []), message.setdefault("opened", {})
+        calls, opened, text = message.setdefault("tool_calls", []), message.setdefault("opened", {}), ""
         for part in delta.get("tool_calls") or ():
             index, function = part.get("index"), part.get("function") or {}
             call = opened.get(index)
@@ -4561,7 +4535,6 @@ class _ChatCompletions(Provider):
                 calls.append(call)
             call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
             call["function"]["arguments"] += [function["arguments"]] if function.get("arguments") else []
-        text = ""
         for field in ("content", "refusal"):
             if delta.get(field) is not None:
                 text = _joined_text(delta[field])
@@ -4570,10 +4543,7 @@ class _ChatCompletions(Provider):
 
 class OpenAIProvider(_ChatCompletions):
     """OpenAI: Chat Completions, Responses for the models that only it serves (or `api: responses`), Embeddings.
-
-    Sources: platform.openai.com/docs/api-reference; openai-python 3.54 (`resources/chat/completions.py`, `_client.py`).
-    """
-
+    Sources: platform.openai.com/docs/api-reference; openai-python 3.54 (`resources/chat/completions.py`)."""
     TYPE, BASE_URL = "openai", "https://api.openai.com/v1"
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID", "api": None}
@@ -4590,28 +4560,25 @@ class OpenAIProvider(_ChatCompletions):
         return _Responses(self).complete(request) if chosen == "responses" else super().complete(request)
 
     def fields(self, request: CompletionRequest) -> Mapping[str, str]:
-        limit = "max_completion_tokens" if self._NEW_LIMIT.match(request.model) else "max_tokens"
-        return {**self.FIELDS, "max_tokens": limit}
+        newer = self._NEW_LIMIT.match(request.model)
+        return {**self.FIELDS, "max_tokens": "max_completion_tokens"} if newer else self.FIELDS
 
 class _Responses(Provider):
     """OpenAI's Responses interface, over the connections of a provider that has it."""
-
     CHAT_PATH = "/responses"
     FIELDS: Mapping[str, str] = {"temperature": "temperature", "top_p": "top_p", "max_tokens": "max_output_tokens"}
     COUNTS = ("usage.input_tokens", "usage.output_tokens", "usage.total_tokens")
 
     def __init__(self, client: OpenAIProvider) -> None:
-        self.client, self.name, self._rest, self.native_schema = client, client.name, client._rest, client.native_schema
-
-    def place(self, path: str, model: str) -> str:
-        return self.client.place(path, model)
+        self.name, self._rest, self.native_schema = client.name, client._rest, client.native_schema
+        self.place = client.place  # type: ignore[method-assign]
 
     def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         items: list[dict[str, Any]] = []
         for message in request.messages:
             if message["role"] == "tool":
-                result = {"call_id": message["id"], "output": _as_text(message["content"])}
-                items.append({"type": "function_call_output", **result})
+                output = _as_text(message["content"])
+                items.append({"type": "function_call_output", "call_id": message["id"], "output": output})
             elif message.get("content"):
                 items.append({"role": message["role"], "content": message["content"]})
             for call in message.get("tool_calls") or ():
@@ -4646,10 +4613,7 @@ class _Responses(Provider):
 
 class OpenAICompatibleProvider(OpenAIProvider):
     """Any server that speaks Chat Completions: vLLM, LM Studio, llama.cpp, LiteLLM. `base_url` ends with /v1.
-
-    `structured: instructions` is for servers without response_format json_schema.
-    """
-
+    `structured: instructions` is for servers without response_format json_schema."""
     TYPE, BASE_URL, NEEDS_KEY = "openai_compatible", "http://localhost:8000/v1", False
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_COMPATIBLE_API_KEY",), ("OPENAI_COMPATIBLE_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"api": None, "structured": None}
@@ -4668,15 +4632,11 @@ def _service(kind: str, base_url: str, prefix: str) -> type[Provider]:
 
 class AzureOpenAIProvider(OpenAIProvider):
     """Azure OpenAI: the v1 path, or with `api_version` the path of a deployment (`deployment`, by default the model).
-
-    Sources: learn.microsoft.com/azure/ai-services/openai/reference; openai-python 3.54 (`lib/azure.py`).
-    """
-
+    Sources: learn.microsoft.com/azure/ai-services/openai/reference; openai-python 3.54 (`lib/azure.py`)."""
     TYPE, BASE_URL, PREFIX = "azure", "", "/openai"
     KEY_VARIABLES, URL_VARIABLES = ("AZURE_OPENAI_API_KEY",), ("AZURE_OPENAI_ENDPOINT",)
     OPTIONS: Mapping[str, str | None] = {
-        "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None,
-    }
+        "api_version": "OPENAI_API_VERSION", "deployment": None, "ad_token": "AZURE_OPENAI_AD_TOKEN", "api": None}
     TOKEN_OPTION, KEY_HEADER = "ad_token", ("api-key", "")
 
     @classmethod
@@ -4694,21 +4654,16 @@ class AzureOpenAIProvider(OpenAIProvider):
 
 class MistralProvider(_ChatCompletions):
     """Mistral. Sources: docs.mistral.ai/api; mistralai 3.7 (`models/chatcompletionrequest.py`)."""
-
     TYPE, BASE_URL, PREFIX = "mistral", "https://api.mistral.ai", "/v1"
     KEY_VARIABLES, URL_VARIABLES = ("MISTRAL_API_KEY",), ("MISTRAL_BASE_URL",)
-    FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "seed": "random_seed"}
-    EMBED_FIELDS = ("input", "output_dimension")
+    FIELDS, EMBED_FIELDS = {**_ChatCompletions.FIELDS, "seed": "random_seed"}, ("input", "output_dimension")
 
 class CohereProvider(_ChatCompletions):
     """Cohere v2. Sources: docs.cohere.com/reference/chat, /reference/embed; cohere 7.3.1 (`v2/client.py`)."""
-
-    TYPE, BASE_URL, PREFIX = "cohere", "https://api.cohere.com", "/v2"
-    CHAT_PATH, EMBED_PATH = "/chat", "/embed"
+    TYPE, BASE_URL, PREFIX, CHAT_PATH, EMBED_PATH = "cohere", "https://api.cohere.com", "/v2", "/chat", "/embed"
     KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
-    COUNTS = ("usage.tokens.input_tokens", "usage.tokens.output_tokens", "")
-    EMBED_FIELDS = ("texts", "output_dimension")
+    EMBED_FIELDS, COUNTS = ("texts", "output_dimension"), ("usage.tokens.input_tokens", "usage.tokens.output_tokens", "")
     EMBED_EXTRA: Mapping[str, Any] = {"input_type": "search_document", "embedding_types": ["float"]}
     INPUT_TYPES: Mapping[str, str] = {"query": "search_query", "document": "search_document"}
     VECTORS, EMBED_TOKENS, max_batch = "embeddings.float", "meta.billed_units.input_tokens", 96
@@ -4732,15 +4687,12 @@ class CohereProvider(_ChatCompletions):
 
 class OllamaProvider(_ChatCompletions):
     """Ollama's own interface; no key. Sources: github.com/ollama/ollama docs/api.md; ollama 0.6.3 (`_client.py`)."""
-
-    TYPE, BASE_URL, PREFIX, NEEDS_KEY = "ollama", "http://127.0.0.1:11434", "/api", False
-    CHAT_PATH, EMBED_PATH = "/chat", "/embed"
-    KEY_VARIABLES, URL_VARIABLES = ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
+    TYPE, BASE_URL, PREFIX, CHAT_PATH, EMBED_PATH = "ollama", "http://127.0.0.1:11434", "/api", "/chat", "/embed"
+    NEEDS_KEY, KEY_VARIABLES, URL_VARIABLES = False, ("OLLAMA_API_KEY",), ("OLLAMA_HOST",)
     FIELDS: Mapping[str, str] = {name: f"options.{'num_predict' if name == 'max_tokens' else name}" for name in _TUNING}
-    STREAMING = ({"stream": False}, {"stream": True})  # which is true where it is not said
+    STREAMING = ({"stream": False}, {"stream": True})  # it streams where it is not said
     COUNTS = ("prompt_eval_count", "eval_count", "")
-    VECTORS, EMBED_TOKENS = "embeddings", "prompt_eval_count"
-    PLAIN_LINES, OBJECT_SCHEMAS = True, False
+    VECTORS, EMBED_TOKENS, PLAIN_LINES, OBJECT_SCHEMAS = "embeddings", "prompt_eval_count", True, False
 
     def address(self, base_url: str) -> str:
         """OLLAMA_HOST is a host, host:port or URL; 0.0.0.0 is where a server listens, not where it is."""
@@ -4762,10 +4714,7 @@ class OllamaProvider(_ChatCompletions):
 
 class VoyageProvider(Provider):
     """Voyage embeddings; keys that begin with al- are those of MongoDB Atlas.
-
-    Sources: docs.voyageai.com/reference/embeddings-api; voyageai 0.5 (`client.py`, `util.py`).
-    """
-
+    Sources: docs.voyageai.com/reference/embeddings-api; voyageai 0.5 (`client.py`, `util.py`)."""
     TYPE, BASE_URL, PREFIX = "voyage", "https://api.voyageai.com", "/v1"
     KEY_VARIABLES, KEY_URLS = ("VOYAGE_API_KEY",), {"al-": "https://ai.mongodb.com"}
     EMBED_PATH, EMBED_FIELDS, EMBED_TOKENS = "/embeddings", ("input", "output_dimension"), "usage.total_tokens"
@@ -4774,22 +4723,17 @@ class VoyageProvider(Provider):
 class AnthropicProvider(Provider):
     """Anthropic Messages. `anthropic_version` 2023-06-01 by default: later ones refuse temperature, top_p and top_k,
     which are then left out. A schema that the strict mode does not take is a tool that the model is made to call.
-
-    Sources: docs.anthropic.com/en/api/messages, /api/errors, /api/versioning; anthropic-sdk-python 2.12.
-    """
-
+    Sources: docs.anthropic.com/en/api/messages, /api/errors, /api/versioning; anthropic-sdk-python 2.12."""
     TYPE, BASE_URL, PREFIX, CHAT_PATH = "anthropic", "https://api.anthropic.com", "/v1", "/messages"
     KEY_VARIABLES, URL_VARIABLES = ("ANTHROPIC_API_KEY",), ("ANTHROPIC_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {
-        "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS",
-    }
+        "auth_token": "ANTHROPIC_AUTH_TOKEN", "anthropic_version": None, "custom_headers": "ANTHROPIC_CUSTOM_HEADERS"}
     TOKEN_OPTION, KEY_HEADER = "auth_token", ("x-api-key", "")
     FIELDS: Mapping[str, str] = {**{name: name for name in _TUNING[:4]}, "stop": "stop_sequences"}
     PLACES = ("model", "id", "stop_reason")
     _INPUT_TOKENS = "usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens"
     COUNTS = (_INPUT_TOKENS, "usage.output_tokens", "")
-    _DEFAULT_MAX_TOKENS = 4096
-    _ANSWER_TOOL = "give_answer"
+    _DEFAULT_MAX_TOKENS, _ANSWER_TOOL = 4096, "give_answer"
 
     def version(self) -> str:
         return str(self.options["anthropic_version"] or "2023-06-01")
@@ -4815,8 +4759,8 @@ class AnthropicProvider(Provider):
             return {"role": "user", "content": [{**result, "is_error": True} if message.get("is_error") else result]}
         if not message.get("tool_calls"):
             return dict(message)
-        thinking = [block for call in message["tool_calls"] for block in call.get("thinking") or ()]
-        blocks = [*thinking, {"type": "text", "text": message["content"]}] if message.get("content") else thinking
+        blocks = [block for call in message["tool_calls"] for block in call.get("thinking") or ()]
+        blocks += [{"type": "text", "text": message["content"]}] if message.get("content") else []
         for call in message["tool_calls"]:
             arguments = call["arguments"] if isinstance(call["arguments"], dict) else {}
             blocks.append({"type": "tool_use", "id": call["id"], "name": call["name"], "input": arguments})
@@ -4836,8 +4780,8 @@ class AnthropicProvider(Provider):
     def read(self, document: Any, request: CompletionRequest) -> dict[str, Any]:
         blocks = document["content"]
         text = "".join(_joined_text(block["text"]) for block in blocks if block["type"] == "text")
-        found = [block for block in blocks if block["type"] == "tool_use"]
-        calls = _tool_calls((block["id"], block["name"], block["input"]) for block in found)
+        found = [(block["id"], block["name"], block["input"]) for block in blocks if block["type"] == "tool_use"]
+        calls = _tool_calls(found)
         others = [call for call in calls if request.schema is None or call["name"] != self._ANSWER_TOOL]
         if calls and not others:
             return {"text": _as_text(calls[0]["arguments"]), "finish_reason": "end_turn"}
@@ -4870,27 +4814,17 @@ class AnthropicProvider(Provider):
 
 class GeminiProvider(Provider):
     """Google Gemini generateContent. `api_version` is v1 unless set (beta: v1beta), or the base URL ends with one.
-
-    Sources: ai.google.dev/api/generate-content, /api/embeddings; google-genai 3.4 (`models.py`, `_api_client.py`).
-    """
-
-    TYPE, BASE_URL = "gemini", "https://generativelanguage.googleapis.com"
+    Sources: ai.google.dev/api/generate-content, /api/embeddings; google-genai 3.4 (`models.py`, `_api_client.py`)."""
+    TYPE, BASE_URL, STREAMING = "gemini", "https://generativelanguage.googleapis.com", ({}, {})
     CHAT_PATH, STREAM_PATH, EMBED_PATH = "generateContent", "streamGenerateContent?alt=sse", "batchEmbedContents"
     KEY_VARIABLES, URL_VARIABLES = ("GOOGLE_API_KEY", "GEMINI_API_KEY"), ("GOOGLE_GEMINI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"api_version": "GOOGLE_GENAI_API_VERSION"}
     KEY_HEADER = ("x-goog-api-key", "")
-    FIELDS: Mapping[str, str] = {
-        name: f"generationConfig.{place}" for name, place in zip(_TUNING, (
-            "temperature", "maxOutputTokens", "topP", "topK", "stopSequences", "seed", "frequencyPenalty",
-            "presencePenalty",
-        ))
-    }
-    STREAMING = ({}, {})
+    _NAMES = "temperature maxOutputTokens topP topK stopSequences seed frequencyPenalty presencePenalty"
+    FIELDS: Mapping[str, str] = {ours: f"generationConfig.{name}" for ours, name in zip(_TUNING, _NAMES.split())}
     PLACES = ("modelVersion", "responseId", "candidates.0.finishReason")
-    COUNTS = (
-        "usageMetadata.promptTokenCount", "usageMetadata.candidatesTokenCount + usageMetadata.thoughtsTokenCount",
-        "usageMetadata.totalTokenCount",
-    )
+    _OUTPUT_TOKENS = "usageMetadata.candidatesTokenCount + usageMetadata.thoughtsTokenCount"
+    COUNTS = ("usageMetadata.promptTokenCount", _OUTPUT_TOKENS, "usageMetadata.totalTokenCount")
     INPUT_TYPES: Mapping[str, str] = {"query": "RETRIEVAL_QUERY", "document": "RETRIEVAL_DOCUMENT"}
     VECTORS, OBJECT_SCHEMAS, max_batch = "embeddings", False, 100
 
@@ -4902,7 +4836,10 @@ class GeminiProvider(Provider):
     def place(self, path: str, model: str) -> str:
         from urllib.parse import quote
 
-        return f"/{quote(model if '/' in model else f'models/{model}', safe='/')}:{path}"
+        return f"/{quote(self.model_name(model), safe='/')}:{path}"
+
+    def model_name(self, model: str) -> str:
+        return model if "/" in model else f"models/{model}"
 
     def conversation(self, request: CompletionRequest) -> dict[str, Any]:
         system, messages = _system_apart(request)
@@ -4913,17 +4850,17 @@ class GeminiProvider(Provider):
 
     def message(self, message: Mapping[str, Any], named: Container[str]) -> dict[str, Any]:
         if message["role"] == "tool":
+            result = {"id": message["id"]} if message["id"] in named else {}
             answer = {"error" if message.get("is_error") else "output": message["content"]}
-            result: dict[str, Any] = {"id": message["id"]} if message["id"] in named else {}
             result.update(name=message["name"], response=answer)
             return {"role": "user", "parts": [{"functionResponse": result}]}
         content = message.get("content") or []
-        parts = [
+        parts: list[Any] = [
             {"text": part} if isinstance(part, str) else {key: part[key] for key in part if key != "type"}
             for part in ([content] if isinstance(content, str) else content)
         ]
-        parts += [call.get("part") or {"functionCall": {"name": call["name"], "args": call["arguments"]}}
-            for call in message.get("tool_calls") or ()]
+        for call in message.get("tool_calls") or ():
+            parts.append(call.get("part") or {"functionCall": {"name": call["name"], "args": call["arguments"]}})
         return {"role": "model" if message["role"] == "assistant" else "user", "parts": parts}
 
     def tools(self, request: CompletionRequest) -> list[dict[str, Any]]:
@@ -4938,10 +4875,9 @@ class GeminiProvider(Provider):
         parts = (candidate.get("content") or {}).get("parts") or []
         if candidate.get("finishReason") in (None, "STOP") and "content" not in candidate:
             raise ValueError("no content")
-        found = [part for part in parts if "functionCall" in part]
-        named = [part["functionCall"] for part in found]
-        calls = _tool_calls((call.get("id"), call["name"], call.get("args")) for call in named)
-        for call, part in zip(calls, found):
+        found = [(part, part["functionCall"]) for part in parts if "functionCall" in part]
+        calls = _tool_calls((call.get("id"), call["name"], call.get("args")) for _, call in found)
+        for call, (part, _) in zip(calls, found):
             call["part"] = part  # its signature has to come back
         answer = {"text": self.text_of(parts), "tool_calls": calls}
         return {**answer, "finish_reason": str(blocked)} if blocked else answer
@@ -4950,10 +4886,9 @@ class GeminiProvider(Provider):
         return "".join(part["text"] for part in parts if "text" in part and not part.get("thought"))
 
     def merge(self, document: dict[str, Any], event: Any) -> str:
-        event = event[0] if isinstance(event, list) else event
+        event, text = event[0] if isinstance(event, list) else event, ""
         document.update({key: value for key, value in event.items() if key != "candidates"})
         document["finished"] = document.get("finished") or _dig(event, "promptFeedback.blockReason")
-        text = ""
         for candidate in event.get("candidates") or ():
             if candidate.get("index", 0) == 0:
                 whole = document.setdefault("candidates", [{"content": {"parts": []}}])[0]
@@ -4966,24 +4901,20 @@ class GeminiProvider(Provider):
 
     def embedding_call(self, request: EmbeddingRequest) -> tuple[str, dict[str, Any]]:
         kind = self.INPUT_TYPES.get(request.input_type or "", request.input_type)
-        model = request.model if "/" in request.model else f"models/{request.model}"
-        named = {"model": model, "taskType": kind, "outputDimensionality": request.dimensions}
-        named = {name: value for name, value in named.items() if value is not None}
-        requests = [{**named, "content": {"parts": [{"text": text}]}} for text in request.input]
+        facts = {"taskType": kind, "outputDimensionality": request.dimensions}
+        facts = {name: value for name, value in facts.items() if value is not None}
+        facts["model"] = self.model_name(request.model)
+        requests = [{**facts, "content": {"parts": [{"text": text}]}} for text in request.input]
         return self.place(self.EMBED_PATH, request.model), {"requests": requests}
 
 class EchoProvider(Provider):
-    """Answers without a network, the same everywhere: in every process, on every system and every Python.
-
-    A completion is "echo: " and the text of the user's last message; with a schema it is the smallest value that fits
-    it. Tools are never called; tokens are words. Embeddings are hashed counts of words and of the letter groups in
-    them, of length 1: the more words and word stems two texts share, the nearer they are.
-    """
-
-    TYPE = "echo"
+    """Answers without a network, the same in every process, on every system and every Python: "echo: " and the text of
+    the user's last message, or the smallest value that fits a schema. Tools are never called; tokens are words.
+    Embeddings are hashed counts of words and of the letter groups in them, of length 1: the more words and word stems
+    two texts share, the nearer they are."""
+    TYPE, DIMENSIONS = "echo", 256
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING}
     instant = True  # never waits, so that it needs no thread
-    DIMENSIONS = 256
 
     def complete(self, request: CompletionRequest) -> CompletionResponse:
         try:
@@ -4994,9 +4925,8 @@ class EchoProvider(Provider):
         except (*_SHAPE_ERRORS, ArithmeticError, RecursionError, StopIteration) as error:
             reason = f"the messages cannot be read, or no answer that fits the schema is known: {error!r}"
             raise ValidationError(f"{self.name}: {reason}") from None
-        for piece in re.findall(r"\s*\S+\s*", text) if request.stream else ():
-            if request.on_text:
-                request.on_text(piece)
+        for piece in re.findall(r"\s*\S+\s*", text) if request.stream and request.on_text else ():
+            request.on_text(piece)  # type: ignore[misc]
         words = sum(len(part.split()) for part in asked)
         return CompletionResponse(text, request.model, words, len(text.split()), "stop")
 
@@ -5016,8 +4946,7 @@ def _hashed_features(text: str, size: int) -> list[float]:
     for word in _ECHO_WORD.findall(text.lower()) or [text]:
         for place, weight in _word_features(word):
             vector[place % size] += weight
-    if not any(vector):  # no feature, or all cancel each other out
-        vector[0] = 1.0
+    vector = vector if any(vector) else [1.0, *vector[1:]]  # no feature, or all cancel each other out
     length = math.sqrt(sum(number * number for number in vector))  # of multiples of 1/4: exact in any order
     return [number / length for number in vector]
 
@@ -5026,9 +4955,9 @@ def _word_features(word: str) -> tuple[tuple[int, float], ...]:
     """(hash, weight) of a word and of the groups of three letters in it. Words of up to three letters count little."""
     import hashlib
 
-    marked = f"^{word[:100]}$"
-    features = [(word, 1.0 if len(word) > 3 or word[0] > "\x7f" else 0.25)] if word else []
-    features += [(marked[start : start + 3], 0.25) for start in range(len(marked) - 2)] if len(word) > 3 else []
+    marked, long = f"^{word[:100]}$", len(word) > 3
+    features = [(word, 1.0 if long or word[0] > "\x7f" else 0.25)] if word else []
+    features += [(marked[start : start + 3], 0.25) for start in range(len(marked) - 2)] if long else []
     hashed = []
     for feature, weight in features:
         digest = hashlib.blake2b(feature.encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -5037,19 +4966,19 @@ def _word_features(word: str) -> tuple[tuple[int, float], ...]:
     return tuple(hashed)
 
 def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[str, ...] = ()) -> Any:
-    """A small value that fits a part of a JSON Schema: short texts, numbers near 0, the first of several possibilities.
-
-    A map has its required properties, or all where none is said to be required. A `pattern` needs an `examples`. `left`
-    runs out (a ValueError) when the value grows too large; `opened` are the `$ref`s around this part.
-    """
+    """A small value that fits a part of a JSON Schema: short texts, numbers near 0, the first of several possibilities;
+    of a map the required properties, or all where none is. A `pattern` needs an `examples`. `left` runs out (a
+    ValueError) when the value grows too large; `opened` are the `$ref`s around this part."""
     if next(left, None) is None:
         raise ValueError("the smallest answer is too large")
-    for key in ("const", "enum", "default", "examples") if isinstance(schema, Mapping) else ():
+    if not isinstance(schema, Mapping):
+        return None
+    for key in ("const", "enum", "default", "examples"):
         if key in schema:
             return schema[key][0] if key in ("enum", "examples") else schema[key]
-    if not isinstance(schema, Mapping) or schema.get("$ref") in opened:
-        return None
     if "$ref" in schema:
+        if schema["$ref"] in opened:
+            return None
         keys = [key.replace("~1", "/").replace("~0", "~") for key in schema["$ref"].lstrip("#").split("/")[1:]]
         target = functools.reduce(lambda inner, key: inner[key], keys, root)
         return _smallest_value(target, root, left, (*opened, schema["$ref"]))
@@ -5062,34 +4991,30 @@ def _smallest_value(schema: Any, root: Any, left: Iterator[int], opened: tuple[s
                 required = [*whole.get("required", ()), *part.get("required", ())]
                 whole = {**whole, **part, "properties": properties, "required": required}
             return _smallest_value(whole, root, left, opened)
-    kind = (_as_list(schema.get("type")) or ["object" if schema.get("properties") else "string"])[0]
+    properties, least = schema.get("properties") or {}, schema.get("minLength", 0)
+    kind = (_as_list(schema.get("type")) or ["object" if properties else "string"])[0]
     if kind == "object":
-        properties = schema.get("properties") or {}
         wanted = schema.get("required") or properties
         return {name: _smallest_value(properties.get(name, {}), root, left, opened) for name in wanted}
     if kind == "array":
         return [_smallest_value(schema.get("items", {}), root, left, opened) for _ in range(schema.get("minItems", 0))]
-    if kind == "string":
-        if schema.get("minLength", 0) > 10_000:
-            raise ValueError("the smallest answer is too large")
-        return "x" * schema.get("minLength", 0)
+    if kind == "string" and least > 10_000:
+        raise ValueError("the smallest answer is too large")
     if kind in ("number", "integer"):
         return _smallest_number(schema, kind == "integer")
-    return None if kind == "null" else False
+    return "x" * least if kind == "string" else None if kind == "null" else False
 
 def _smallest_number(schema: Mapping[str, Any], whole: bool) -> float:
     """A number near 0 within a schema's bounds."""
     low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
     above, below = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
-    step, floor, roof = schema.get("multipleOf") or 1, max(low, above), min(high, below)
-    bounds = [bound for bound in (floor, roof) if math.isfinite(bound)]
+    step, bounds = schema.get("multipleOf") or 1, [*filter(math.isfinite, (max(low, above), min(high, below)))]
     tried: list[float] = [0, *(math.floor(bound / step + shift) * step for bound in bounds for shift in (0, 1, -1))]
     tried += [sum(bounds) / 2] if not whole and len(bounds) == 2 else []
     return next(number for number in tried if low <= number <= high and above < number < below)
 
 PROVIDERS: dict[str, type[Provider]] = {
-    provider.TYPE: provider
-    for provider in (
+    provider.TYPE: provider for provider in (
         OpenAIProvider, AnthropicProvider, AzureOpenAIProvider, GeminiProvider, CohereProvider, MistralProvider,
         OllamaProvider, VoyageProvider, OpenAICompatibleProvider, EchoProvider,
         _service("groq", "https://api.groq.com", "/openai/v1"), _service("together", "https://api.together.ai", "/v1"),

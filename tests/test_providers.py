@@ -1071,12 +1071,21 @@ def test_a_failed_response_is_its_error(vendors: MockVendors) -> None:
             provider(vendors, "openai").complete(CompletionRequest("o1-pro", HELLO, stream=True))
 
 
-def test_an_error_of_the_listener_is_not_taken_for_an_error_of_the_vendor(vendors: MockVendors) -> None:
+@pytest.mark.parametrize("kind", [ZeroDivisionError, ConnectionResetError, UnicodeError, ValueError, BadResponseError])
+@pytest.mark.parametrize("ending", ["\n\n", ""], ids=["whole", "cut"])
+@pytest.mark.parametrize("vendor", CHAT)
+def test_an_error_of_the_listener_passes_unchanged(
+    vendors: MockVendors, vendor: str, ending: str, kind: type[Exception]
+) -> None:
     def fail(text: str) -> None:
-        raise ZeroDivisionError
+        raise error
 
-    with pytest.raises((ZeroDivisionError, ProviderConnectionError)):
-        ask(vendors, "openai", stream=True, on_text=fail)
+    error = kind("of the listener")
+    events = route(vendor).events(Answer("Hello"), "m")
+    vendors.always(stream_bytes(events, route(vendor).stream).rstrip(b"\n") + ending.encode())
+    with pytest.raises(kind) as caught:
+        ask(vendors, vendor, stream=True, on_text=fail)
+    assert caught.value is error
 
 
 # ---- mutated answers -------------------------------------------------------------------------------------------------
