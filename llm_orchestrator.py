@@ -2113,10 +2113,8 @@ class _Map:
 
     Other keys are refused unless `free`; what may be a template (`templates`) is checked in the run.
     """
-    def __init__(
-        self, keys: Mapping[str, _Check], required: tuple[str, ...] = (), *, every: _Check | None = None,
-        either: tuple[str, ...] = (), free: bool = False, templates: Container[str] = (),
-    ) -> None:
+    def __init__(self, keys: Mapping[str, _Check], required: tuple[str, ...] = (), *, every: _Check | None = None,
+            either: tuple[str, ...] = (), free: bool = False, templates: Container[str] = ()) -> None:
         self.keys, self.required, self.every = keys, required, every
         self.either, self.free, self.templates = either, free, templates
 
@@ -2198,10 +2196,8 @@ class _StepType:
     no templates (`literal`); whether other keys are parameters (`free`) and whether it holds no slot, because it runs
     child steps or waits for somebody (`container`). It has `arity` outputs; 0: as its children or its callee name them.
     """
-    def __init__(
-        self, keys: dict[str, _Check], required: tuple[str, ...] = (), arity: int = 1, free: bool = False,
-        container: bool = False, literal: tuple[str, ...] = (), either: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, keys: dict[str, _Check], required: tuple[str, ...] = (), arity: int = 1, free: bool = False,
+            container: bool = False, literal: tuple[str, ...] = (), either: tuple[str, ...] = ()) -> None:
         self.keys, self.arity, self.free, self.container = keys, arity, free, container
         self.literal, self.plugins = frozenset(literal), [key for key in keys if key in _PLUGINS]
         checks, templates = {**_COMMON_KEYS, **keys}, frozenset(keys) - self.literal
@@ -2283,15 +2279,11 @@ _INPUT_TYPE_ALIASES = {
     "str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
     "dict": "object", "map": "object",
 }
-_INPUT = _Map({
-    "type": _one_of(*_INPUT_TYPES, *_INPUT_TYPE_ALIASES), "required": _boolean, "default": _anything,
-    "enum": _List(_anything, "a list of values"), "description": _text,
-})
-_PROVIDER = _Map({
-    "type": lambda value: _one_of(*PROVIDERS)(value), "base_url": _text, "api_key_env": _name, "headers": _mapping,
-    "timeout_seconds": _timeout, "rate_limit": lambda value: _Map(_RATE_LIMIT_KEYS)(value), "proxy": _text,
-    "circuit_breaker": lambda value: _Map(_CIRCUIT_BREAKER_KEYS)(value), "options": _mapping,
-})
+_INPUT = _Map({"type": _one_of(*_INPUT_TYPES, *_INPUT_TYPE_ALIASES), "required": _boolean, "default": _anything,
+    "enum": _List(_anything, "a list of values"), "description": _text})
+_PROVIDER = _Map({"type": lambda value: _one_of(*PROVIDERS)(value), "base_url": _text, "api_key_env": _name,
+    "headers": _mapping, "timeout_seconds": _timeout, "rate_limit": lambda value: _Map(_RATE_LIMIT_KEYS)(value),
+    "proxy": _text, "circuit_breaker": lambda value: _Map(_CIRCUIT_BREAKER_KEYS)(value), "options": _mapping})
 _WORKFLOW_KEYS: dict[str, _Check] = {
     "name": _name, "version": _must("text or a number", lambda value: isinstance(value, str) or _is_number(value)),
     "description": _text, "inputs": _Map({}, every=_INPUT), "providers": _Map({}, every=_PROVIDER),
@@ -2419,10 +2411,9 @@ class Workflow:
         return cls._from_text(_read_file(path), None, path, os.path.dirname(os.path.abspath(path)), loaded, chain)
 
     @classmethod
-    def _from_text(
-        cls, text: str | bytes, load: Callable[[Any], Any] | None, source: str = "workflow", folder: str | None = None,
-        loaded: dict[str, Workflow] | None = None, chain: tuple[str, ...] = (),
-    ) -> Workflow:
+    def _from_text(cls, text: str | bytes, load: Callable[[Any], Any] | None, source: str = "workflow",
+            folder: str | None = None, loaded: dict[str, Workflow] | None = None,
+            chain: tuple[str, ...] = ()) -> Workflow:
         workflow = cls._from_document(_parsed(text, source, load), source)
         workflow.folder, workflow._source_text = folder, _decoded(text)
         workflow._chain = (*chain, os.path.basename(source))
@@ -2669,9 +2660,8 @@ class _Plan:
         entries = self.document.get(name)
         return {key: entries[key] for key in entries if isinstance(key, str)} if isinstance(entries, dict) else {}
 
-    def problem(
-        self, path: _Path, message: str, severity: str = "error", inside: tuple[str, int] | None = None
-    ) -> Problem:
+    def problem(self, path: _Path, message: str, severity: str = "error",
+            inside: tuple[str, int] | None = None) -> Problem:
         found = Problem(_label(self.document, path) + message, path, severity=severity)
         found.inside = inside
         return self.found.setdefault((path, found.message), found)
@@ -2845,9 +2835,8 @@ class _Plan:
         query, documents = document.get("query"), document.get("documents")
         if isinstance(document.get("embed"), Mapping):
             self.check(_Map(_EMBED_KEYS, ("provider", "model")), document["embed"], (*node.path, "embed"))
-        elif documents is not None or (
-            isinstance(query, str) and not re.fullmatch(r"(?s)\s*(\{\{.*\}\}|<<.*>>)\s*", query)
-        ):
+        elif documents is not None or (isinstance(query, str)
+                and not re.fullmatch(r"(?s)\s*(\{\{.*\}\}|<<.*>>)\s*", query)):
             needed = "documents need" if documents is not None else "query is text and needs"
             self.misshape(node.path, f"{needed} embed: {{provider, model}} to become vectors")
         if isinstance(document.get("filter"), Mapping) and not _holds_tag(document["filter"]):
@@ -3117,7 +3106,6 @@ def _input_fault(value: Any, declared: Mapping[str, Any]) -> str | None:
         return f"must be one of {_shorten(', '.join(map(_shown, allowed)), 200)}, not {_shown(value)}"
     return None
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Graph: Workflow -> dependencies, order, levels
 # The public view of what the compiler found: who waits for whom. Answers questions; runs nothing.
@@ -3160,7 +3148,6 @@ def _levels(graph: _Graph) -> list[list[_Node]]:
                 following.append(dependent)
         wave = sorted(following)
     return levels
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Retry: policies, delays, limits
@@ -3893,13 +3880,12 @@ class CompletionRequest:
     a list of the vendor's own parts. `params` go to the vendor as they are. `schema` is a JSON Schema for the answer;
     `tools` are maps of name, description and parameters (a JSON Schema). `on_text` is called with each piece of text of
     a streamed answer as it arrives, in the thread that makes the call."""
-    def __init__(
-        self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, stop: Any = None,
-        temperature: float | None = None, max_tokens: int | None = None, top_p: float | None = None,
-        top_k: int | None = None, seed: int | None = None, frequency_penalty: float | None = None,
-        presence_penalty: float | None = None, stream: bool = False, params: Mapping[str, Any] | None = None,
-        schema: Any = None, tools: list[dict[str, Any]] | None = None, on_text: Callable[[str], None] | None = None,
-    ) -> None:
+    def __init__(self, model: str, messages: list[dict[str, Any]], *, system: str | None = None, stop: Any = None,
+            temperature: float | None = None, max_tokens: int | None = None, top_p: float | None = None,
+            top_k: int | None = None, seed: int | None = None, frequency_penalty: float | None = None,
+            presence_penalty: float | None = None, stream: bool = False, params: Mapping[str, Any] | None = None,
+            schema: Any = None, tools: list[dict[str, Any]] | None = None,
+            on_text: Callable[[str], None] | None = None) -> None:
         self.model, self.messages, self.system, self.stop, self.seed = model, messages, system, stop, seed
         self.temperature, self.max_tokens, self.top_p, self.top_k = temperature, max_tokens, top_p, top_k
         self.frequency_penalty, self.presence_penalty, self.on_text = frequency_penalty, presence_penalty, on_text
@@ -3919,11 +3905,9 @@ class CompletionResponse:
     vendor's word (such as stop, length, tool_use). `tool_calls` are maps of id, name and arguments; further keys are
     the vendor's, for the next request. `metadata` is JSON: finish_reason, request_id, truncated (true for an answer cut
     off by a limit) and more."""
-    def __init__(
-        self, text: str, model: str = "", input_tokens: int | None = None, output_tokens: int | None = None,
-        finish_reason: str | None = None, request_id: str | None = None, tool_calls: Iterable[dict[str, Any]] = (),
-        metadata: Mapping[str, Any] | None = None, total_tokens: int | None = None,
-    ) -> None:
+    def __init__(self, text: str, model: str = "", input_tokens: int | None = None, output_tokens: int | None = None,
+            finish_reason: str | None = None, request_id: str | None = None, tool_calls: Iterable[dict[str, Any]] = (),
+            metadata: Mapping[str, Any] | None = None, total_tokens: int | None = None) -> None:
         self.text, self.model, self.input_tokens, self.output_tokens = text, model, input_tokens, output_tokens
         counts = [count for count in (input_tokens, output_tokens) if count is not None]
         self.total_tokens = total_tokens if total_tokens is not None or not counts else sum(counts)
@@ -3937,10 +3921,8 @@ class CompletionResponse:
 
 class EmbeddingRequest:
     """Texts to embed with a model. `input_type` is "query" or "document" for vendors that tell them apart."""
-    def __init__(
-        self, model: str, input: list[str], dimensions: int | None = None, input_type: str | None = None,
-        params: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, model: str, input: list[str], dimensions: int | None = None, input_type: str | None = None,
+            params: Mapping[str, Any] | None = None) -> None:
         self.model, self.input, self.dimensions, self.input_type = model, input, dimensions, input_type
         self.params = dict(params or {})
 
@@ -4024,9 +4006,8 @@ def _error_parts(document: Any) -> tuple[str, str, Any]:
 
 class _RestClient:
     """JSON calls to one server: its address, its headers, and one way from a bad answer to an error without secrets."""
-    def __init__(
-        self, name: str, base_url: str, headers: Mapping[str, str], *, proxy: str | None, timeout_seconds: float | None,
-    ) -> None:
+    def __init__(self, name: str, base_url: str, headers: Mapping[str, str], *, proxy: str | None,
+            timeout_seconds: float | None) -> None:
         self.name, self.base_url = name, base_url.rstrip("/")
         given: dict[str, tuple[str, str]] = {}  # by its name in lower case: the last one counts
         secrets: set[str] = set()
@@ -4071,11 +4052,9 @@ class _RestClient:
         for detail in fault["details"] if wait is None and isinstance(fault.get("details"), list) else ():
             delay = _dig(detail, "retryDelay")  # google.rpc.RetryInfo
             wait = _seconds(delay, "s") if isinstance(delay, str) else wait
-        return kind(
-            f"answered {status or 'an error'}: {message}", provider=self.name, status=status, retry_after=wait,
+        return kind(f"answered {status or 'an error'}: {message}", provider=self.name, status=status, retry_after=wait,
             retryable=retryable and kind not in (QuotaExceededError, ContextLengthError),
-            request_id=headers.get("x-request-id") or headers.get("request-id") or _dig(document, "request_id"),
-        )
+            request_id=headers.get("x-request-id") or headers.get("request-id") or _dig(document, "request_id"))
 
     def check(self, headers: Mapping[str, str], document: Any) -> None:
         """Raises the error that a document is whose only news is an error, though the status was good."""
@@ -4180,10 +4159,9 @@ class Provider:
     merge: Callable[[dict[str, Any], Any], str]  # adds a stream's event to the document that `read` gets; returns its
     # text; sets document["finished"] when the vendor said that the answer is complete, ["done"] at the end mark
 
-    def __init__(
-        self, *, api_key: str | None = None, base_url: str | None = None, headers: Mapping[str, str] | None = None,
-        timeout_seconds: float | None = None, proxy: str | None = None, name: str | None = None, **options: Any,
-    ) -> None:
+    def __init__(self, *, api_key: str | None = None, base_url: str | None = None,
+            headers: Mapping[str, str] | None = None, timeout_seconds: float | None = None, proxy: str | None = None,
+            name: str | None = None, **options: Any) -> None:
         self.limits = {limit: options.pop(limit, None) for limit in ("rate_limit", "circuit_breaker")}
         for option in options:
             if option not in self.OPTIONS:
@@ -4412,10 +4390,8 @@ def _merged_turns(messages: Iterable[dict[str, Any]], parts: str) -> list[dict[s
 def _functions(request: CompletionRequest, parameters: str = "parameters") -> list[dict[str, Any]]:
     """The tools of a request, with the vendor's name for the schema of their parameters."""
     nothing = {"type": "object", "properties": {}}
-    return [
-        {"name": tool["name"], "description": tool.get("description") or "",
-         parameters: tool.get("parameters") or nothing} for tool in request.tools or ()
-    ]
+    return [{"name": tool["name"], "description": tool.get("description") or "", parameters: tool.get("parameters")
+        or nothing} for tool in request.tools or ()]
 
 def _load_arguments(arguments: Any) -> Any:
     """The arguments of a tool call: a JSON text (or its pieces), or a map already; what is no JSON stays text."""
@@ -4663,7 +4639,8 @@ class CohereProvider(_ChatCompletions):
     TYPE, BASE_URL, PREFIX, CHAT_PATH, EMBED_PATH = "cohere", "https://api.cohere.com", "/v2", "/chat", "/embed"
     KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
-    EMBED_FIELDS, COUNTS = ("texts", "output_dimension"), ("usage.tokens.input_tokens", "usage.tokens.output_tokens", "")
+    EMBED_FIELDS = ("texts", "output_dimension")
+    COUNTS = ("usage.tokens.input_tokens", "usage.tokens.output_tokens", "")
     EMBED_EXTRA: Mapping[str, Any] = {"input_type": "search_document", "embedding_types": ["float"]}
     INPUT_TYPES: Mapping[str, str] = {"query": "search_query", "document": "search_document"}
     VECTORS, EMBED_TOKENS, max_batch = "embeddings.float", "meta.billed_units.input_tokens", 96
@@ -6288,7 +6265,6 @@ _HANDLERS: dict[str, Callable[[_StepRun, dict[str, Any]], Awaitable[tuple[Any, .
     "transform": _transform_step, "action": _action_step, "parallel": _parallel_step, "branch": _branch_step,
     "loop": _loop_step, "approval": _approval_step, "workflow": lambda call, values: call.run_workflow(values),
 }
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 13. Execution: the scheduler and the run
@@ -8674,7 +8650,6 @@ def _event_text(event: Mapping[str, Any]) -> str:
         details.append(str(value) if name == "message" else f"{name}={_shorten(_to_text(value), 300)}")
     return " ".join([subject, *details])
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 16. Pictures and reports
 # A workflow goes in; Mermaid, Graphviz DOT or a tree in plain text comes out.
@@ -8685,10 +8660,8 @@ _MERMAID_SHAPES = {"action": "[/ /]", "approval": "{{ }}", "transform": "([ ])",
 def _step_kind(node: _Node) -> str:
     return node.type + (" for each" if node.for_each else "")
 
-def _boxes(
-    workflow: Workflow, step: Callable[[_Node, str, int], tuple[str, list[str]]], group: Callable[[str, int, str], str],
-    close: str, arrow: Callable[[str, str, str], str],
-) -> Iterator[str]:
+def _boxes(workflow: Workflow, step: Callable[[_Node, str, int], tuple[str, list[str]]],
+        group: Callable[[str, int, str], str], close: str, arrow: Callable[[str, str, str], str]) -> Iterator[str]:
     """The lines of a picture: steps, containers around their children, a branch's branches in between; then edges.
 
     `step` gives (name, lines) from a step, its path and its number, `group` opens a branch, `arrow` is from, to, if.
@@ -8765,7 +8738,6 @@ def _graph_text(workflow: Workflow) -> str:
     return "\n".join([" ".join(str(workflow.name).split()), *draw(workflow._plan().graph, "")]) + "\n"
 
 _PICTURES = {"mermaid": _graph_mermaid, "dot": _graph_dot, "text": _graph_text}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 17. Command line
