@@ -3987,9 +3987,9 @@ _JSON_WRITER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=
 _JSON_READER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 def _loaded(body: bytes) -> Any:
-    """The value of `_load_json`, sooner for a short text in which nothing needs its care."""
-    plain = len(body) < 10_000 and body.isascii() and not any(word in body for word in (b"NaN", b"Infinity", b"\\u"))
-    if plain and body.count(b"{") + body.count(b"[") <= _MAX_DEPTH:
+    """The value of `_load_json`, sooner for a text in which nothing needs its care, such as too long a number."""
+    plain = len(body) < _MAX_DIGITS and body.isascii() and b"NaN" not in body and b"Infinity" not in body
+    if plain and b"\\u" not in body and body.count(b"{") + body.count(b"[") <= _MAX_DEPTH:
         with contextlib.suppress(ValueError):
             return _JSON_READER.decode(body.decode())
     return _load_json(body)
@@ -4380,9 +4380,9 @@ def _merged_turns(messages: Iterable[dict[str, Any]], parts: str) -> list[dict[s
     """Messages in which neighbours of one role are one, as vendors want the results of several tool calls."""
     merged: list[dict[str, Any]] = []
     for message in messages:
-        last: dict[str, Any] = merged[-1] if merged else {"role": None}
-        if last["role"] == message["role"] and isinstance(message[parts], list) and isinstance(last[parts], list):
-            merged[-1] = {**message, parts: [*last[parts], *message[parts]]}
+        lists = merged and isinstance(message[parts], list) and isinstance(merged[-1][parts], list)
+        if lists and merged[-1]["role"] == message["role"]:
+            merged[-1] = {**message, parts: [*merged[-1][parts], *message[parts]]}
         else:
             merged.append(message)
     return merged
@@ -4536,7 +4536,7 @@ class OpenAIProvider(_ChatCompletions):
         return _Responses(self).complete(request) if chosen == "responses" else super().complete(request)
 
     def fields(self, request: CompletionRequest) -> Mapping[str, str]:
-        newer = self._NEW_LIMIT.match(request.model)
+        newer = request.max_tokens is not None and self._NEW_LIMIT.match(request.model)
         return {**self.FIELDS, "max_tokens": "max_completion_tokens"} if newer else self.FIELDS
 
 class _Responses(Provider):
@@ -4639,11 +4639,11 @@ class CohereProvider(_ChatCompletions):
     TYPE, BASE_URL, PREFIX, CHAT_PATH, EMBED_PATH = "cohere", "https://api.cohere.com", "/v2", "/chat", "/embed"
     KEY_VARIABLES, URL_VARIABLES = ("CO_API_KEY", "COHERE_API_KEY"), ("CO_API_URL",)
     FIELDS: Mapping[str, str] = {**_ChatCompletions.FIELDS, "top_p": "p", "top_k": "k", "stop": "stop_sequences"}
+    COUNTS, max_batch = ("usage.tokens.input_tokens", "usage.tokens.output_tokens", ""), 96
+    VECTORS, EMBED_TOKENS = "embeddings.float", "meta.billed_units.input_tokens"
     EMBED_FIELDS = ("texts", "output_dimension")
-    COUNTS = ("usage.tokens.input_tokens", "usage.tokens.output_tokens", "")
     EMBED_EXTRA: Mapping[str, Any] = {"input_type": "search_document", "embedding_types": ["float"]}
     INPUT_TYPES: Mapping[str, str] = {"query": "search_query", "document": "search_document"}
-    VECTORS, EMBED_TOKENS, max_batch = "embeddings.float", "meta.billed_units.input_tokens", 96
 
     def schema_fields(self, request: CompletionRequest) -> dict[str, Any]:
         shape = {"response_format": {"type": "json_object", "json_schema": _object_schema(request.schema)}}
