@@ -3984,15 +3984,6 @@ _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\xa0-\xff]*")
 _USUAL_HEADERS = dict.fromkeys(("Accept", "Content-Type"), "application/json")
 _USUAL_HEADERS["User-Agent"] = f"llm_orchestrator/{__version__}"
 _JSON_WRITER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_JSON_READER = json.JSONDecoder(object_pairs_hook=_unique_keys)
-
-def _loaded(body: bytes) -> Any:
-    """The value of `_load_json`, sooner for a text in which nothing needs its care, such as too long a number."""
-    plain = len(body) < _MAX_DIGITS and body.isascii() and b"NaN" not in body and b"Infinity" not in body
-    if plain and b"\\u" not in body and body.count(b"{") + body.count(b"[") <= _MAX_DEPTH:
-        with contextlib.suppress(ValueError):
-            return _JSON_READER.decode(body.decode())
-    return _load_json(body)
 
 def _error_parts(document: Any) -> tuple[str, str, Any]:
     """(message, code and type, the error map) of the error bodies that vendors send."""
@@ -4065,7 +4056,7 @@ class _RestClient:
     def parse(self, response: _Response) -> Any:
         """The JSON of a response; an error for nonsense, and for a document that is an error."""
         try:
-            document = _loaded(response.body)
+            document = _load_json(response.body)
         except ParseError as error:
             reason = f"answered something that is not JSON ({error.reason}): {self.excerpt(response.text)}"
             raise BadResponseError(reason, provider=self.name, status=response.status) from None
