@@ -3049,8 +3049,8 @@ class _Plan:
         try:
             return compile_it(source, *arguments)
         except (TemplateError, ExecutionError) as error:
-            text = source if isinstance(source, str) else ""
-            self.misshape(path, f"{key}: {error}", (text, getattr(error, "position", 0)))
+            inside = (source, getattr(error, "position", 0)) if isinstance(source, str) else None
+            self.misshape(path, f"{key}: {error}", inside)
             return None
 
     def steps(self, documents: Any, path: _Path, graph: _Graph) -> _Graph:
