@@ -100,8 +100,9 @@ class TemplateError(OrchestratorError):
 class ConditionError(TemplateError):
     """A condition that does not parse, or that compares what cannot be compared."""
 def _nearest(word: Any, known: Iterable[Any]) -> list[str]:
-    """The one of the known words that the word is probably meant to be, if there is one."""
-    word, words = str(word)[:100].lower(), tuple(map(str, known))
+    """The one of the known words that the word is probably meant to be, if there is one and both are text."""
+    words = tuple(one for one in known if isinstance(one, str)) if isinstance(word, str) else ()
+    word = str(word)[:100].lower() if words else ""
     if len(words) > 300:  # comparing takes long
         words = tuple(one for one in words if one[:3].lower() == word[:3] or one[-3:].lower() == word[-3:])[:300]
     return _closest(word, words)
@@ -2467,7 +2468,7 @@ def _integer(low: int, high: int = 2**53) -> _Check:
     return _must(span, lambda value: _is_integer(value) and low <= value <= high)
 
 def _one_of(*names: str) -> _Check:
-    near = lambda value: _suggestion(value, names) if isinstance(value, str) else ""
+    near = lambda value: _suggestion(value, names)
     return _must(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names, near)
 
 def _texts(value: Any) -> str | None:
