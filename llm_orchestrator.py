@@ -72,10 +72,7 @@ else:
 
 class OrchestratorError(Exception):
     """Base of every error that this module raises for bad input, a bad answer or a failed run."""
-    @property
-    def message(self) -> str:
-        """The error in one or more lines of text, without the class name."""
-        return str(self)
+    message = property(str, doc="The error in one or more lines of text, without the class name.")
 
 class ParseError(OrchestratorError):
     """YAML or JSON text that cannot be read. `line` and `column` count from 1; str() shows the line and a caret."""
@@ -102,8 +99,9 @@ class TemplateError(OrchestratorError):
 class ConditionError(TemplateError):
     """A condition that does not parse, or that compares what cannot be compared."""
 def _nearest(word: Any, known: Iterable[Any]) -> list[str]:
-    """The one of the known words that the word is probably meant to be, if there is one."""
-    word, words = str(word)[:100].lower(), tuple(map(str, known))
+    """The one of the known words that the word is probably meant to be, if there is one and both are text."""
+    words = tuple(one for one in known if isinstance(one, str)) if isinstance(word, str) else ()
+    word = str(word)[:100].lower() if words else ""
     if len(words) > 300:  # comparing takes long
         words = tuple(one for one in words if one[:3].lower() == word[:3] or one[-3:].lower() == word[-3:])[:300]
     return _closest(word, words)
@@ -2078,7 +2076,6 @@ def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 def _holds_tag(value: Any) -> bool:
-    """Whether a template stands anywhere in a value."""
     if isinstance(value, Mapping):
         value = list(value.values())
     return any(map(_holds_tag, value)) if isinstance(value, (list, tuple)) else _has_tag(value)
@@ -2101,7 +2098,7 @@ def _integer(low: int, high: int = 2**53) -> _Check:
     return _must(span, lambda value: _is_integer(value) and low <= value <= high)
 
 def _one_of(*names: str) -> _Check:
-    near = lambda value: _suggestion(value, names) if isinstance(value, str) else ""
+    near = lambda value: _suggestion(value, names)
     return _must(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names, near)
 
 def _texts(value: Any) -> str | None:
@@ -2225,46 +2222,36 @@ _STEP_TYPES: dict[str, _StepType] = {
             "schema": _must("a JSON Schema or a file", lambda value: isinstance(value, (Mapping, str))),
             "schema_retries": _integer(0, 20), "tools": _texts, "max_tool_rounds": _integer(1, 100), "cache": _boolean,
         },
-        ("provider", "model"), 4, either=("prompt", "messages"), literal=("provider", "schema", "tools", "fallback"),
-    ),
+        ("provider", "model"), 4, either=("prompt", "messages"), literal=("provider", "schema", "tools", "fallback")),
     "embed": _StepType(
-        {**_EMBED_KEYS, "input": _texts, "cache": _boolean}, ("provider", "model", "input"), 2, literal=("provider",)
-    ),
+        {**_EMBED_KEYS, "input": _texts, "cache": _boolean}, ("provider", "model", "input"), 2, literal=("provider",)),
     "vector_search": _StepType(
         {
             **_VECTOR_KEYS, "top_k": _integer(1, 100_000), "filter": _mapping, "include_metadata": _boolean,
             "include_vectors": _boolean, "query": _must("text or a list of numbers", lambda value: (
                 isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_number, value))))),
         },
-        ("database", "index", "query"), 2, literal=("database", "embed"),
-    ),
+        ("database", "index", "query"), 2, literal=("database", "embed")),
     "vector_upsert": _StepType(
         {**_VECTOR_KEYS, "documents": _list_or_text, "vectors": _list_or_text}, ("database", "index"),
-        literal=("database", "embed"),
-    ),
+        literal=("database", "embed")),
     "transform": _StepType(
         {"function": _name, "inputs": _must("a list of names or a map", lambda v: isinstance(v, (list, str, Mapping)))},
-        ("function",), free=True, literal=("function", "inputs"),
-    ),
+        ("function",), free=True, literal=("function", "inputs")),
     "action": _StepType({"action": _name}, ("action",), free=True, literal=("action",)),
     "approval": _StepType({"message": _text}, container=True),
     "parallel": _StepType({"tasks": _steps}, ("tasks",), 0, container=True, literal=("tasks",)),
     "branch": _StepType(
         {"branches": _must("a map of value: steps", lambda value: isinstance(value, Mapping) and bool(value))},
-        ("condition", "branches"), 0, container=True, literal=("branches",),
-    ),
+        ("condition", "branches"), 0, container=True, literal=("branches",)),
     "loop": _StepType(
-        {
-            "steps": _steps, "until": _condition, "max_iterations": _integer(1, 1_000_000),
-            "on_exhausted": _one_of("fail", "continue"),
-        },
+        {"steps": _steps, "until": _condition, "max_iterations": _integer(1, 1_000_000),
+         "on_exhausted": _one_of("fail", "continue")},
         ("steps", "until", "max_iterations"), 0, container=True,
-        literal=("steps", "until", "max_iterations", "on_exhausted"),
-    ),
+        literal=("steps", "until", "max_iterations", "on_exhausted")),
     "workflow": _StepType(
         {"workflow": _must("a file or a workflow", lambda v: isinstance(v, (str, Mapping))), "inputs": _mapping},
-        ("workflow",), 0, container=True, literal=("workflow",),
-    ),
+        ("workflow",), 0, container=True, literal=("workflow",)),
 }
 _UNKNOWN_TYPE = _StepType({}, arity=0, free=True)
 
@@ -2294,7 +2281,6 @@ _WORKFLOW_KEYS: dict[str, _Check] = {
     "pricing": _Map({}, every=_Map({"input": _number(0, 1e9), "output": _number(0, 1e9)})),
     "id": _anything,  # the original writes one when it serialises a workflow; it has no meaning here
 }
-_WORKFLOW = _Map(_WORKFLOW_KEYS, ("name", "steps"))
 
 class Step:
     """One step of a workflow, as in the document: `Step(id="greet", type="llm", provider="openai", ...)`.
@@ -2625,7 +2611,7 @@ class _Plan:
         self.found: dict[tuple[_Path, str], Problem] = {}
         self.misshapen = False  # the document has no meaning, so that loading it fails
         self.graphs: list[_Graph] = []
-        self.check(_WORKFLOW, self.document, ())
+        self.check(_Map(_WORKFLOW_KEYS, ("name", "steps")), self.document, ())
         self.defaults = {kind: keys for kind, keys in self.section("defaults").items() if isinstance(keys, dict)}
         self.plugins: dict[str, Any] = {
             "provider": {**PROVIDERS, **self.section("providers")}, "tools": {}, "database": VECTOR_STORES,
@@ -2684,8 +2670,8 @@ class _Plan:
         try:
             return compile_it(source, *arguments)
         except (TemplateError, ExecutionError) as error:
-            text = source if isinstance(source, str) else ""
-            self.misshape(path, f"{key}: {error}", (text, getattr(error, "position", 0)))
+            inside = (source, getattr(error, "position", 0)) if isinstance(source, str) else None
+            self.misshape(path, f"{key}: {error}", inside)
             return None
 
     def steps(self, documents: Any, path: _Path, graph: _Graph) -> _Graph:
@@ -2708,7 +2694,6 @@ class _Plan:
         return graph
 
     def step(self, node: _Node, graph: _Graph) -> None:
-        """One step: keys, defaults, templates, conditions, children."""
         document, row = node.document, _STEP_TYPES.get(node.type, _UNKNOWN_TYPE)
         defaults = self.defaults.get(node.type)
         self.check(row.shape, document, node.path, defaults)
@@ -2965,8 +2950,7 @@ class _Plan:
             root, scope = segments[0] if segments else "", graph
             if key == "until" and node.children is not None:
                 scope = node.children  # it is asked after each iteration
-            is_own = root in scope.local or (root in node.local and key != "for_each")
-            if not root or is_own or root in ("workflow", "run"):
+            if root in ("", "workflow", "run", *scope.local) or (root in node.local and key != "for_each"):
                 continue
             if root not in ("steps", "outputs"):
                 fault = self.missing_input(segments, scope)

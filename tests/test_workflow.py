@@ -470,6 +470,13 @@ def test_a_value_that_no_document_can_hold_is_written_or_refused_but_never_crash
             assert str(error)
 
 
+def test_an_input_whose_name_is_a_huge_number_is_refused() -> None:
+    inner = {"name": "i", "inputs": {"z": {}}, "steps": [{"id": "z", "type": "action", "action": "log"}]}
+    call = Step(id="w", type="workflow", workflow=inner, inputs={10**5000: 1})
+    with pytest.raises(ValidationError, match="has no input a number"):
+        Workflow("t", [call]).validate()
+
+
 # ---- Anything at all -------------------------------------------------------------------------------------------------
 
 _circle: dict[str, Any] = {}
