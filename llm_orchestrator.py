@@ -3428,7 +3428,8 @@ class _Connection:
         """Serves a call. `silent`: nothing has come yet; `lives`: it can serve another one after the answer."""
         self.scope, self.deadline, self.silent, self.lives = scope, deadline, True, False
         scope.attach(self.socket)
-        self.socket.settimeout(None)
+        if self.socket.gettimeout() is not None:  # each change costs a system call
+            self.socket.settimeout(None)
 
     def close(self) -> None:
         self.scope.attach(None)
@@ -3590,8 +3591,10 @@ class _HttpClient:
             while True:
                 connection = self.idle.get(key, []).pop()
                 try:
-                    connection.socket.settimeout(0)
-                    socket.socket.recv(connection.socket, 1, socket.MSG_PEEK)
+                    at_once = getattr(socket, "MSG_DONTWAIT", 0) if connection.socket.gettimeout() is None else 0
+                    if not at_once:
+                        connection.socket.settimeout(0)
+                    socket.socket.recv(connection.socket, 1, socket.MSG_PEEK | at_once)
                 except OSError as error:
                     if isinstance(error, BlockingIOError) and time.monotonic() - connection.since < _IDLE_SECONDS:
                         return connection
