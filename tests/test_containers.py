@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import finished
 
 from llm_orchestrator import ParseError, RunResult, Step, ValidationError, Workflow, WorkflowExecutor
 
@@ -50,25 +51,6 @@ def run(
     options.setdefault("providers", {"p": provider or (lambda request: request.prompt)})
     executor = WorkflowExecutor(Workflow("t", steps, **keys), inputs, max_concurrency=concurrency, **options)
     return finished(executor)
-
-
-def finished(executor: WorkflowExecutor) -> RunResult:
-    outcome: list[Any] = []
-
-    def target() -> None:
-        try:
-            outcome.append(executor.run())
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    thread.join(20)
-    assert outcome, "the run hangs"
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    result: RunResult = outcome[0]
-    return result
 
 
 def states(result: RunResult) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from conftest import finished
 
 from llm_orchestrator import CompletionResponse, OpenAIProvider, RunResult, Step, Workflow, WorkflowExecutor
 
@@ -41,26 +42,6 @@ def executor(
     return WorkflowExecutor(
         Workflow("t", steps, **keys), providers=providers, max_concurrency=concurrency, on_event=on_event
     )
-
-
-def finished(runner: WorkflowExecutor, seconds: float = 10) -> RunResult:
-    """The run's result; a failure if it does not end in time."""
-    outcome: list[Any] = []
-
-    def target() -> None:
-        try:
-            outcome.append(runner.run())
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert outcome, "the run hangs"
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    result: RunResult = outcome[0]
-    return result
 
 
 def states(result: RunResult) -> dict[str, str]:
