@@ -40,6 +40,7 @@ import time
 from bisect import bisect_right
 from collections import ChainMap
 from collections.abc import Mapping
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -55,15 +56,38 @@ __all__ = [  # noqa: RUF022
     "VECTOR_STORES", "VectorStore", "VoyageProvider", "WeaviateStore", "Workflow", "WorkflowDAG", "WorkflowExecutor",
 ]
 
+class _OnDemand(ModuleType):
+    """A module that is imported when it is first used: a command that needs little is to start fast."""
+    __module__ = "types"  # it is nothing of this module's own
+
+    def __getattr__(self, attribute: str) -> Any:
+        module = globals()[self.__name__] = __import__(self.__name__)
+        return getattr(module, attribute)
+
 TYPE_CHECKING = False  # the name is enough for type checkers, and `typing` is slow to import
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import difflib
+    import graphlib
+    import hashlib
+    import inspect
     import logging
+    import platform
+    import queue
+    import random
+    import signal
+    import socket
+    import typing
+    import uuid
+    import zlib
     from collections.abc import AsyncIterator, Awaitable, Callable, Container, Generator, Iterable, Iterator, Sequence
     from typing import Any
 else:
     Any = object  # for `dict[str, Any]` as a base class
+    for _name in ("argparse", "asyncio", "difflib", "graphlib", "hashlib", "inspect", "logging", "platform", "queue",
+            "random", "signal", "socket", "typing", "uuid", "zlib"):
+        globals()[_name] = _OnDemand(_name)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Errors
@@ -108,8 +132,6 @@ def _nearest(word: Any, known: Iterable[Any]) -> list[str]:
 
 @functools.lru_cache(maxsize=1000)
 def _closest(word: str, words: tuple[str, ...]) -> list[str]:
-    import difflib
-
     lowered = {one.lower(): one for one in words}
     return [lowered[one] for one in difflib.get_close_matches(word, lowered, n=1)]
 
@@ -279,7 +301,7 @@ def _load_json(text: str | bytes) -> Any:
         if "NaN" in text or "Infinity" in text:  # which the module takes for numbers
             json.loads(text.replace("NaN", "N_N").replace("Infinity", "I_finity"))
         value = _JSON_DECODER.decode(text)
-        if "\\ud" in text or "\\uD" in text or _too_deep(value):
+        if "\\ud" in text or "\\uD" in text or (text.count("[") + text.count("{") > _MAX_DEPTH and _too_deep(value)):
             load_yaml(text)  # refuses halves of surrogate pairs
     except json.JSONDecodeError as error:
         raise ParseError(f"not JSON: {error.msg}", text, error.pos) from None
@@ -323,6 +345,8 @@ def _decoded(text: str | bytes) -> str:
     """The text without a byte order mark and with "\\n" line ends; refuses what neither YAML nor JSON may hold."""
     if isinstance(text, (bytes, bytearray, memoryview)):
         raw = bytes(text)
+        if not raw.translate(None, _USUAL):
+            return raw.decode("ascii")
         codec = next((name for mark, name in _BYTE_ORDER_MARKS if raw.startswith(mark)), "utf-8")
         try:
             text = raw.decode(codec)
@@ -3032,8 +3056,6 @@ class _Plan:
         """Names the cycles, each broken where it was found, to look for others; fills in dependents, counts, roots."""
         ordered = all(graph.by_id[name].position < node.position for node in graph.nodes for name in node.dependencies)
         for _ in range(0 if ordered else 10):
-            import graphlib
-
             try:
                 graphlib.TopologicalSorter({node.id: node.dependencies for node in graph.nodes}).prepare()
                 break
@@ -3193,7 +3215,6 @@ class RetryPolicy:
         factor = {"exponential": growth, "linear": failures}.get(self.strategy, 1)
         delay = min(self.initial_delay_seconds * factor, self.max_delay_seconds)
         if self.jitter is not False:
-            import random
             delay *= random.uniform(0, 1) if self.jitter is True else random.uniform(1 - self.jitter, 1 + self.jitter)
         return max(min(delay, self.max_delay_seconds), retry_after_seconds or 0.0)
 
@@ -3202,40 +3223,63 @@ class RetryPolicy:
 
 _DEFAULT_RETRY, _NO_RETRY = RetryPolicy(), RetryPolicy(max_attempts=1)
 
+class _Turn:
+    """A task's wait for a place."""
+    def __init__(self) -> None:
+        self.loop, self.thread, self.given = asyncio.get_running_loop(), threading.get_ident(), asyncio.Event()
+
+    def give(self) -> None:
+        """Wakes the task, from any thread; RuntimeError if its event loop is closed."""
+        here = threading.get_ident() == self.thread
+        self.given.set() if here else self.loop.call_soon_threadsafe(self.given.set)
+
 class _Places:
     """A number of places, given in the order of asking to tasks of any event loop in any thread."""
     def __init__(self, count: float = math.inf) -> None:
         self.count, self.taken, self.lock = count, 0, threading.Lock()
-        self.waiting: collections.deque[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = collections.deque()
+        self.waiting: collections.deque[_Turn | _Job] = collections.deque()
 
-    async def enter(self) -> None:
-        """Waits for a place. A cancelled wait keeps none."""
-        import asyncio
-        ticket = (asyncio.get_running_loop(), asyncio.Event())
+    def take(self, turn: _Turn | _Job) -> bool:
+        """Whether there is a place at once; otherwise it will be given in turn."""
         with self.lock:
             if self.taken < self.count:
                 self.taken += 1
-                return
-            self.waiting.append(ticket)
-        try:
-            await ticket[1].wait()
-        except BaseException:
-            try:
-                with self.lock:
-                    self.waiting.remove(ticket)
-            except ValueError:  # too late: a place was given
-                self.leave()
-            raise
+                return True
+            self.waiting.append(turn)
+        return False
 
-    def leave(self) -> None:
-        """Gives a place up, from any thread. It passes to who has waited longest without ever being free."""
-        with self.lock:
-            while self.waiting:
-                loop, given = self.waiting.popleft()
-                with contextlib.suppress(RuntimeError):  # the event loop is closed: the next one
-                    loop.call_soon_threadsafe(given.set)
-                    return
-            self.taken -= 1
+    async def enter(self) -> None:
+        """Waits for a place. A cancelled wait keeps none."""
+        turn = _Turn()
+        if not self.take(turn):
+            try:
+                await turn.given.wait()
+            except BaseException:
+                self.drop(turn)
+                raise
+
+    def drop(self, turn: _Turn | _Job) -> None:
+        """Ends a wait; if it is over by now, gives the place up that it was for."""
+        try:
+            with self.lock:
+                self.waiting.remove(turn)
+        except ValueError:
+            self.leave()
+
+    def leave(self, pool: _WorkerPool | None = None) -> _Job | None:
+        """Gives a place up, from any thread. It passes to who has waited longest without ever being free. To a thread
+        of `pool` it returns a job of that pool, if that is who: the thread can do it at once."""
+        while True:
+            with self.lock:
+                if not self.waiting:
+                    self.taken -= 1
+                    return None
+                turn = self.waiting.popleft()
+            if isinstance(turn, _Job) and turn.pool is pool:
+                return turn
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: the next one
+                turn.give()
+                return None
 
 class _RateLimit(_Places):
     """How fast and how many at once a provider may be called: `await start(tokens)`, the call, `settle`, `leave`. No
@@ -3257,7 +3301,6 @@ class _RateLimit(_Places):
 
     async def start(self, tokens: int = 0) -> None:
         """Waits until a call of about so many tokens may start, and takes a place. A cancelled wait keeps none."""
-        import asyncio
         await self.enter()
         try:
             await self.gate.enter()
@@ -3398,7 +3441,6 @@ class _CancelScope:
         with self.lock:
             self.cancelled = True
             if self.socket is not None:
-                import socket
                 with contextlib.suppress(OSError):  # not the method of an SSLSocket, which another thread is reading
                     socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
@@ -3544,7 +3586,6 @@ def _uncompressed(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
         return
     if coding not in ("gzip", "x-gzip", "deflate"):
         raise BadResponseError(f"in the encoding {coding[:12]!r}, which was not asked for")
-    import zlib
     unpack = None
     for piece in pieces:
         while piece:
@@ -3586,7 +3627,6 @@ class _HttpClient:
 
     def kept(self, key: tuple[Any, ...]) -> _Connection | None:
         """A connection that waits for use and on which nothing has come since the last, not even its end."""
-        import socket
         with contextlib.suppress(IndexError):  # none is left
             while True:
                 connection = self.idle.get(key, []).pop()
@@ -3692,7 +3732,6 @@ class _Exchange:
 
     def connect(self) -> _Connection:
         """A new connection, to the first address that takes one. Each but the last has half of the time left."""
-        import socket
         target = self.target
         context = _tls_context(*map(os.environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR"))) if target.secure else None
         addresses = socket.getaddrinfo(*(target.proxy or (target.host, target.port)), 0, socket.SOCK_STREAM)
@@ -3925,22 +3964,25 @@ def _joined_text(content: Any) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _keys_to(place: str) -> tuple[str | int, ...]:
-    return tuple(int(key) if key.isdigit() else key for key in place.split("."))
+    return tuple(int(key) if key.isdigit() else key for key in place.split(".")) if place else ()
 
 def _dig(document: Any, place: str) -> Any:
     """The value at a place such as "choices.0.message"; None where there is none."""
     try:
         for key in _keys_to(place):
             document = document[key]
-        return document
     except _SHAPE_ERRORS:
         return None
+    return document if place else None
 
 def _total(document: Any, places: str) -> int | None:
     """The sum of the token counts at places such as "usage.a + usage.b"; None if there is none."""
-    values = [_dig(document, place) for place in places.split(" + ")]
-    counts = [value for value in values if type(value) in (int, float) and value >= 0]
-    return int(sum(counts)) if counts else None
+    total = None
+    for place in places.split(" + "):
+        value = _dig(document, place)
+        if type(value) in (int, float) and value >= 0:
+            total = value + (total or 0)
+    return None if total is None else int(total)
 
 # ---- From a bad answer to an error -----------------------------------------------------------------------------------
 
@@ -4209,10 +4251,11 @@ class Provider:
         fields, headers = self.fields(request), response.headers
         answer.request_id = headers.get("x-request-id") or headers.get("request-id") or answer.request_id
         ignored = [name for name in _TUNING if name not in fields and getattr(request, name) is not None]
-        extra: dict[str, Any] = {"request_id": answer.request_id, "ignored": ignored or None}
-        extra["truncated"] = finish in _TRUNCATED or None
-        extra["time_to_first_token_ms"] = None if first is None else round((first - started) * 1000, 3)
-        answer.metadata.update({name: value for name, value in extra.items() if value is not None})
+        wait = None if first is None else round((first - started) * 1000, 3)
+        for name, value in (("request_id", answer.request_id), ("ignored", ignored or None),
+                ("truncated", finish in _TRUNCATED or None), ("time_to_first_token_ms", wait)):
+            if value is not None:
+                answer.metadata[name] = value
         return answer
 
     def _written(self, write: Callable[[Any], tuple[str, dict[str, Any]]], request: Any) -> tuple[str, dict[str, Any]]:
@@ -4908,8 +4951,6 @@ def _hashed_features(text: str, size: int) -> list[float]:
 @functools.lru_cache(maxsize=4096)
 def _word_features(word: str) -> tuple[tuple[int, float], ...]:
     """(hash, weight) of a word and of the groups of three letters in it. Words of up to three letters count little."""
-    import hashlib
-
     marked, long = f"^{word[:100]}$", len(word) > 3
     features = [(word, 1.0 if long or word[0] > "\x7f" else 0.25)] if word else []
     features += [(marked[start : start + 3], 0.25) for start in range(len(marked) - 2)] if long else []
@@ -5349,7 +5390,6 @@ def _collection(place: _Place) -> list[str]:
 
 def _as_uuid(identifier: str) -> str:
     """The id itself if it is a UUID, otherwise one made of it (version 5)."""
-    import uuid
     is_one = re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", identifier)
     return identifier if is_one else str(uuid.uuid5(uuid.NAMESPACE_OID, identifier))
 
@@ -5750,7 +5790,6 @@ def _log_action(call: _StepRun, parameters: _Parameters) -> Any:
     return message
 
 async def _sleep_action(call: _StepRun, parameters: _Parameters) -> Any:
-    import asyncio
     seconds = _seconds(parameters.get("seconds", parameters.get("duration")), "s")
     if seconds is None:
         raise ExecutionError('seconds must be a number, or a text such as "1.5s"')
@@ -5823,7 +5862,6 @@ _ACTIONS: dict[str, Callable[[_StepRun, _Parameters], Any]] = {
 def _fitting_call(function: Any, leading: tuple[Any, ...], parameters: dict[str, Any]) -> Callable[[], Any]:
     """A custom function bound to what it can take: `leading` (a transform's inputs) first if there is room for it, and
     the parameters by name, or as one map; ExecutionError if neither fits."""
-    import inspect
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-in functions have none
@@ -5867,7 +5905,7 @@ async def _action_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
     if (custom := call.run.executor.actions.get(name)) is not None:
         return (await call.custom(custom, _fitting_call(custom, (), values)),)
     try:
-        return (await call.working(functools.partial(_ACTIONS[name], call, _Parameters(values))),)
+        return (await call.working(True, _ACTIONS[name], call, _Parameters(values)),)
     except ExecutionError as error:
         raise ExecutionError(str(error) if name == "fail" else f"{name}: {error}") from None
 
@@ -5901,11 +5939,12 @@ async def _llm_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     used = {name: found for name, found in (("tool_calls", made), ("schema_retries", retries)) if found}
     return value, response.model, (call.result.usage or {}).get("total_tokens"), {**metadata, **used}
 
+_REQUEST_KEYS = frozenset(("model", "system", *_SAMPLING_KEYS, "params"))
+
 def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[str, Any]) -> CompletionRequest:
     if (messages := values.get("messages")) is None:
         messages = [{"role": "user", "content": values["prompt"]}]
-    names = ("model", "system", *_SAMPLING_KEYS, "params")
-    given = {name: values[name] for name in names if values.get(name) is not None}
+    given = {name: value for name, value in values.items() if name in _REQUEST_KEYS and value is not None}
     request = CompletionRequest(messages=messages, stream=call.streams(values), **given)
     if tools:
         request.tools = [_tool_schema(name, function) for name, function in tools.items()]
@@ -5946,7 +5985,6 @@ async def _tool_round(call: _StepRun, response: Any, tools: Mapping[str, Any], m
 
 def _bound_tool(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
     """The function bound to arguments by name, those that it takes by position alone too."""
-    import inspect
     bound = inspect.BoundArguments(inspect.signature(function), dict(arguments))
     bound.apply_defaults()
     return functools.partial(function, *bound.args, **bound.kwargs)
@@ -5955,8 +5993,6 @@ _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", 
 
 def _tool_schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     """A function as a tool: its docstring, and a JSON Schema made of its signature."""
-    import inspect
-    import typing
     properties, required = {}, []
     try:
         hints = typing.get_type_hints(function)
@@ -5973,7 +6009,6 @@ def _tool_schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
 
 def _type_schema(hint: Any) -> dict[str, Any]:
     """The JSON Schema of a type hint; {} (anything) for those that JSON does not know."""
-    import typing
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return {"enum": list(arguments)}
@@ -6183,7 +6218,6 @@ def _document_record(document: Any) -> dict[str, Any]:
     if not isinstance(metadata, Mapping):
         raise ExecutionError(f"the metadata of a document must be a map, not {_shown(metadata)}")
     if identifier is None:  # what is the same is stored once
-        import hashlib
         content = entry["text"] + (_to_json(metadata, sort_keys=True) if metadata else "")
         identifier = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     return {"id": identifier, "metadata": {**metadata, "text": entry["text"]}}
@@ -6208,7 +6242,6 @@ async def _branch_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
     return (taken, *outputs.values())
 
 async def _loop_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
-    import asyncio
     node, previous = call.node, None  # type: _Node, Mapping[str, Any] | None
     assert node.children is not None and node.until is not None
     for iteration in range(values["max_iterations"]):
@@ -6381,65 +6414,108 @@ def _harmless(error: BaseException) -> Exception:
     failure.__cause__ = error
     return failure
 
+class _Job:
+    """A blocking call for a worker thread, in one of `places` if given. `began` is called in the loop as it begins."""
+
+    __slots__ = ("arguments", "began", "function", "future", "places", "pool", "scope")
+
+    def __init__(self, pool: _WorkerPool, function: Callable[..., Any], arguments: tuple[Any, ...],
+            places: _Places | None = None, began: Callable[[float], None] | None = None) -> None:
+        self.pool, self.function, self.arguments, self.places, self.began = pool, function, arguments, places, began
+        self.future, self.scope = pool.loop.create_future(), _CancelScope()
+
+    async def outcome(self) -> Any:
+        """What the call gives, awaited if need be. When cancelled, the socket under it is closed at once."""
+        if self.places is None or self.places.take(self):
+            self.give()
+        try:
+            outcome = await self.future
+            return await outcome if hasattr(outcome, "__await__") else outcome
+        except BaseException:
+            self.scope.cancel()
+            raise
+        finally:
+            if (places := self.placed()) is not None:
+                places.drop(self)
+
+    def give(self) -> None:
+        """Has the call made: its turn has come."""
+        if self.began is not None and threading.get_ident() == self.pool.thread:
+            self.began(time.perf_counter())
+            self.began = None
+        self.pool.put(self)
+
+    def placed(self) -> _Places | None:
+        """The places, for the one that asks first: a thread that is done, or a task that no longer waits for it."""
+        with self.scope.lock:
+            places, self.places = self.places, None
+        return places
+
+    def call(self) -> tuple[Any, Exception | None]:
+        if self.scope.cancelled:  # nothing starts after it was cancelled
+            return None, None
+        _CALL.scope = self.scope
+        try:
+            return self.function(*self.arguments), None
+        except BaseException as raised:
+            return None, _harmless(raised)
+        finally:
+            _CALL.scope = None
+
 class _WorkerPool:
     """Daemon threads for blocking calls: as many as there are calls in flight, kept for reuse until `close`.
 
-    asyncio's default pool stops at cpu + 4 threads and is joined at exit; neither will do for slow calls.
+    asyncio's default pool stops at cpu + 4 threads and is joined at exit; neither will do for slow calls. A thread that
+    is done takes the next job that waits for its place by itself: the event loop hears of both later, in one wake-up.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        import queue
-
-        self.loop, self.lock = loop, threading.Lock()
-        self.jobs: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self.loop, self.thread, self.lock = loop, threading.get_ident(), threading.Lock()
+        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.idle = self.threads = 0  # idle: threads that no job has been promised to
-        self.finished: collections.deque[tuple[Any, ...]] = collections.deque()
+        self.news: collections.deque[tuple[Any, ...]] = collections.deque()  # (future, what to call unless done, with)
         self.delivering = False
 
-    def submit(self, scope: _CancelScope, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """Calls the function in a thread; returns a future of its result."""
-        future = self.loop.create_future()
+    def put(self, job: _Job) -> None:
         with self.lock:
             spawn = self.idle == 0
             self.threads += spawn
             self.idle -= not spawn
-        self.jobs.put((future, scope, function, arguments))
+        self.jobs.put(job)
         if spawn:
             threading.Thread(target=self.work, name="llm_orchestrator", daemon=True).start()
-        return future
 
     def work(self) -> None:
-        while (job := self.jobs.get()) is not None:
-            future, scope, function, arguments = job
-            value, error = None, None
-            if not scope.cancelled:  # nothing starts after it was cancelled
-                _CALL.scope = scope
-                try:
-                    value = function(*arguments)
-                except BaseException as raised:
-                    error = _harmless(raised)
-                _CALL.scope = None
+        job = self.jobs.get()
+        while job is not None:
+            if job.began is not None:
+                self.tell(job.future, job.began, time.perf_counter())
+            job = self.finish(job, *job.call()) or self.jobs.get()
+
+    def finish(self, job: _Job, value: Any, error: Exception | None) -> _Job | None:
+        """Tells the loop what came of a job; returns the next one, if its place passes to one of this pool."""
+        places = None if hasattr(value, "__await__") else job.placed()
+        following = None if places is None else places.leave(self)
+        if following is None:
             with self.lock:
                 self.idle += 1
-            self.finished.append((future, value, error))
-            del job, future, scope, function, arguments, value, error
-            if not self.delivering:
-                self.delivering = True  # one wake-up serves all that finish before the loop looks
-                try:
-                    self.loop.call_soon_threadsafe(self.deliver)
-                except RuntimeError:  # the loop is closed: nobody waits any more
-                    return
+        tell = job.future.set_result if error is None else job.future.set_exception
+        self.tell(job.future, tell, value if error is None else error)
+        return following
+
+    def tell(self, future: Any, function: Callable[[Any], Any], told: Any) -> None:
+        self.news.append((future, function, told))
+        if not self.delivering:
+            self.delivering = True  # one wake-up serves all that there is to tell when the loop looks
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self.loop.call_soon_threadsafe(self.deliver)
 
     def deliver(self) -> None:
         self.delivering = False
-        while self.finished:
-            future, value, error = self.finished.popleft()
-            if future.done():
-                continue
-            if error is None:
-                future.set_result(value)
-            else:
-                future.set_exception(error)
+        while self.news:
+            future, function, told = self.news.popleft()
+            if not future.done():
+                function(told)
 
     def close(self) -> None:
         for _ in range(self.threads):
@@ -6532,8 +6608,6 @@ class _GraphRun:
 
     async def execute(self) -> None:
         """Returns when every step has ended; when cancelled, cancels the steps and waits for them first."""
-        import asyncio
-
         self.drain()
         try:
             while not self.is_over():
@@ -6635,7 +6709,7 @@ class _GraphRun:
             if self.run.listening:
                 self.run.emit("step_pending", result.step_id, step_type=node.type)
             step = _StepRun(self, node, result, self.local_context(position), position)
-            task = self.run.loop.create_task(step.execute())
+            task = step.task = self.run.loop.create_task(step.execute())
             self.tasks.add(task)
             task.add_done_callback(step.ended)
 
@@ -6766,10 +6840,7 @@ class _StepRun:
 
     async def execute(self) -> None:
         """Runs the step to its final state. Never raises: whatever happens becomes part of the result."""
-        import asyncio
-
         node, result = self.node, self.result
-        self.task = asyncio.current_task()
         result.status = "running"
         try:
             if self.run.journal is not None:
@@ -6817,33 +6888,28 @@ class _StepRun:
 
     async def attempts(self) -> tuple[Any, ...]:
         """Tries until it succeeds, the error is final or the attempts are spent; then the fallbacks, in their order."""
-        candidates: list[dict[str, Any]] = [{}, *_as_list(self.node.constants.get("fallback"))]
+        node, run = self.node, self.run
+        candidates: list[dict[str, Any]] = [{}, *_as_list(node.constants.get("fallback"))]
         for number, self.candidate in enumerate(candidates, 1):
-            try:
-                return await self.retried(self.node.retry)
-            except ProviderError as error:
-                if number == len(candidates):
-                    raise
-                if self.run.listening:
-                    self.run.emit("step_fallback", self.id, error=_error_summary(error), **candidates[number])
-        raise AssertionError
-
-    async def retried(self, policy: RetryPolicy) -> tuple[Any, ...]:
-        import asyncio
-
-        failures = 0
-        while True:
-            try:
-                return await self.attempt()
-            except Exception as error:
-                failures += 1
-                delay = self.retry_delay(error, policy, failures)
+            failures = 0
+            while True:
+                try:
+                    return await self.attempt()
+                except Exception as error:
+                    failures += 1
+                    delay = self.retry_delay(error, node.retry, failures)
+                    if delay is None and (number == len(candidates) or not isinstance(error, ProviderError)):
+                        raise
+                    summary = _error_summary(error) if run.listening else {}
                 if delay is None:
-                    raise
-                if self.run.listening:
-                    attempt, summary = self.result.attempts, _error_summary(error)
-                    self.run.emit("step_retry", self.id, attempt=attempt, backoff_ms=round(delay * 1000), error=summary)
-            await asyncio.sleep(delay)
+                    if run.listening:
+                        run.emit("step_fallback", self.id, error=summary, **candidates[number])
+                    break
+                if run.listening:
+                    backoff, attempt = round(delay * 1000), self.result.attempts
+                    run.emit("step_retry", self.id, attempt=attempt, backoff_ms=backoff, error=summary)
+                await asyncio.sleep(delay)
+        raise AssertionError
 
     def retry_delay(self, error: Exception, policy: RetryPolicy, failures: int) -> float | None:
         """Seconds until the next attempt, or None. A container is retried for what its child raised."""
@@ -6860,8 +6926,6 @@ class _StepRun:
 
     async def attempt(self) -> tuple[Any, ...]:
         """One attempt within its deadline, which runs while it has a slot (a container: while its children run)."""
-        import asyncio
-
         node = self.node
         self.result.attempts += 1
         self.expired = False
@@ -6873,7 +6937,8 @@ class _StepRun:
         try:
             if not _STEP_TYPES[node.type].container:
                 return await _HANDLERS[node.type](self, values)
-            with _Clock(self):
+            with _Clock(self) as clock:
+                clock.start(time.perf_counter())
                 return await _HANDLERS[node.type](self, values)
         except asyncio.CancelledError:
             if not self.expired or self.siblings.cancelled:
@@ -6900,38 +6965,31 @@ class _StepRun:
         values.update(self.candidate)
         return values
 
-    async def working(self, work: Callable[[], Any]) -> Any:
-        """What `work()` gives, awaited if need be: in a slot, and on the attempt's clock."""
-        slots = self.run.slots
+    async def working(self, direct: bool, function: Callable[..., Any], *arguments: Any,
+            began: Callable[[], None] | None = None) -> Any:
+        """What a function gives, awaited if need be: in a slot and on the attempt's clock, and in a worker thread
+        unless it is `direct`, which means that it never blocks. `began` is called when it has its slot."""
+        clock, slots = _Clock(self, began), self.run.slots
+        if not direct:
+            with clock:
+                return await _Job(self.run.pool, function, arguments, slots, clock.start).outcome()
         await slots.enter()
         try:
-            with _Clock(self):
-                outcome = work()
+            with clock:
+                clock.start(time.perf_counter())
+                outcome = function(*arguments)
                 return await outcome if hasattr(outcome, "__await__") else outcome
         finally:
             slots.leave()
 
     async def threaded(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A blocking call in a worker thread; when cancelled, the socket under it is closed at once."""
-        scope = _CancelScope()
-        try:
-            return await self.run.pool.submit(scope, function, arguments)
-        except BaseException:
-            scope.cancel()
-            raise
-
-    async def blocking(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A blocking call in a slot and in a worker thread."""
-        return await self.working(functools.partial(self.threaded, function, *arguments))
+        """A blocking call in a worker thread, apart from slots and clock."""
+        return await _Job(self.run.pool, function, arguments).outcome()
 
     async def custom(self, function: Callable[..., Any], bound: Callable[[], Any]) -> Any:
         """A function of the user's: awaited if it is asynchronous, in a worker thread otherwise."""
-
-        async def work() -> Any:
-            outcome = bound() if _is_async(function) else await self.threaded(bound)
-            return await outcome if hasattr(outcome, "__await__") else outcome
-
-        return _json_value(await self.working(work), getattr(function, "__name__", "the function"))
+        value = await self.working(_is_async(function), bound)
+        return _json_value(value, getattr(function, "__name__", "the function"))
 
     # ---- calls of providers
 
@@ -6995,7 +7053,7 @@ class _StepRun:
                 return answer
         gate = run.executor.gate(name, provider, self.siblings.workflow)
         tokens = (0, 0) if gate.is_open and not run.budget.limits else _estimated_tokens(request)
-        with run.budget.reserved(request.model, tokens):
+        with run.budget.reserved(request.model, tokens) if run.budget.limits else _UNLIMITED:
             try:
                 answer = await self.gated(gate, sum(tokens), name, provider, call, request)
             except ProviderError as error:
@@ -7015,7 +7073,8 @@ class _StepRun:
         permit = await gate.enter(name, tokens, self.node.retry.max_delay_seconds)
         answer: Any = None
         try:
-            answer = await self.working(functools.partial(self.call, name, provider, call, request))
+            began = functools.partial(self.called, name, request)
+            answer = await self.working(gate.is_direct(provider, call), call, request, began=began)
             return answer
         except BaseException as error:
             answer = error
@@ -7025,14 +7084,11 @@ class _StepRun:
             if gate.breaker is not None and gate.breaker.state != state:
                 self.run.emit("circuit", self.id, provider=name, state=gate.breaker.state)
 
-    async def call(self, name: str, provider: Any, call: Any, request: Any) -> Any:
-        """The call itself: in place if it never waits, awaited, or in a worker thread."""
+    def called(self, name: str, request: Any) -> None:
+        """Counts and shows a call that begins."""
         self.add_usage({"calls": 1})
         if self.run.listening:
             self.run.emit("provider_call", self.id, provider=name, model=request.model, attempt=self.result.attempts)
-        direct = getattr(provider, "instant", False) or _is_async(call)
-        answer = call(request) if direct else await self.threaded(call, request)
-        return await answer if hasattr(answer, "__await__") else answer
 
     def count(self, request: Any, answer: Any) -> None:
         """Adds what an answer says that it used, and what that cost."""
@@ -7043,10 +7099,9 @@ class _StepRun:
         self.add_usage(used if cost is None else {**used, "cost": cost})
 
     def add_usage(self, amounts: Mapping[str, Any]) -> None:
-        if self.result.usage is None:
-            self.result.usage = dict.fromkeys(_USAGE, 0)
+        usage = self.result.usage = self.result.usage or dict.fromkeys(_USAGE, 0)
         for name, amount in amounts.items():
-            self.result.usage[name] = self.result.usage.get(name, 0) + amount
+            usage[name] = usage.get(name, 0) + amount
         self.run.count(amounts)
 
     # ---- children
@@ -7062,7 +7117,8 @@ class _StepRun:
         else:
             raise ExecutionError(f"for_each needs a list or a map, not {_type_name(source)}", self.id)
         runs = _ItemRuns(self, items)
-        with _Clock(self):
+        with _Clock(self) as clock:
+            clock.start(time.perf_counter())
             await runs.execute()
         if not self.node.continue_on_error:
             runs.raise_failures()
@@ -7120,23 +7176,30 @@ class _StepRun:
         return children.firsts()
 
 class _Clock:
-    """Runs while a step works: it expires the attempt when its time is up, and says that the step is running."""
+    """Runs while a step works, from `start` on: it expires the attempt when its time is up, says that the step is
+    running, and calls `began`."""
 
-    __slots__ = ("started", "step", "timer")
+    __slots__ = ("began", "started", "step", "timer")
 
-    def __init__(self, step: _StepRun) -> None:
-        self.step = step
+    def __init__(self, step: _StepRun, began: Callable[[], None] | None = None) -> None:
+        self.step, self.began, self.timer = step, began, None  # type: _StepRun, Any, asyncio.TimerHandle | None
 
-    def __enter__(self) -> None:
-        step, run = self.step, self.step.run
-        self.started = time.perf_counter()
-        self.timer = run.loop.call_later(step.remaining, self.expire) if step.remaining is not None else None
+    def start(self, now: float) -> None:
+        """Begins, at a moment of time.perf_counter(), in the loop's thread."""
+        step, run, self.started = self.step, self.step.run, now
+        if step.remaining is not None:
+            self.timer = run.loop.call_later(step.remaining, self.expire)
         if step.began is None:
-            step.began = self.started
+            step.began = now
         attempt = step.result.attempts
         if run.listening and (step.announced < attempt or not attempt):  # once an attempt
             step.announced = attempt
             run.emit("step_running", step.id, step_type=step.node.type, attempt=attempt)
+        if self.began is not None:
+            self.began()
+
+    def __enter__(self) -> _Clock:
+        return self
 
     def __exit__(self, *_: object) -> None:
         if self.timer is not None and self.step.remaining is not None:
@@ -7160,6 +7223,14 @@ class _Gate:
         breaker = settings.get("circuit_breaker")
         self.breaker = None if breaker is None else _CircuitBreaker.from_dict(breaker)
         self.is_open = not (settings.get("rate_limit") or breaker is not None)  # nothing but a pause holds calls up
+        self.known: tuple[Any, bool] = None, False  # the function that was called last, and whether it needs no thread
+
+    def is_direct(self, provider: Any, call: Any) -> bool:
+        """Whether a provider's function never blocks, so that it needs no thread."""
+        function = getattr(call, "__func__", call)
+        if function is not self.known[0]:
+            self.known = function, getattr(provider, "instant", False) or _is_async(call)
+        return self.known[1]
 
     async def enter(self, name: str, tokens: int, patience_seconds: float) -> int:
         """Waits for a call's turn; returns what `leave` is told. Raises CircuitOpenError, and RateLimitError for a
@@ -7209,6 +7280,8 @@ def _tokens(answer: Any, name: str) -> int:
 class BudgetExceededError(ExecutionError):
     """The next call would exceed the workflow's `budget`; it was not made."""
 
+_UNLIMITED = contextlib.nullcontext()
+
 class _Budget:
     """A run's `budget` and `pricing`: what is spent, what the calls in flight may still spend, what one more would."""
 
@@ -7229,9 +7302,6 @@ class _Budget:
     @contextlib.contextmanager
     def reserved(self, model: str, tokens: tuple[int, int]) -> Iterator[None]:
         """Sets (input, output) tokens aside while a call is in flight; BudgetExceededError if they are too many."""
-        if not self.limits:
-            yield
-            return
         amounts = {"calls": 1, "total_tokens": sum(tokens), "cost": self.cost(model, *tokens) or 0.0}
         for limit, name in (("max_calls", "calls"), ("max_tokens", "total_tokens"), ("max_cost", "cost")):
             if self.limits.get(limit) is not None:
@@ -7257,8 +7327,6 @@ def _estimated_tokens(request: Any) -> tuple[int, int]:
     return (characters + len(request.system or "")) // 4, request.max_tokens or 0
 
 def _is_async(function: Any) -> bool:
-    import inspect
-
     return any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
 
 def _json_value(value: Any, origin: str, depth: int = 0) -> Any:
@@ -7338,8 +7406,6 @@ class _Run:
 
     async def execute(self, inputs: Mapping[str, Any]) -> RunResult:
         """Runs to the end. When the calling task is cancelled, the partial result is complete before that goes on."""
-        import asyncio
-
         workflow, plan = self.executor.workflow, self.executor.workflow._plan()
         if self.journal is not None and self.is_new:
             self.journal.begin(workflow, self.executor)
@@ -7512,8 +7578,6 @@ class WorkflowExecutor:
         return await self._execute(None)
 
     async def _execute(self, listener: Callable[[dict[str, Any]], None] | None, *resumed: Any) -> RunResult:
-        import asyncio
-
         self._check()
         run = _Run(self, asyncio.get_running_loop(), listener, *resumed)
         self.result = run.result
@@ -7530,7 +7594,6 @@ class WorkflowExecutor:
         The runs share slots, threads, connections and limits. Inputs that are wrong give a ValidationError in place of
         a result. Leaving the iteration cancels what is running.
         """
-        import asyncio
         import copy
 
         loop = asyncio.get_running_loop()
@@ -7564,8 +7627,6 @@ class WorkflowExecutor:
     async def stream(self) -> AsyncIterator[dict[str, Any]]:
         """Runs the workflow and yields its events as they happen, `text` events with the pieces of streamed answers
         among them; `self.result` holds the result afterwards. Raises as `execute` does."""
-        import asyncio
-
         events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         task = asyncio.ensure_future(self._execute(events.put_nowait))
         task.add_done_callback(lambda _: events.put_nowait(None))
@@ -7590,8 +7651,6 @@ class WorkflowExecutor:
         steps to (approved, values). Returns the RunResult; inside a running event loop, an awaitable of it. Raises
         OrchestratorError if the run is held by another process, or if the workflow has changed (unless `force`).
         """
-        import asyncio
-
         async def resumed() -> RunResult:
             recorded = self._claimed(run_id, from_step, force)
             return await self._execute(None, recorded, decisions)
@@ -7634,8 +7693,6 @@ class WorkflowExecutor:
 
     def _blocking(self, execute: Callable[[], Any]) -> RunResult:
         """The result of a run, in a loop of its own; in a thread of its own if this one has a running loop."""
-        import asyncio
-
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -7830,13 +7887,11 @@ def _stored_json(value: Any, sort_keys: bool = False) -> str:
 
 def _digest(value: Any) -> str:
     """The SHA-256 of a text, or of a value as JSON with sorted keys, in hexadecimal."""
-    import hashlib
     text = value if isinstance(value, str) else _stored_json(value, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 def _workflow_diff(recorded: str, current: str) -> str:
     """How two texts differ, as a unified diff; "" if they do not."""
-    import difflib
     texts = recorded.splitlines(), current.splitlines()
     return "\n".join(difflib.unified_diff(*texts, "recorded", "current", lineterm=""))
 
@@ -7849,7 +7904,6 @@ def _parse_age(text: str) -> float:
 @functools.lru_cache(maxsize=64)
 def _process_name(pid: int) -> tuple[str, str, str]:
     """(host/scope, pid, random): this process, and no other ever; `scope` is the kernel and container of its pid."""
-    import platform
     scope = []
     with contextlib.suppress(OSError, OrchestratorError):  # Linux
         scope = [_read_file("/proc/sys/kernel/random/boot_id").decode(), os.readlink("/proc/self/ns/pid")]
@@ -8288,7 +8342,6 @@ class Store(_Database):
 
     def _write_now(self, held: _HeldRun | None, kind: str, about: Any, rows: Any) -> None:
         """Returns when this, and all before it, is durable."""
-        import queue
         outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._submit(held, kind, about and _stored_json(about), rows, outcome.put)
         if (error := outcome.get()) is not None:
@@ -8355,7 +8408,6 @@ SQLiteStore = Store
 class _Journal:
     """A run's side of its store, for one event loop: what is written down, and how much of it is durable."""
     def __init__(self, store: Any, run_id: str, loop: asyncio.AbstractEventLoop) -> None:
-        import asyncio
         self.store, self.run_id, self.loop = store, run_id, loop
         self.written, self.woken, self.progress = 0, True, asyncio.Event()
         self.landed: list[Any] = []  # for each step that was written, in order, None or what kept it out
@@ -8588,7 +8640,6 @@ _EVENT_LEVELS = {
 @functools.lru_cache
 def _logger() -> logging.Logger:
     """The logger `llm_orchestrator`, silent until the application configures logging."""
-    import logging
     logger = logging.getLogger("llm_orchestrator")
     logger.addHandler(logging.NullHandler())
     return logger
@@ -8598,7 +8649,6 @@ def _enabled_logger() -> logging.Logger | None:
     return _logger() if "logging" in sys.modules and _logger().isEnabledFor(40) and _has_handlers(_logger()) else None
 
 def _has_handlers(logger: Any) -> bool:
-    import logging
     while logger is not None:
         if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
             return True
@@ -8606,7 +8656,6 @@ def _has_handlers(logger: Any) -> bool:
     return False
 
 def _log_event(logger: logging.Logger, event: Mapping[str, Any]) -> None:
-    import logging
     name = event.get("level") or _EVENT_LEVELS.get(event["type"], "info")
     level = getattr(logging, str(name).upper(), logging.INFO)
     if logger.isEnabledFor(level):
@@ -8787,8 +8836,6 @@ _COMMAND_LINE: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]
 }
 
 def _parser() -> argparse.ArgumentParser:
-    import argparse
-
     parser = argparse.ArgumentParser(prog=_PROGRAM,
         description="Runs workflows of language-model calls, written as a YAML graph of steps.",
         epilog="exit status: 0 completed, 1 the run failed, 2 bad usage or an invalid workflow, 130 interrupted")
@@ -8935,8 +8982,6 @@ def _make_executor(options: argparse.Namespace, workflow: Workflow, inputs: Any,
 def _run_batch(options: argparse.Namespace, workflow: Workflow, inputs: Any, store: Any,
         opened: contextlib.ExitStack) -> int:
     """Runs a workflow once for each line of a file; --input and --set are what the lines have in common."""
-    import asyncio
-
     executor = _make_executor(options, workflow, _LATER, store, opened, None)
     batch = _Batch(options, workflow)
     with _signals(executor) as received, contextlib.closing(batch):
@@ -9053,8 +9098,6 @@ def _print_table(rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _signals(executor: WorkflowExecutor) -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM stop the run, so that its partial result is printed; a second one ends the process."""
-    import signal
-
     received: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
@@ -9182,8 +9225,6 @@ class _Batch:
     WINDOW = 1000  # lines that may have ended before the oldest that has not
 
     def __init__(self, options: argparse.Namespace, workflow: Workflow) -> None:
-        import hashlib
-
         self.options, self.started, self.shown = options, time.monotonic(), 0.0
         self.next = self.done = self.failed = self.total = 0  # the next line to write out; counts of lines
         self.early: dict[int, str] = {}  # results that came before their turn
