@@ -3477,6 +3477,21 @@ class _Connection:
         self.scope.attach(None)
         self.socket.close()
 
+    def is_quiet(self) -> bool:
+        """Whether there is nothing to read, not even the end. Linux says what is in the buffer (SO_MEMINFO, 55) at
+        once, while a look at the data means to let another thread have the interpreter, and to wait for it again."""
+        with contextlib.suppress(OSError):
+            if sys.platform == "linux" and not any(self.socket.getsockopt(socket.SOL_SOCKET, 55, 4)):
+                return True
+        try:
+            at_once = getattr(socket, "MSG_DONTWAIT", 0) if self.socket.gettimeout() is None else 0
+            if not at_once:
+                self.socket.settimeout(0)
+            socket.socket.recv(self.socket, 1, socket.MSG_PEEK | at_once)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+        return False
+
     def limit(self) -> None:
         """Lets the socket wait until the deadline."""
         if self.deadline != math.inf:
@@ -3630,14 +3645,8 @@ class _HttpClient:
         with contextlib.suppress(IndexError):  # none is left
             while True:
                 connection = self.idle.get(key, []).pop()
-                try:
-                    at_once = getattr(socket, "MSG_DONTWAIT", 0) if connection.socket.gettimeout() is None else 0
-                    if not at_once:
-                        connection.socket.settimeout(0)
-                    socket.socket.recv(connection.socket, 1, socket.MSG_PEEK | at_once)
-                except OSError as error:
-                    if isinstance(error, BlockingIOError) and time.monotonic() - connection.since < _IDLE_SECONDS:
-                        return connection
+                if time.monotonic() - connection.since < _IDLE_SECONDS and connection.is_quiet():
+                    return connection
                 connection.socket.close()
         return None
 
@@ -6820,13 +6829,13 @@ class _StepRun:
 
     __slots__ = (
         "announced", "began", "candidate", "child_views", "context", "expired", "node", "position", "remaining",
-        "result", "run", "siblings", "task",
+        "result", "run", "settled", "siblings", "task",
     )
 
     def __init__(self, siblings: _GraphRun, node: _Node, result: StepResult, context: dict[str, Any],
             position: int) -> None:
         self.siblings, self.run, self.node, self.result = siblings, siblings.run, node, result
-        self.context, self.position, self.expired = context, position, False
+        self.context, self.position, self.expired, self.settled = context, position, False, False
         self.announced = 0  # the latest attempt that an event told of
         self.began: float | None = None  # when it first had a slot
         self.remaining: float | None = None  # seconds that are left of the attempt
@@ -6866,6 +6875,16 @@ class _StepRun:
             result.fail(_harmless(error))
         if self.began is not None:
             result.duration_ms = round((time.perf_counter() - self.began) * 1000, 3)
+        self.settle()
+
+    def settle(self) -> None:
+        """Records the final state; a paused step has none."""
+        if not self.settled and self.result.status != "pending":
+            self.settled = True
+            try:
+                self.siblings.finish(self.position, self.result, self.child_views)
+            except BaseException as error:
+                self.siblings.crash = error
 
     def ended(self, task: asyncio.Task[None]) -> None:
         """The task's last act, also when it was cancelled before it could begin."""
@@ -6875,11 +6894,7 @@ class _StepRun:
             task.exception()  # it ends the loop by itself; nobody need hear of it twice
         if self.result.status == "running" or (self.result.status == "pending" and not siblings.paused):
             self.result.status = "cancelled"
-        try:
-            if self.result.status != "pending":
-                siblings.finish(self.position, self.result, self.child_views)
-        except BaseException as error:
-            siblings.crash = error
+        self.settle()
         if siblings.ready and not siblings.draining:
             siblings.drain()
         siblings.wake()
@@ -6966,13 +6981,15 @@ class _StepRun:
         return values
 
     async def working(self, direct: bool, function: Callable[..., Any], *arguments: Any,
-            began: Callable[[], None] | None = None) -> Any:
+            call: tuple[str, Any] | None = None) -> Any:
         """What a function gives, awaited if need be: in a slot and on the attempt's clock, and in a worker thread
-        unless it is `direct`, which means that it never blocks. `began` is called when it has its slot."""
-        clock, slots = _Clock(self, began), self.run.slots
+        unless it is `direct`, which means that it never blocks. `call`: the provider's name and the request, if it is
+        the call of a provider."""
+        clock, slots = _Clock(self, call), self.run.slots
         if not direct:
-            with clock:
-                return await _Job(self.run.pool, function, arguments, slots, clock.start).outcome()
+            with clock:  # what ends may have passed its slot on before it is settled: it is to be heard of first
+                began = functools.partial(clock.start, soon=self.run.loop.call_soon)
+                return await _Job(self.run.pool, function, arguments, slots, began).outcome()
         await slots.enter()
         try:
             with clock:
@@ -7073,8 +7090,7 @@ class _StepRun:
         permit = await gate.enter(name, tokens, self.node.retry.max_delay_seconds)
         answer: Any = None
         try:
-            began = functools.partial(self.called, name, request)
-            answer = await self.working(gate.is_direct(provider, call), call, request, began=began)
+            answer = await self.working(gate.is_direct(provider, call), call, request, call=(name, request))
             return answer
         except BaseException as error:
             answer = error
@@ -7083,12 +7099,6 @@ class _StepRun:
             gate.leave(tokens, answer, permit, self.expired)
             if gate.breaker is not None and gate.breaker.state != state:
                 self.run.emit("circuit", self.id, provider=name, state=gate.breaker.state)
-
-    def called(self, name: str, request: Any) -> None:
-        """Counts and shows a call that begins."""
-        self.add_usage({"calls": 1})
-        if self.run.listening:
-            self.run.emit("provider_call", self.id, provider=name, model=request.model, attempt=self.result.attempts)
 
     def count(self, request: Any, answer: Any) -> None:
         """Adds what an answer says that it used, and what that cost."""
@@ -7176,27 +7186,34 @@ class _StepRun:
         return children.firsts()
 
 class _Clock:
-    """Runs while a step works, from `start` on: it expires the attempt when its time is up, says that the step is
-    running, and calls `began`."""
+    """Runs while a step works, from `start` on: it expires the attempt when its time is up, counts the call of a
+    provider, and says what is running."""
 
-    __slots__ = ("began", "started", "step", "timer")
+    __slots__ = ("call", "started", "step", "timer")
 
-    def __init__(self, step: _StepRun, began: Callable[[], None] | None = None) -> None:
-        self.step, self.began, self.timer = step, began, None  # type: _StepRun, Any, asyncio.TimerHandle | None
+    def __init__(self, step: _StepRun, call: tuple[str, Any] | None = None) -> None:
+        self.step, self.call, self.timer = step, call, None  # type: _StepRun, Any, asyncio.TimerHandle | None
 
-    def start(self, now: float) -> None:
-        """Begins, at a moment of time.perf_counter(), in the loop's thread."""
-        step, run, self.started = self.step, self.step.run, now
+    def start(self, now: float, soon: Callable[[Callable[[], None]], Any] | None = None) -> None:
+        """Begins, at a moment of time.perf_counter(), in the loop's thread; `soon` is how to say so a little later."""
+        step, self.started = self.step, now
         if step.remaining is not None:
-            self.timer = run.loop.call_later(step.remaining, self.expire)
+            self.timer = step.run.loop.call_later(step.remaining, self.expire)
         if step.began is None:
             step.began = now
-        attempt = step.result.attempts
-        if run.listening and (step.announced < attempt or not attempt):  # once an attempt
+        if self.call is not None:
+            step.add_usage({"calls": 1})
+        if step.run.listening:
+            self.announce() if soon is None else soon(self.announce)
+
+    def announce(self) -> None:
+        step, attempt = self.step, self.step.result.attempts
+        if not step.settled and (step.announced < attempt or not attempt):  # once an attempt
             step.announced = attempt
-            run.emit("step_running", step.id, step_type=step.node.type, attempt=attempt)
-        if self.began is not None:
-            self.began()
+            step.run.emit("step_running", step.id, step_type=step.node.type, attempt=attempt)
+        if not step.settled and self.call is not None:
+            name, request = self.call
+            step.run.emit("provider_call", step.id, provider=name, model=request.model, attempt=attempt)
 
     def __enter__(self) -> _Clock:
         return self

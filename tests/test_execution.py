@@ -217,6 +217,74 @@ def test_all_slots_are_busy_and_never_more() -> None:
     assert provider.most_active == 8
 
 
+def action(step_id: str, name: str, **settings: Any) -> Step:
+    return Step(id=step_id, type="action", action=name, **settings)
+
+
+def test_blocking_and_asynchronous_calls_have_their_slots_in_the_order_of_asking() -> None:
+    began: list[int] = []
+
+    def blocking(number: int) -> None:
+        began.append(number)
+        time.sleep(0.001)
+
+    async def asynchronous(number: int) -> None:
+        began.append(number)
+        await asyncio.sleep(0.001)
+
+    names = ["blocking", "blocking", "asynchronous", "asynchronous", "blocking", "asynchronous"] * 8
+    actions = {"blocking": blocking, "asynchronous": asynchronous}
+    steps = [action(f"s{number}", name, number=number) for number, name in enumerate(names)]
+    assert run(*steps, actions=actions, concurrency=1).status == "completed"
+    assert began == list(range(48))
+
+
+def test_the_slot_of_a_blocking_call_whose_time_is_up_goes_to_the_next_in_line() -> None:
+    release, ends = threading.Event(), []
+
+    def blocking(seconds: float) -> str:
+        release.wait(seconds)
+        ends.append(seconds)
+        return "done"
+
+    steps = [action("stuck", "blocking", seconds=60, timeout_seconds=0.1), *(action(f"s{n}", "blocking", seconds=0) for n in range(9))]
+    result = run(*steps, actions={"blocking": blocking}, concurrency=1)
+    assert (result["stuck"].status, ends) == ("failed", [0] * 9)
+    assert {result[f"s{n}"].status for n in range(9)} == {"completed"}
+    release.set()
+
+
+def test_what_a_blocking_function_gives_to_await_is_awaited_in_its_slot() -> None:
+    active, most = 0, 0
+
+    async def later() -> str:
+        nonlocal active, most
+        active += 1
+        most = max(most, active)
+        await asyncio.sleep(0.01)
+        active -= 1
+        return "later"
+
+    result = run(*(action(f"s{n}", "wrapped") for n in range(12)), actions={"wrapped": lambda: later()}, concurrency=3)
+    assert most == 3
+    assert {result[f"s{n}"].outputs["output"] for n in range(12)} == {"later"}
+
+
+def test_a_call_in_line_is_said_to_run_when_it_has_its_slot() -> None:
+    events: list[Any] = []
+    run(*(llm(f"s{n}") for n in range(6)), provider=Scripted(delay=0.05), concurrency=2, on_event=events.append)
+    running, waits = {}, []
+    for event in events:
+        if event["type"] == "step_running":
+            running[event["step_id"]] = event["time"]
+            assert len(running) <= 2
+        elif event["type"] == "step_completed":
+            waits.append(event["time"] - running.pop(event["step_id"]))
+            assert event["duration_ms"] < 5000
+    assert len(waits) == 6
+    assert min(waits) > 0.02
+
+
 def test_a_step_starts_when_its_own_dependencies_end_not_when_a_level_does() -> None:
     ends: dict[str, float] = {}
 
