@@ -260,6 +260,7 @@ _SPACES, _WHITE, _BLANK, _EMPTY_LINES = _RUNS
 # The end of a text in quotes is such a match of odd length: otherwise the quote at its end is escaped.
 _CLOSING = {'"': re.compile(r'(?<!\\)\\*"').search, "'": re.compile("'+").search}
 _PROPERTY = r"(?:&[^ \t\n,\[\]{}]+|!<[^ \t\n>]*>|![^ \t\n,\[\]{}]*)(?=[ \t\n,\]}])"
+_SIMPLE_LITERAL = re.compile(r"\|([-+]?)\n( +)(?=[^ \t\n])").match
 _BLOCK_HEADER = re.compile(r"[|>](?:([1-9])?([-+])?|([-+])([1-9]))(?:[ \t]+(?:#[^\n]*)?)?\n").match
 _line_below = functools.lru_cache(maxsize=64)(  # finds the break before the first line with content indented by less
     lambda indent: re.compile(rf"\n(?= {{0,{indent - 1}}}[^ \n])").search)
@@ -515,7 +516,7 @@ class _YamlReader:
             return self.block_node(position, parent, -1, hanging, tag, anchor)
         if first in "|>":
             value, end = self.block_scalar(position, parent)
-            return self.scalar(value, False, tag, anchor, position), end
+            return value if tag is None and anchor is None else self.scalar(value, False, tag, anchor, position), end
         value, end, _ = self.flow_node(position, parent + 1, False, tag, anchor)
         if isinstance(value, (dict, list)) and text.startswith(":", _WHITE(text, end).end()):
             raise self.error(_COMPLEX_KEY, position)
@@ -770,22 +771,14 @@ class _YamlReader:
 
     def block_scalar(self, position: int, parent: int) -> tuple[str, int]:
         """A literal (|) or folded (>) scalar in a collection that is indented by `parent`."""
-        text, header = self.text, _BLOCK_HEADER(self.text, position)
-        digit = (header[1] or header[4]) if header else None
-        if not header or (digit and parent < 0):
-            raise self.error(f"expected a line end and indented lines of text behind '{text[position]}'", position)
-        chomping, start = header[2] or header[3], header.end()
-        first = _EMPTY_LINES(text, start).end()
-        line = text.rfind("\n", 0, first) + 1  # the first with content
-        indent = parent + int(digit) if digit else first - line
-        if digit or (indent > parent and first < len(text)):
-            wide = not digit and " " * (indent + 1) in text[start:line]
-            self.refuse_if(wide, "a blank line above this text has more spaces than the text", first)
+        text, simple = self.text, _SIMPLE_LITERAL(self.text, position)
+        if simple and (indent := len(simple[2])) > parent:
+            chomping, start, end = simple[1], simple.start(2), 0
+        else:
+            chomping, start, indent, end = self.block_header(position, parent)
+        if not end:
             below = _line_below(indent)(text, start - 1) if indent else None
             end = below.start() + 1 if below else len(text)
-        else:
-            end = line if first < len(text) else first
-            indent = end - start  # nothing but blank lines, none of them longer
         self.refuse_if(text.startswith("\t", _SPACES(text, end).end()), "a tab cannot indent this line", end)
         content = text[start - 1 : end]
         if " \n" in content:  # perhaps a blank line of less indentation
@@ -801,7 +794,25 @@ class _YamlReader:
         if text[position] == ">":  # as in quotes, but line breaks next to a line that starts with a blank stay
             pattern = r"(?m)^([^ \t\n].*)(\n+)(?=[^ \t\n])"
             body = re.sub(pattern, lambda match: match[1] + (match[2][1:] or " "), body)
-        return body + ending, self.next_line(end)
+        return body + ending, self.next_line(end - 1)
+
+    def block_header(self, position: int, parent: int) -> tuple[str | None, int, int, int]:
+        """(chomping, start, indentation, end) of the text below the header of a block scalar; the end is 0 if lines of
+        less indentation are what ends it."""
+        text, header = self.text, _BLOCK_HEADER(self.text, position)
+        digit = (header[1] or header[4]) if header else None
+        if not header or (digit and parent < 0):
+            raise self.error(f"expected a line end and indented lines of text behind '{text[position]}'", position)
+        start = header.end()
+        first = _EMPTY_LINES(text, start).end()
+        line = text.rfind("\n", 0, first) + 1  # the first with content
+        indent, end = parent + int(digit) if digit else first - line, 0
+        if not digit and (indent <= parent or first == len(text)):
+            end = line if first < len(text) else first
+            indent = end - start  # nothing but blank lines, none of them longer
+        elif not digit and " " * (indent + 1) in text[start:line]:
+            raise self.error("a blank line above this text has more spaces than the text", first)
+        return header[2] or header[3], start, indent, end
 
     # Properties and aliases
     def properties(self, position: int, tag: str | None, anchor: list[Any] | None) -> tuple[Any, Any, int]:
