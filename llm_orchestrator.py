@@ -40,6 +40,7 @@ import time
 from bisect import bisect_right
 from collections import ChainMap
 from collections.abc import Mapping
+from operator import is_
 from types import ModuleType
 
 __version__ = "0.1.0"
@@ -2501,8 +2502,7 @@ class Workflow:
     def _plan(self) -> _Plan:
         """The compiled form; made anew only when a step has changed."""
         plan, documents = self._compiled, self._documents()
-        same = plan and all(old is new for old, new in itertools.zip_longest(plan.documents, documents, fillvalue=self))
-        if plan is None or not same:
+        if plan is None or len(plan.documents) != len(documents) or not all(map(is_, plan.documents, documents)):
             self._compiled = plan = _Plan(self)
         return plan
 
@@ -2675,6 +2675,20 @@ class _Plan:
         self.resolve(holder, self.graph)
         self.problems = list(self.found.values())
         self.errors = [problem for problem in self.problems if problem.severity == "error"]
+
+    @functools.cached_property
+    def needs(self) -> dict[tuple[str, str], list[_Path]]:
+        """The providers, vector databases and approvals that steps need: (kind, name) -> where."""
+        found: dict[tuple[str, str], list[_Path]] = {}
+        for node in self.graph.walk():
+            if node.type == "approval":
+                found.setdefault(("approval", ""), []).append(node.path)
+            for entry in (node.constants, *_as_list(node.constants.get("fallback")), node.constants.get("embed") or {}):
+                if isinstance(entry.get("provider"), str):
+                    found.setdefault(("provider", entry["provider"]), []).append((*node.path, "provider"))
+            if isinstance(node.constants.get("database"), str):
+                found.setdefault(("database", node.constants["database"]), []).append((*node.path, "database"))
+        return found
 
     def section(self, name: str) -> dict[str, Any]:
         """A map of the document, so far as it is one with texts as keys."""
@@ -3979,8 +3993,9 @@ class EmbeddingResponse:
 
 def _joined_text(content: Any) -> str:
     """The text of a content: itself, or the texts among its parts; TypeError or AttributeError if it is neither."""
-    texts = (_joined_text(part if isinstance(part, str) else part.get("text", "")) for part in content or ())
-    return content if isinstance(content, str) else "".join(texts)
+    if isinstance(content, str):
+        return content
+    return "".join(_joined_text(part if isinstance(part, str) else part.get("text", "")) for part in content or ())
 
 @functools.lru_cache(maxsize=256)
 def _keys_to(place: str) -> tuple[str | int, ...]:
@@ -4010,16 +4025,16 @@ _STATUS_ERRORS: dict[int, type[ProviderError]] = {
     401: AuthenticationError, 402: QuotaExceededError, 403: AuthenticationError, 408: ProviderTimeoutError,
     413: ContextLengthError, 429: RateLimitError, 498: AuthenticationError, 504: ProviderTimeoutError,
 }
-_WORD_ERRORS: tuple[tuple[type[ProviderError], frozenset[int | None], Any], ...] = (  # what code and message decide
-    (QuotaExceededError, frozenset((400, 402, 403, 429)), re.compile(
+_WORD_ERRORS: tuple[tuple[type[ProviderError], frozenset[int | None], str], ...] = (  # what code and message decide
+    (QuotaExceededError, frozenset((400, 402, 403, 429)), (
         r"insufficient[_ ](quota|balance|credits?|funds)|credit[_ ]balance|billing_(error|hard_limit)|out of credits"
         r"|spend(ing)?[ _-](limit|cap)|reached your specified .{0,20}usage limits")),
-    (ContextLengthError, frozenset((400, 413, 422, 500, None)), re.compile(
+    (ContextLengthError, frozenset((400, 413, 422, 500, None)), (
         r"context[_ ](length|window|size|limit)|string_above_max_length|(prompt|input) is too long|prompt too long"
         r"|too many (input )?tokens|token count .{0,40}exceeds|too large for model|maximum model length"
         r"|reduce the length|max allowed tokens per|must have less than \d+ tokens|`inputs` tokens \+ `max_new_tokens`"
     )),
-    (AuthenticationError, frozenset((400,)), re.compile(r"api[_ ]key[_ ](not[_ ]valid|invalid)|invalid[_ ]api[_ ]key")),
+    (AuthenticationError, frozenset((400,)), r"api[_ ]key[_ ](not[_ ]valid|invalid)|invalid[_ ]api[_ ]key"),
 )
 _TYPE_STATUSES = {  # of errors inside an answer that began as a 200
     "overloaded_error": 529, "rate_limit_error": 429, "rate_limit_exceeded": 429, "slow_down": 429, "api_error": 500,
@@ -4085,8 +4100,8 @@ class _RestClient:
             number, known = fault.get("code"), [_TYPE_STATUSES[word] for word in code.split() if word in _TYPE_STATUSES]
             status = number if isinstance(number, int) and 400 <= number < 600 else known[0] if known else None
         words = f"{code} {message}".lower()
-        kind = next((kind for kind, statuses, said in _WORD_ERRORS if status in statuses and said.search(words)), None)
-        kind = kind or _STATUS_ERRORS.get(status or 0, ProviderError)
+        kinds = (kind for kind, statuses, said in _WORD_ERRORS if status in statuses and re.search(said, words))
+        kind = next(kinds, _STATUS_ERRORS.get(status or 0, ProviderError))
         advice, wait = headers.get("x-should-retry"), _retry_after_seconds(headers)
         retryable = status in _RETRIED_STATUSES if advice not in ("true", "false") else advice == "true"
         for detail in fault["details"] if wait is None and isinstance(fault.get("details"), list) else ():
@@ -7769,16 +7784,16 @@ class WorkflowExecutor:
             for table, name in ([problem.custom] if problem.custom else ())
             if table in ("actions", "transforms", "tools") and name not in getattr(self, table)
         ]
-        for node in workflow._plan().graph.walk():
-            if node.type == "approval" and self.store is None:
-                message = "an approval needs a store that keeps the run meanwhile: --store FILE, or store="
-                problems.append(Problem(_label(document, node.path) + message, node.path))
-            for key, name in self._needs(node):
-                try:
+        for (key, name), paths in workflow._plan().needs.items():
+            message = ""
+            try:
+                if key == "approval" and self.store is None:
+                    message = "an approval needs a store that keeps the run meanwhile: --store FILE, or store="
+                elif key != "approval":
                     self._provider(name, workflow) if key == "provider" else self._vector_store(name)
-                except ValidationError as error:
-                    path = (*node.path, key)
-                    problems.append(Problem(_label(document, path) + error.problems[0].message, path))
+            except ValidationError as error:
+                message = error.problems[0].message
+            problems += [Problem(_label(document, path) + message, path) for path in paths if message]
         if problems:
             located = workflow._located(problems)  # warnings of `validate` among them, that a run cannot live with
             raise ValidationError([Problem(one.message, one.path, one.line, one.column, one.source) for one in located])
@@ -7792,14 +7807,6 @@ class WorkflowExecutor:
             for node in workflow._plan().graph.walk():
                 if node.workflow is not None and node.workflow not in found:
                     found.append(node.workflow)
-
-    def _needs(self, node: _Node) -> Iterator[tuple[str, str]]:
-        """(key, name) of each provider and vector database that a step uses."""
-        for entry in (node.constants, *_as_list(node.constants.get("fallback")), node.constants.get("embed") or {}):
-            if isinstance(entry.get("provider"), str):
-                yield "provider", entry["provider"]
-        if isinstance(node.constants.get("database"), str):
-            yield "database", node.constants["database"]
 
     def _check_missing_inputs(self) -> None:
         """Without declared inputs: what steps that are certain to run cannot do without."""
