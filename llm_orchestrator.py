@@ -3250,6 +3250,10 @@ _DEFAULT_RETRY, _NO_RETRY = RetryPolicy(), RetryPolicy(max_attempts=1)
 
 class _Turn:
     """A task's wait for a place."""
+
+    __slots__ = ("given", "loop", "thread")
+    pool: Any = None  # the worker threads that may go on with it by themselves
+
     def __init__(self) -> None:
         self.loop, self.thread, self.given = asyncio.get_running_loop(), threading.get_ident(), asyncio.Event()
 
@@ -3262,9 +3266,9 @@ class _Places:
     """A number of places, given in the order of asking to tasks of any event loop in any thread."""
     def __init__(self, count: float = math.inf) -> None:
         self.count, self.taken, self.lock = count, 0, threading.Lock()
-        self.waiting: collections.deque[_Turn | _Job] = collections.deque()
+        self.waiting: collections.deque[_Turn] = collections.deque()
 
-    def take(self, turn: _Turn | _Job) -> bool:
+    def take(self, turn: _Turn) -> bool:
         """Whether there is a place at once; otherwise it will be given in turn."""
         with self.lock:
             if self.taken < self.count:
@@ -3283,7 +3287,7 @@ class _Places:
                 self.drop(turn)
                 raise
 
-    def drop(self, turn: _Turn | _Job) -> None:
+    def drop(self, turn: _Turn) -> None:
         """Ends a wait; if it is over by now, gives the place up that it was for."""
         try:
             with self.lock:
@@ -3291,20 +3295,22 @@ class _Places:
         except ValueError:
             self.leave()
 
-    def leave(self, pool: _WorkerPool | None = None) -> _Job | None:
-        """Gives a place up, from any thread. It passes to who has waited longest without ever being free. To a thread
-        of `pool` it returns a job of that pool, if that is who: the thread can do it at once."""
+    def leave(self) -> None:
+        """Gives a place up, from any thread. It passes to who has waited longest without ever being free."""
         while True:
             with self.lock:
                 if not self.waiting:
                     self.taken -= 1
-                    return None
+                    return
                 turn = self.waiting.popleft()
-            if isinstance(turn, _Job) and turn.pool is pool:
-                return turn
             with contextlib.suppress(RuntimeError):  # the event loop is closed: the next one
                 turn.give()
-                return None
+                return
+
+    def following(self, pool: Any) -> Any:
+        """Who has waited longest for a place, if a thread of `pool` can go on with that in a place that it holds."""
+        with self.lock:
+            return self.waiting.popleft() if self.waiting and self.waiting[0].pool is pool else None
 
 class _RateLimit(_Places):
     """How fast and how many at once a provider may be called: `await start(tokens)`, the call, `settle`, `leave`. No
@@ -6449,10 +6455,11 @@ def _harmless(error: BaseException) -> Exception:
     failure.__cause__ = error
     return failure
 
-class _Job:
+class _Job(_Turn):
     """A blocking call for a worker thread, in one of `places` if given. `began` is called in the loop as it begins."""
 
     __slots__ = ("arguments", "began", "function", "future", "places", "pool", "scope")
+    pool: _WorkerPool
 
     def __init__(self, pool: _WorkerPool, function: Callable[..., Any], arguments: tuple[Any, ...],
             places: _Places | None = None, began: Callable[[float], None] | None = None) -> None:
@@ -6470,7 +6477,9 @@ class _Job:
             self.scope.cancel()
             raise
         finally:
-            if (places := self.placed()) is not None:
+            with self.scope.lock:
+                places, self.places = self.places, None
+            if places is not None:
                 places.drop(self)
 
     def give(self) -> None:
@@ -6480,11 +6489,13 @@ class _Job:
             self.began = None
         self.pool.put(self)
 
-    def placed(self) -> _Places | None:
-        """The places, for the one that asks first: a thread that is done, or a task that no longer waits for it."""
+    def pass_on(self) -> _Job | None:
+        """The next job of the pool in line, which has the place of this one from now on."""
+        following: _Job | None = None
         with self.scope.lock:
-            places, self.places = self.places, None
-        return places
+            if self.places is not None and (following := self.places.following(self.pool)):
+                self.places = None
+        return following
 
     def call(self) -> tuple[Any, Exception | None]:
         if self.scope.cancelled:  # nothing starts after it was cancelled
@@ -6528,9 +6539,8 @@ class _WorkerPool:
             job = self.finish(job, *job.call()) or self.jobs.get()
 
     def finish(self, job: _Job, value: Any, error: Exception | None) -> _Job | None:
-        """Tells the loop what came of a job; returns the next one, if its place passes to one of this pool."""
-        places = None if hasattr(value, "__await__") else job.placed()
-        following = None if places is None else places.leave(self)
+        """Tells the loop what came of a job; returns the next one, if there is one that has its place now."""
+        following = None if hasattr(value, "__await__") else job.pass_on()
         if following is None:
             with self.lock:
                 self.idle += 1
@@ -6551,6 +6561,8 @@ class _WorkerPool:
             future, function, told = self.news.popleft()
             if not future.done():
                 function(told)
+            elif hasattr(told, "__await__") and hasattr(told, "close"):
+                told.close()  # a coroutine that nobody will await any more
 
     def close(self) -> None:
         for _ in range(self.threads):

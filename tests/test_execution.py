@@ -285,6 +285,46 @@ def test_a_call_in_line_is_said_to_run_when_it_has_its_slot() -> None:
     assert min(waits) > 0.02
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["blocking", "asynchronous", "both"]), st.sampled_from([0, 0, 0.001, 0.004]), st.booleans()),
+             min_size=1, max_size=16),
+    st.integers(1, 4), st.floats(0, 0.02) | st.none(),
+)  # fmt: skip
+def test_events_never_show_more_steps_running_than_there_are_slots(
+    steps: list[tuple[str, float, bool]], concurrency: int, moment: float | None
+) -> None:
+    def blocking(seconds: float, fails: bool) -> None:
+        time.sleep(seconds)
+        assert not fails
+
+    async def asynchronous(seconds: float, fails: bool) -> None:
+        await asyncio.sleep(seconds)
+        assert not fails
+
+    actions = {"blocking": blocking, "asynchronous": asynchronous, "both": lambda seconds, fails: asynchronous(seconds, fails)}
+    events: list[Any] = []
+    nodes = [action(f"s{n}", name, seconds=seconds, fails=fails) for n, (name, seconds, fails) in enumerate(steps)]
+    executor = WorkflowExecutor(Workflow("t", nodes), {}, actions=actions, max_concurrency=concurrency, on_event=events.append)
+
+    async def perhaps_cancelled() -> None:
+        task = asyncio.ensure_future(executor.execute())
+        await asyncio.wait([task], timeout=moment)
+        task.cancel()
+        await asyncio.wait([task], timeout=10)
+        assert task.done()
+
+    asyncio.run(perhaps_cancelled())
+    running: set[str] = set()
+    for event in events:
+        if event["type"] == "step_running":
+            running.add(event["step_id"])
+            assert len(running) <= concurrency
+        elif event["type"] in ("step_completed", "step_failed", "step_cancelled"):
+            running.discard(event["step_id"])
+    assert not running
+
+
 def test_a_step_starts_when_its_own_dependencies_end_not_when_a_level_does() -> None:
     ends: dict[str, float] = {}
 
