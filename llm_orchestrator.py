@@ -6112,7 +6112,8 @@ def _pattern_fault(pattern: Any) -> str | None:
         return f"is not supported: {error}"
 
 _SCHEMA_PARTS: dict[str, Callable[[Any], str | None]] = {  # what the keywords themselves must be
-    "type": _must(f"of {', '.join(_SCHEMA_TYPES)}", lambda part: {*map(str, _as_list(part))} <= {*_SCHEMA_TYPES}),
+    "type": _must(f"of {', '.join(_SCHEMA_TYPES)}", lambda part: all(
+        isinstance(name, str) and name in _SCHEMA_TYPES for name in _as_list(part))),
     "enum": _must("a list", _INPUT_TYPES["array"]), "pattern": _pattern_fault, "$ref": _text,
     "required": _must("a list of texts", lambda part: isinstance(part, list) and not _texts(part)),
     "uniqueItems": _must("true or false", _INPUT_TYPES["boolean"]),
@@ -6561,8 +6562,6 @@ class _WorkerPool:
             future, function, told = self.news.popleft()
             if not future.done():
                 function(told)
-            elif hasattr(told, "__await__") and hasattr(told, "close"):
-                told.close()  # a coroutine that nobody will await any more
 
     def close(self) -> None:
         for _ in range(self.threads):

@@ -285,6 +285,7 @@ def test_a_call_in_line_is_said_to_run_when_it_has_its_slot() -> None:
     assert min(waits) > 0.02
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited", "ignore::pytest.PytestUnraisableExceptionWarning")
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["blocking", "asynchronous", "both"]), st.sampled_from([0, 0, 0.001, 0.004]), st.booleans()),
