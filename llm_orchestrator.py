@@ -6524,13 +6524,21 @@ class _WorkerPool:
         self.delivering = False
 
     def put(self, job: _Job) -> None:
+        """Has a job done. RuntimeError if the system has not even one thread for it."""
         with self.lock:
-            spawn = self.idle == 0
+            spawn = self.idle <= 0
             self.threads += spawn
             self.idle -= not spawn
         self.jobs.put(job)
-        if spawn:
-            threading.Thread(target=self.work, name="llm_orchestrator", daemon=True).start()
+        try:
+            if spawn:
+                threading.Thread(target=self.work, name="llm_orchestrator", daemon=True).start()
+        except RuntimeError:  # no more threads: one of those that there are will come to it
+            with self.lock:
+                self.threads -= 1
+                self.idle -= 1
+                if not self.threads:
+                    raise
 
     def work(self) -> None:
         job = self.jobs.get()

@@ -254,6 +254,25 @@ def test_the_slot_of_a_blocking_call_whose_time_is_up_goes_to_the_next_in_line()
     release.set()
 
 
+def test_a_system_without_threads_to_spare_slows_a_run_down_and_does_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, left = threading.Thread.start, [3]
+
+    def scarce(thread: threading.Thread) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    provider = Scripted(delay=0.01)
+    result = run(*(llm(f"s{n}") for n in range(40)), llm("last", depends_on=["s39"]), provider=provider, concurrency=16)
+    assert (result.status, provider.calls, provider.most_active) == ("completed", 41, 3)
+    left[0] = 0
+    result = run(llm("a"), value("b"))
+    assert (result["a"].status, result["b"].status) == ("failed", "completed")
+    assert "can't start new thread" in result["a"].error["message"]
+
+
 def test_what_a_blocking_function_gives_to_await_is_awaited_in_its_slot() -> None:
     active, most = 0, 0
 
