@@ -3459,8 +3459,8 @@ _CALL = threading.local()  # .scope: the _CancelScope of the call that this thre
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) +([1-9][0-9][0-9])(?: .*)?").fullmatch
 _HEAD_END, _CRLF = re.compile(rb"\r?\n\r?\n").search, re.compile(rb"\r\n").search  # of chunks: no other end
 _FOLD, _CHUNK_SIZE = re.compile(r"\r?\n[ \t]+").sub, re.compile(rb"[ \t]*([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?").fullmatch
-_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
-_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*").fullmatch
+_METHOD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_FIELD = rf"{_METHOD}: [\t\x20-\x7e\x80-\xff]*"
 
 class _CancelScope:
     """One call in a worker thread. `cancel`, from any thread, shuts down the socket that the call waits for.
@@ -3873,8 +3873,9 @@ class _Target:
             fields = {name.lower(): f"{name}: {value}" for name, value in (*self.own.items(), *headers.items())}
             for name in ("transfer-encoding", "content-length"):
                 fields.pop(name, None)
-            if not (_METHOD(method) and all(map(_FIELD, fields.values()))):
-                name = next((name for name, line in fields.items() if not _FIELD(line)), "")
+            wrong = [name for name, line in fields.items() if not re.fullmatch(_FIELD, line)]
+            if wrong or not re.fullmatch(_METHOD, method):
+                name = wrong[0] if wrong else ""
                 raise ValueError(f"the method or the header {_shorten(name, 40)!r} holds something that cannot be sent")
             lines = (f"{method} {self.path} HTTP/1.1", *fields.values())
             head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
@@ -4049,8 +4050,8 @@ _TYPE_STATUSES = {  # of errors inside an answer that began as a 200
     "insufficient_quota": 429, "credit_balance_exhausted": 429, "invalid_request_error": 400, "not_found_error": 404,
     "context_length_exceeded": 400, "request_too_large": 413,
 }
-_SECRET_HEADER = re.compile("auth|key|token|secret|cookie|password|credential|signature", re.I)
-_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\xa0-\xff]*")
+_SECRET_HEADER = "(?i)auth|key|token|secret|cookie|password|credential|signature"
+_HEADER = rf"{_METHOD}: [\t\x20-\x7e\xa0-\xff]*"
 _USUAL_HEADERS = dict.fromkeys(("Accept", "Content-Type"), "application/json")
 _USUAL_HEADERS["User-Agent"] = f"llm_orchestrator/{__version__}"
 _JSON_WRITER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -4074,8 +4075,8 @@ class _RestClient:
         secrets: set[str] = set()
         for header, value in {**_USUAL_HEADERS, **headers}.items():
             header, value = str(header), str(value).strip()
-            secret = bool(_SECRET_HEADER.search(header))
-            if not _HEADER.fullmatch(f"{header}: {value}"):
+            secret = bool(re.search(_SECRET_HEADER, header))
+            if not re.fullmatch(_HEADER, f"{header}: {value}"):
                 reason = f"{name}: the header {header!r} holds characters that no header can carry"
                 raise AuthenticationError(reason) if secret else ValidationError(reason)
             given[header.lower()] = (header, value)
@@ -4586,19 +4587,19 @@ class OpenAIProvider(_ChatCompletions):
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_API_KEY",), ("OPENAI_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID", "api": None}
     STREAMING = ({}, {"stream": True, "stream_options": {"include_usage": True}})
-    _NEW_LIMIT = re.compile(r"(.*/)?(ft:)?(o[1-9]|gpt-[5-9]|codex|computer-use)")  # these refuse max_tokens
-    _RESPONSES_ONLY = re.compile(r"(.*/)?(o[1-9]-pro|gpt-[5-9][\w.]*-pro|.*codex|.*deep-research|computer-use)")
+    _NEW_LIMIT = r"(.*/)?(ft:)?(o[1-9]|gpt-[5-9]|codex|computer-use)"  # these refuse max_tokens
+    _RESPONSES_ONLY = r"(.*/)?(o[1-9]-pro|gpt-[5-9][\w.]*-pro|.*codex|.*deep-research|computer-use)"
 
     def extra_headers(self) -> dict[str, str]:
         named = {"OpenAI-Organization": self.options.get("organization"), "OpenAI-Project": self.options.get("project")}
         return {header: str(value) for header, value in named.items() if value}
 
     def complete(self, request: CompletionRequest) -> CompletionResponse:
-        chosen = self.options["api"] or ("responses" if self._RESPONSES_ONLY.match(request.model) else "")
+        chosen = self.options["api"] or ("responses" if re.match(self._RESPONSES_ONLY, request.model) else "")
         return _Responses(self).complete(request) if chosen == "responses" else super().complete(request)
 
     def fields(self, request: CompletionRequest) -> Mapping[str, str]:
-        newer = request.max_tokens is not None and self._NEW_LIMIT.match(request.model)
+        newer = request.max_tokens is not None and re.match(self._NEW_LIMIT, request.model)
         return {**self.FIELDS, "max_tokens": "max_completion_tokens"} if newer else self.FIELDS
 
 class _Responses(Provider):
@@ -4656,7 +4657,7 @@ class OpenAICompatibleProvider(OpenAIProvider):
     KEY_VARIABLES, URL_VARIABLES = ("OPENAI_COMPATIBLE_API_KEY",), ("OPENAI_COMPATIBLE_BASE_URL",)
     OPTIONS: Mapping[str, str | None] = {"api": None, "structured": None}
     FIELDS: Mapping[str, str] = {name: name for name in _TUNING}
-    _NEW_LIMIT = _RESPONSES_ONLY = re.compile("(?!)")
+    _NEW_LIMIT = _RESPONSES_ONLY = "(?!)"
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -4977,12 +4978,12 @@ class EchoProvider(Provider):
         return EmbeddingResponse(vectors, request.model, sum(len(text.split()) for text in request.input))
 
 # Not \w, which knows more letters in newer Pythons: everything but ASCII's and the common other punctuation.
-_ECHO_WORD = re.compile("[^\x00-/:-@\\[-`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+")
+_ECHO_WORD = "[^\x00-/:-@\\[-`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+"
 
 def _hashed_features(text: str, size: int) -> list[float]:
     """Counts of words and letter groups by feature hashing (Weinberger et al., 2009), scaled to length 1."""
     vector = [0.0] * size
-    for word in _ECHO_WORD.findall(text.lower()) or [text]:
+    for word in re.findall(_ECHO_WORD, text.lower()) or [text]:
         for place, weight in _word_features(word):
             vector[place % size] += weight
     vector = vector if any(vector) else [1.0, *vector[1:]]  # no feature, or all cancel each other out
