@@ -69,6 +69,7 @@ TYPE_CHECKING = False  # the name is enough for type checkers, and `typing` is s
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import contextvars
     import difflib
     import graphlib
     import hashlib
@@ -86,8 +87,8 @@ if TYPE_CHECKING:
     from typing import Any
 else:
     Any = object  # for `dict[str, Any]` as a base class
-    for _name in ("argparse", "asyncio", "difflib", "graphlib", "hashlib", "inspect", "logging", "platform", "queue",
-            "random", "signal", "socket", "typing", "uuid", "zlib"):
+    for _name in ("argparse", "asyncio", "contextvars", "difflib", "graphlib", "hashlib", "inspect", "logging",
+            "platform", "queue", "random", "signal", "socket", "typing", "uuid", "zlib"):
         globals()[_name] = _OnDemand(_name)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2683,9 +2684,11 @@ class _Plan:
         for node in self.graph.walk():
             if node.type == "approval":
                 found.setdefault(("approval", ""), []).append(node.path)
-            for entry in (node.constants, *_as_list(node.constants.get("fallback")), node.constants.get("embed") or {}):
+            entries: list[tuple[_Path, Any]] = [((), node.constants), (("embed",), node.constants.get("embed") or {})]
+            entries += [(("fallback", i), one) for i, one in enumerate(_as_list(node.constants.get("fallback")))]
+            for path, entry in entries:
                 if isinstance(entry.get("provider"), str):
-                    found.setdefault(("provider", entry["provider"]), []).append((*node.path, "provider"))
+                    found.setdefault(("provider", entry["provider"]), []).append((*node.path, *path, "provider"))
             if isinstance(node.constants.get("database"), str):
                 found.setdefault(("database", node.constants["database"]), []).append((*node.path, "database"))
         return found
@@ -3509,11 +3512,14 @@ class _Connection:
         self.socket.close()
 
     def is_quiet(self) -> bool:
-        """Whether there is nothing to read, not even the end. Linux says what is in the buffer (SO_MEMINFO, 55) at
-        once, while a look at the data means to let another thread have the interpreter, and to wait for it again."""
-        with contextlib.suppress(OSError):
-            if sys.platform == "linux" and not any(self.socket.getsockopt(socket.SOL_SOCKET, 55, 4)):
-                return True
+        """Whether there is nothing to read, not even the end. Linux says what is in the buffer (SO_MEMINFO, 55), and
+        whether the connection stands (the first byte of TCP_INFO is 1), at once; a look at the data means to let
+        another thread have the interpreter, and to wait for it again."""
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                state, unread = (socket.IPPROTO_TCP, socket.TCP_INFO, 1), (socket.SOL_SOCKET, 55, 4)
+                if self.socket.getsockopt(*state) == b"\1" and not any(self.socket.getsockopt(*unread)):
+                    return True
         try:
             at_once = getattr(socket, "MSG_DONTWAIT", 0) if self.socket.gettimeout() is None else 0
             if not at_once:
@@ -6458,21 +6464,22 @@ def _harmless(error: BaseException) -> Exception:
     return failure
 
 class _Job(_Turn):
-    """A blocking call for a worker thread, in one of `places` if given. `began` is called in the loop as it begins."""
+    """A blocking call for a worker thread, in one of `places` if given. The loop hears by `began` when it began, a
+    moment of time.perf_counter()."""
 
-    __slots__ = ("arguments", "began", "function", "future", "places", "pool", "scope")
+    __slots__ = ("arguments", "began", "function", "future", "places", "pool", "scope", "started")
     pool: _WorkerPool
 
     def __init__(self, pool: _WorkerPool, function: Callable[..., Any], arguments: tuple[Any, ...],
             places: _Places | None = None, began: Callable[[float], None] | None = None) -> None:
         self.pool, self.function, self.arguments, self.places, self.began = pool, function, arguments, places, began
-        self.future, self.scope = pool.loop.create_future(), _CancelScope()
+        self.future, self.scope, self.started = pool.loop.create_future(), _CancelScope(), 0.0
 
     async def outcome(self) -> Any:
         """What the call gives, awaited if need be. When cancelled, the socket under it is closed at once."""
-        if self.places is None or self.places.take(self):
-            self.give()
         try:
+            if self.places is None or self.places.take(self):
+                self.give()
             outcome = await self.future
             return await outcome if hasattr(outcome, "__await__") else outcome
         except BaseException:
@@ -6481,15 +6488,25 @@ class _Job(_Turn):
         finally:
             with self.scope.lock:
                 places, self.places = self.places, None
+            if self.started:  # also if the news of it has not been delivered
+                self.begin()
             if places is not None:
-                places.drop(self)
+                given = self.future.done() and not self.future.cancelled()
+                places.leave() if given else places.drop(self)
 
     def give(self) -> None:
-        """Has the call made: its turn has come."""
-        if self.began is not None and threading.get_ident() == self.pool.thread:
-            self.began(time.perf_counter())
-            self.began = None
+        """Has the call made: its turn has come. If it was cancelled, its task gives the place up."""
+        if self.future.done():
+            return
+        if threading.get_ident() == self.pool.thread:
+            self.started = time.perf_counter()
+            self.begin()
         self.pool.put(self)
+
+    def begin(self, _: object = None) -> None:
+        began, self.began = self.began, None
+        if began is not None:
+            began(self.started)
 
     def pass_on(self) -> _Job | None:
         """The next job of the pool in line, which has the place of this one from now on."""
@@ -6500,8 +6517,12 @@ class _Job(_Turn):
         return following
 
     def call(self) -> tuple[Any, Exception | None]:
-        if self.scope.cancelled:  # nothing starts after it was cancelled
-            return None, None
+        with self.scope.lock:
+            if self.scope.cancelled or self.future.done():  # nothing starts after it was cancelled
+                return None, None
+            self.started = self.started or time.perf_counter()
+        if self.began is not None:
+            self.pool.tell(self.future, self.begin, None)
         _CALL.scope = self.scope
         try:
             return self.function(*self.arguments), None
@@ -6521,11 +6542,11 @@ class _WorkerPool:
         self.loop, self.thread, self.lock = loop, threading.get_ident(), threading.Lock()
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.idle = self.threads = 0  # idle: threads that no job has been promised to
-        self.news: collections.deque[tuple[Any, ...]] = collections.deque()  # (future, what to call unless done, with)
+        self.news: collections.deque[tuple[Any, ...]] = collections.deque()  # (future, what to call if not done, with)
         self.delivering = False
 
     def put(self, job: _Job) -> None:
-        """Has a job done. RuntimeError if the system has not even one thread for it."""
+        """Has a job done. If the system has not even one thread for that, it fails."""
         with self.lock:
             spawn = self.idle <= 0
             self.threads += spawn
@@ -6534,19 +6555,20 @@ class _WorkerPool:
         try:
             if spawn:
                 threading.Thread(target=self.work, name="llm_orchestrator", daemon=True).start()
-        except RuntimeError:  # no more threads: one of those that there are will come to it
+        except RuntimeError as error:  # no more threads: one of those that there are will come to it
             with self.lock:
                 self.threads -= 1
                 self.idle -= 1
-                if not self.threads:
-                    raise
+                job.scope.cancelled = job.scope.cancelled or not self.threads
+            if not self.threads:
+                self.tell(job.future, job.future.set_exception, error)
 
     def work(self) -> None:
         job = self.jobs.get()
         while job is not None:
-            if job.began is not None:
-                self.tell(job.future, job.began, time.perf_counter())
-            job = self.finish(job, *job.call()) or self.jobs.get()
+            following = self.finish(job, *job.call())
+            del job  # while the thread waits, nothing is to be kept alive
+            job = following or self.jobs.get()
 
     def finish(self, job: _Job, value: Any, error: Exception | None) -> _Job | None:
         """Tells the loop what came of a job; returns the next one, if there is one that has its place now."""
@@ -6569,7 +6591,7 @@ class _WorkerPool:
         self.delivering = False
         while self.news:
             future, function, told = self.news.popleft()
-            if not future.done():
+            if future is None or not future.done():
                 function(told)
 
     def close(self) -> None:
@@ -7033,9 +7055,10 @@ class _StepRun:
         the call of a provider."""
         clock, slots = _Clock(self, call), self.run.slots
         if not direct:
-            with clock:  # what ends may have passed its slot on before it is settled: it is to be heard of first
-                began = functools.partial(clock.start, soon=self.run.loop.call_soon)
-                return await _Job(self.run.pool, function, arguments, slots, began).outcome()
+            with clock:
+                if self.run.listening:  # what ends may have passed its slot on before: it is to be heard of first
+                    clock.context = contextvars.copy_context()
+                return await _Job(self.run.pool, function, arguments, slots, clock.start).outcome()
         await slots.enter()
         try:
             with clock:
@@ -7062,12 +7085,15 @@ class _StepRun:
 
     def on_text(self, piece: str) -> None:
         """Shows a piece of a streamed answer; called from any thread."""
-        run = self.run
-        if run.listening and threading.get_ident() == run.thread:
-            run.emit("text", self.id, text=piece)
-        elif run.listening:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                run.loop.call_soon_threadsafe(functools.partial(run.emit, "text", self.id, text=piece))
+        run, show = self.run, functools.partial(self.show, piece)
+        if threading.get_ident() == run.thread:
+            show()
+        elif run.listening:  # after the news that the call began, which are told in the same two steps
+            run.pool.tell(None, run.loop.call_soon, show)
+
+    def show(self, piece: str) -> None:
+        if self.run.listening and not self.settled:
+            self.run.emit("text", self.id, text=piece)
 
     async def complete(self, name: str, request: CompletionRequest, cached: bool = True) -> CompletionResponse:
         """One call of a provider, counted and shown in events."""
@@ -7235,13 +7261,14 @@ class _Clock:
     """Runs while a step works, from `start` on: it expires the attempt when its time is up, counts the call of a
     provider, and says what is running."""
 
-    __slots__ = ("call", "started", "step", "timer")
+    __slots__ = ("call", "context", "started", "step", "timer")
 
     def __init__(self, step: _StepRun, call: tuple[str, Any] | None = None) -> None:
         self.step, self.call, self.timer = step, call, None  # type: _StepRun, Any, asyncio.TimerHandle | None
+        self.context: contextvars.Context | None = None  # if given, events come a little later, in this context
 
-    def start(self, now: float, soon: Callable[[Callable[[], None]], Any] | None = None) -> None:
-        """Begins, at a moment of time.perf_counter(), in the loop's thread; `soon` is how to say so a little later."""
+    def start(self, now: float) -> None:
+        """Begins, at a moment of time.perf_counter(), in the loop's thread."""
         step, self.started = self.step, now
         if step.remaining is not None:
             self.timer = step.run.loop.call_later(step.remaining, self.expire)
@@ -7249,8 +7276,10 @@ class _Clock:
             step.began = now
         if self.call is not None:
             step.add_usage({"calls": 1})
-        if step.run.listening:
-            self.announce() if soon is None else soon(self.announce)
+        if step.run.listening and self.context is None:
+            self.announce()
+        elif step.run.listening:
+            step.run.loop.call_soon(self.announce, context=self.context)
 
     def announce(self) -> None:
         step, attempt = self.step, self.step.result.attempts
@@ -7286,14 +7315,14 @@ class _Gate:
         breaker = settings.get("circuit_breaker")
         self.breaker = None if breaker is None else _CircuitBreaker.from_dict(breaker)
         self.is_open = not (settings.get("rate_limit") or breaker is not None)  # nothing but a pause holds calls up
-        self.known: tuple[Any, bool] = None, False  # the function that was called last, and whether it needs no thread
+        self.known: tuple[Any, bool] = None, False  # the function that was called last, and whether it is asynchronous
 
     def is_direct(self, provider: Any, call: Any) -> bool:
         """Whether a provider's function never blocks, so that it needs no thread."""
-        function = getattr(call, "__func__", call)
-        if function is not self.known[0]:
-            self.known = function, getattr(provider, "instant", False) or _is_async(call)
-        return self.known[1]
+        function, known = getattr(call, "__func__", call), self.known
+        if function is not known[0]:
+            known = self.known = function, _is_async(call)
+        return known[1] or getattr(provider, "instant", False)
 
     async def enter(self, name: str, tokens: int, patience_seconds: float) -> int:
         """Waits for a call's turn; returns what `leave` is told. Raises CircuitOpenError, and RateLimitError for a

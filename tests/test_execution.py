@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import gc
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -252,6 +255,96 @@ def test_the_slot_of_a_blocking_call_whose_time_is_up_goes_to_the_next_in_line()
     assert (result["stuck"].status, ends) == ("failed", [0] * 9)
     assert {result[f"s{n}"].status for n in range(9)} == {"completed"}
     release.set()
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_cancelling_starts_none_of_the_calls_that_wait_for_a_slot(concurrency: int) -> None:
+    began: list[int] = []
+
+    def blocking(number: int) -> None:
+        began.append(number)
+        time.sleep(0.3)
+
+    steps = [action(f"s{n}", "blocking", number=n) for n in range(20)]
+    executor = WorkflowExecutor(Workflow("t", steps), {}, actions={"blocking": blocking}, max_concurrency=concurrency)
+    threading.Timer(0.1, executor.cancel).start()
+    assert executor.run().status == "cancelled"
+    time.sleep(0.4)
+    assert began == list(range(concurrency))
+
+
+def test_calls_that_wait_for_a_slot_end_when_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def asynchronous() -> None:
+        await asyncio.sleep(0.02)
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    steps = [action("first", "asynchronous"), *(action(f"s{n}", "blocking") for n in range(3))]
+    result = run(*steps, actions={"asynchronous": asynchronous, "blocking": lambda: None}, concurrency=1)
+    assert [result[step.id].status for step in steps] == ["completed", "failed", "failed", "failed"]
+
+
+def test_events_keep_their_order_and_the_context_of_the_caller_when_a_thread_goes_from_call_to_call() -> None:
+    request_id = contextvars.ContextVar("request_id", default="lost")
+    request_id.set("r1")
+    seen: list[tuple[str, str]] = []
+
+    def answer(request: CompletionRequest) -> str:
+        assert request.on_text is not None
+        request.on_text("a piece")
+        return "an answer"
+
+    def listen(event: dict[str, Any]) -> None:
+        if event.get("step_id") and event["type"] != "step_pending":
+            seen.append((event["type"], event["step_id"]))
+            assert event["type"] == "text" or request_id.get() == "r1"
+
+    steps = [llm(f"s{n}", stream=True) for n in range(6)]
+    WorkflowExecutor(Workflow("t", steps), {}, {"p": answer}, max_concurrency=1, on_event=listen).run()
+    kinds = ("step_running", "provider_call", "text", "step_completed")
+    assert seen == [(kind, step.id) for step in steps for kind in kinds]
+
+
+def test_a_call_that_began_is_counted_also_if_the_run_ends_before_the_loop_hears_of_it() -> None:
+    calls: list[int] = []
+
+    def answer(request: CompletionRequest) -> str:
+        calls.append(1)
+        time.sleep(0.03)
+        return "x"
+
+    async def busy() -> None:
+        await asyncio.sleep(0.01)
+        time.sleep(0.06)  # the loop sleeps while a thread goes on to the second call
+        raise RuntimeError("x")
+
+    workflow = Workflow("t", [action("busy", "busy"), llm("a"), llm("b")], fail_fast=True)
+    result = WorkflowExecutor(workflow, {}, {"p": answer}, actions={"busy": busy}, max_concurrency=2).run()
+    assert result.status == "failed"
+    assert result.usage["calls"] == len(calls) == 2
+
+
+def test_a_thread_that_waits_for_work_keeps_nothing_of_the_last_call_alive() -> None:
+    class Answer(str):
+        """A text that can be watched."""
+
+    alive: list[Any] = []
+
+    def answer(request: CompletionRequest) -> str:
+        text = Answer("x")
+        alive.extend((weakref.ref(text), weakref.ref(request)))
+        return text
+
+    async def look() -> int:
+        await asyncio.sleep(0.1)
+        gc.collect()
+        return sum(reference() is not None for reference in alive)
+
+    result = run(llm("a"), action("look", "look", depends_on=["a"]), provider=answer, actions={"look": look}, concurrency=1)
+    assert len(alive) == 2
+    assert result["look"].outputs["output"] <= 1  # the text is the step's result
 
 
 def test_a_system_without_threads_to_spare_slows_a_run_down_and_does_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
