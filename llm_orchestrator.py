@@ -30,7 +30,6 @@ import collections
 import contextlib
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -58,12 +57,17 @@ __all__ = [  # noqa: RUF022
 ]
 
 class _OnDemand(ModuleType):
-    """A module that is imported when it is first used: a command that needs little is to start fast."""
+    """A module, or a value of this one, that is made when it is first used: a command that needs little is to start
+    fast. From then on its name stands for what was made."""
     __module__ = "types"  # it is nothing of this module's own
 
+    def __init__(self, name: str, make: Callable[[str], Any] = __import__) -> None:
+        super().__init__(name)
+        self._make = make
+
     def __getattr__(self, attribute: str) -> Any:
-        module = globals()[self.__name__] = __import__(self.__name__)
-        return getattr(module, attribute)
+        made = globals()[self.__name__] = self._make(self.__name__)
+        return getattr(made, attribute)
 
 TYPE_CHECKING = False  # the name is enough for type checkers, and `typing` is slow to import
 if TYPE_CHECKING:
@@ -74,6 +78,7 @@ if TYPE_CHECKING:
     import graphlib
     import hashlib
     import inspect
+    import json
     import logging
     import platform
     import queue
@@ -87,7 +92,7 @@ if TYPE_CHECKING:
     from typing import Any
 else:
     Any = object  # for `dict[str, Any]` as a base class
-    for _name in ("argparse", "asyncio", "contextvars", "difflib", "graphlib", "hashlib", "inspect", "logging",
+    for _name in ("argparse", "asyncio", "contextvars", "difflib", "graphlib", "hashlib", "inspect", "json", "logging",
             "platform", "queue", "random", "signal", "socket", "typing", "uuid", "zlib"):
         globals()[_name] = _OnDemand(_name)
 
@@ -321,7 +326,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _json_integer(raw: str) -> Any:
     return int(raw) if len(raw) < 20 else _resolved(raw)
 
-_JSON_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_json_integer)
+_JSON_DECODER: Any = _OnDemand(
+    "_JSON_DECODER", lambda _: json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_json_integer))
 
 def _too_deep(value: Any) -> bool:
     level: list[Any] = [[value]]
@@ -951,12 +957,12 @@ _NAME = r"""[^\s!"#%-,./;->@\[-^`{-~]+"""
 _STEP = rf"(?:{_NAME}|\[[^\]\\]*(?:\\\]?[^\]\\]*)*\])"
 _PATH = rf"@?(?:(?:\.\.?/)*{_STEP}(?:[./]{_STEP}|\[\d+\])*|\.\.?(?:/\.\.?)*)"
 _QUOTED_TEXT = r""""[^"\\]*(?:\\"?[^"\\]*)*"|'[^'\\]*(?:\\'?[^'\\]*)*'"""
-_TOKEN = re.compile(
-    rf"\s*(?:(?P<text>{_QUOTED_TEXT})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))"
-)
-_STEPS = re.compile(rf"\.\.?(?=/|\Z)|{_STEP}")
+_TOKEN: Any = _OnDemand("_TOKEN", lambda _: re.compile(
+    rf"\s*(?:(?P<text>{_QUOTED_TEXT})|(?P<mark>[()|])|(?P<path>(?=[^\s=~}})|>]){_PATH}(?=[\s=~}})|>]|\Z)))"))
+_STEPS: Any = _OnDemand("_STEPS", lambda _: re.compile(rf"\.\.?(?=/|\Z)|{_STEP}"))
 _WORDS = r"((?!(?:else|as|this|true|false|null|undefined)\b)@?[A-Za-z_][\w-]*(?:\.(?!this\b)[\w-]+)*)"
-_SIMPLE_TAG = re.compile(rf"(?:\{{\{{|(<<))([#/]?) ?{_WORDS}(?: {_WORDS})? ?(?(1)>>|\}}\}}(?!\}}))")
+_SIMPLE_TAG: Any = _OnDemand(
+    "_SIMPLE_TAG", lambda _: re.compile(rf"(?:\{{\{{|(<<))([#/]?) ?{_WORDS}(?: {_WORDS})? ?(?(1)>>|\}}\}}(?!\}}))"))
 _OPENER, _LITERAL_NUMBER = re.compile(r"\{\{|<<(?=(?:[^<\n]|<(?!<))*>>)"), re.compile(r"-?[0-9]{1,4000}(\.[0-9]+)?")
 _TAG = re.compile(r"(\{\{|<<)(~?)(#>|#\*|[#/^>&*!{<])?")
 _TAG_ENDS = {"{{": r"\s*(?:\}\}(?!\})|~\}\})", "{{{": r"\s*\}~?\}\}", "{{!": r"~?\}\}", "{{!--": r"--~?\}\}",
@@ -4060,7 +4066,8 @@ _SECRET_HEADER = "(?i)auth|key|token|secret|cookie|password|credential|signature
 _HEADER = rf"{_METHOD}: [\t\x20-\x7e\xa0-\xff]*"
 _USUAL_HEADERS = dict.fromkeys(("Accept", "Content-Type"), "application/json")
 _USUAL_HEADERS["User-Agent"] = f"llm_orchestrator/{__version__}"
-_JSON_WRITER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_JSON_WRITER: Any = _OnDemand(
+    "_JSON_WRITER", lambda _: json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")))
 
 def _error_parts(document: Any) -> tuple[str, str, Any]:
     """(message, code and type, the error map) of the error bodies that vendors send."""
@@ -7959,13 +7966,13 @@ def _build_provider(name: str, configured: Mapping[str, Any] | None, known: Mapp
 # ---------------------------------------------------------------------------------------------------------------------
 
 _LEASE_SECONDS, _HEARTBEAT_SECONDS = 30.0, 10.0
-_encoder = functools.partial(json.JSONEncoder, separators=(",", ":"), default=_unpacked, check_circular=False)
-_encode = {False: _encoder().encode, True: _encoder(sort_keys=True).encode}
+_encoder = functools.lru_cache(maxsize=None)(lambda sort_keys: json.JSONEncoder(
+    separators=(",", ":"), default=_unpacked, check_circular=False, sort_keys=sort_keys))
 
 def _stored_json(value: Any, sort_keys: bool = False) -> str:
     """One line of JSON in ASCII, which every database keeps unchanged."""
     try:
-        return _encode[sort_keys](value)
+        return _encoder(sort_keys).encode(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise OrchestratorError(f"what was to be stored has no JSON form: {error}") from None
 
