@@ -6566,8 +6566,9 @@ class _WorkerPool:
             with self.lock:
                 self.threads -= 1
                 self.idle -= 1
-                job.scope.cancelled = job.scope.cancelled or not self.threads
-            if not self.threads:
+                alone = not self.threads
+            if alone:
+                job.scope.cancelled = True
                 self.tell(job.future, job.future.set_exception, error)
 
     def work(self) -> None:
@@ -7290,10 +7291,12 @@ class _Clock:
 
     def announce(self) -> None:
         step, attempt = self.step, self.step.result.attempts
-        if not step.settled and (step.announced < attempt or not attempt):  # once an attempt
+        if step.settled:
+            return
+        if step.announced < attempt or not attempt:  # once an attempt
             step.announced = attempt
             step.run.emit("step_running", step.id, step_type=step.node.type, attempt=attempt)
-        if not step.settled and self.call is not None:
+        if self.call is not None:
             name, request = self.call
             step.run.emit("provider_call", step.id, provider=name, model=request.model, attempt=attempt)
 
@@ -8845,7 +8848,8 @@ def _graph_text(workflow: Workflow) -> str:
     def draw(graph: _Graph, indent: str) -> Iterator[str]:
         ordered = [node for level in _levels(graph) for node in level]
         for node in ordered:
-            branch, deeper = ("└── ", indent + "    ") if node is ordered[-1] else ("├── ", indent + "│   ")
+            last = node is ordered[-1]
+            branch, deeper = "└── " if last else "├── ", indent + ("    " if last else "│   ")
             after = f" <- {', '.join(node.dependencies)}" if node.dependencies else ""
             condition = f" if {' '.join(node.condition.source.split())}" if node.condition else ""
             yield f"{indent}{branch}{node.id} ({_step_kind(node)}{condition}){after}"

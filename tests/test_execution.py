@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import sys
 import threading
 import time
+import tracemalloc
 import weakref
 from typing import Any
 
@@ -255,6 +257,60 @@ def test_the_slot_of_a_blocking_call_whose_time_is_up_goes_to_the_next_in_line()
     assert (result["stuck"].status, ends) == ("failed", [0] * 9)
     assert {result[f"s{n}"].status for n in range(9)} == {"completed"}
     release.set()
+
+
+def test_there_are_never_more_threads_than_slots() -> None:
+    threads: set[int] = set()
+
+    def blocking() -> None:
+        threads.add(threading.get_ident())
+        time.sleep(0.002)
+
+    steps = [action(f"s{n}", "blocking", **({"depends_on": [f"s{n - 5}"]} if n % 3 == 2 and n > 4 else {})) for n in range(120)]
+    assert run(*steps, actions={"blocking": blocking}, concurrency=4).status == "completed"
+    assert len(threads) <= 4
+
+
+def layered(count: int) -> WorkflowExecutor:
+    steps = [value(f"s{n}", depends_on=[f"s{n - 100}"] if n >= 100 else []) for n in range(count)]
+    return WorkflowExecutor(Workflow("t", steps))
+
+
+def test_the_work_for_a_step_does_not_grow_with_their_number() -> None:
+    def calls_per_step(count: int) -> float:
+        executor, calls = layered(count), 0
+
+        def count_calls(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        executor.run()
+        sys.setprofile(count_calls)
+        try:
+            executor.run()
+        finally:
+            sys.setprofile(None)
+        return calls / count
+
+    assert calls_per_step(5000) < 1.2 * calls_per_step(500)
+
+
+def test_a_finished_step_keeps_no_more_memory_in_a_long_run_than_in_a_short_one() -> None:
+    def bytes_per_step(count: int) -> float:
+        executor = layered(count)
+        executor.run()
+        executor.result = None
+        gc.collect()
+        tracemalloc.start()
+        try:
+            result = executor.run()
+            executor.result = None
+            gc.collect()
+            return tracemalloc.get_traced_memory()[0] / len(result.steps)
+        finally:
+            tracemalloc.stop()
+
+    assert bytes_per_step(5000) < 1.3 * bytes_per_step(500) < 2000
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])

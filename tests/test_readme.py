@@ -87,3 +87,13 @@ def test_yaml_blocks_are_workflows_that_validate(folder: Path, note: str, code: 
 @pytest.mark.parametrize(("note", "code"), blocks("json"), ids=ids(blocks("json")))
 def test_json_blocks_are_json(note: str, code: str) -> None:
     json.loads(code)
+
+
+def test_the_benchmark_of_the_speed_section_runs() -> None:
+    command = re.search(r"^`python (tests/benchmarks/bench\.py)`", README, re.M)
+    assert command
+    done = subprocess.run(
+        [sys.executable, command[1], "templates", "memory"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    subjects = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert {"render, 5 references", "memory kept a step, 10,000 steps"} <= set(subjects)
