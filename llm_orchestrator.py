@@ -3825,7 +3825,8 @@ class _Exchange:
             name, plain = target.host.rstrip("."), connection.socket
             try:
                 connection.socket = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
-            except OSError as error:  # its frames hold the only socket that is left, and nobody else could close it
+            except OSError as error:  # frames of it, and of the one before it, hold the only socket that is left
+                error.__context__ = None
                 raise error.with_traceback(None) from None
             self.scope.attach(connection.socket)
             connection.socket.do_handshake()

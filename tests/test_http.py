@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import http.client
 import io
@@ -10,6 +11,7 @@ import os
 import random
 import re
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -850,6 +852,34 @@ def test_a_tls_handshake_that_fails_is_a_connection_error(
     with FaultServer([OK], greeting=greeting) as server:
         error = failure(client, server.url.replace("http:", "https:"))
         assert (type(error), error.retryable) == (ProviderConnectionError, True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # before 3.13 it is freed, not closed
+def test_a_connection_that_is_reset_before_tls_begins_leaves_no_socket(
+    client: _HttpClient, trusted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrap, before, collecting = ssl.SSLContext.wrap_socket, sockets(), gc.isenabled()
+
+    def is_reset(sock: socket.socket) -> bool:
+        try:
+            return not sock.getpeername()
+        except OSError:
+            return True
+
+    def late(context: ssl.SSLContext, sock: socket.socket, **options: Any) -> Any:
+        wait_until(lambda: is_reset(sock))
+        return wrap(context, sock, **options)
+
+    monkeypatch.setattr(ssl.SSLContext, "wrap_socket", late)
+    gc.disable()
+    try:
+        with FaultServer([OK], greeting=[RESET]) as server:
+            error = failure(client, server.url.replace("http:", "https:"))
+        assert (type(error), error.retryable) == (ProviderConnectionError, True)
+        wait_until(lambda: sockets() <= before)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @pytest.mark.parametrize(
