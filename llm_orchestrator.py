@@ -4997,12 +4997,20 @@ _ECHO_WORD = "[^\x00-/:-@\\[-`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+"
 def _hashed_features(text: str, size: int) -> list[float]:
     """Counts of words and letter groups by feature hashing (Weinberger et al., 2009), scaled to length 1."""
     vector = [0.0] * size
-    for word in re.findall(_ECHO_WORD, text.lower()) or [text]:
+    for word in re.findall(_ECHO_WORD, _lowered(text)) or [text]:
         for place, weight in _word_features(word):
             vector[place % size] += weight
     vector = vector if any(vector) else [1.0, *vector[1:]]  # no feature, or all cancel each other out
     length = math.sqrt(sum(number * number for number in vector))  # of multiples of 1/4: exact in any order
     return [number / length for number in vector]
+
+def _lowered(text: str) -> str:
+    """In lower case, but for letters that only newer Pythons know: the same in all."""
+    if text.isascii():
+        return text.lower()
+    from unicodedata import ucd_3_2_0
+    parts = itertools.groupby(text, lambda letter: ucd_3_2_0.category(letter) != "Cn")
+    return "".join("".join(part).lower() if known else "".join(part) for known, part in parts)
 
 @functools.lru_cache(maxsize=4096)
 def _word_features(word: str) -> tuple[tuple[int, float], ...]:
