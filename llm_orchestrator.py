@@ -8163,7 +8163,7 @@ _RUN_SQL = f"SELECT {', '.join(_COLUMNS)} FROM runs LEFT JOIN texts ON hash = te
 _STEPS_SQL = "SELECT step_id, status, state FROM steps WHERE run_id = ?"
 _EVENTS_SQL = "SELECT * FROM audit WHERE run_id = ? ORDER BY number"
 _MAYBE_RUNNING = (
-    "run_id IN (SELECT run_id FROM runs WHERE status = ? UNION SELECT run_id FROM runs WHERE holder IS NOT NULL)")
+    "run_id IN (SELECT run_id FROM runs WHERE status = ? UNION ALL SELECT run_id FROM runs WHERE holder IS NOT NULL)")
 
 def _run_entry(run: Mapping[str, Any]) -> dict[str, Any]:
     """A row of runs as users see it: what a process holds is running, whatever became of it before."""
