@@ -764,7 +764,7 @@ class _YamlReader:
     def unescaped(self, start: int, escape: re.Match[str]) -> str:
         """The text for an escape in double quotes, or for line breaks, one of which may be escaped."""
         written = escape[0]
-        if character := _ESCAPES.get(written[1:]):
+        if written[0] == "\\" and (character := _ESCAPES.get(written[1:])):
             return character
         if breaks := written.count("\n"):
             kept = written[1:2].strip("\n") if written[0] == "\\" else ""
@@ -1523,7 +1523,7 @@ class _TemplateCompiler:
             return self.call(content, lenient)
         levels, steps, fixed = content
         name, key, link = steps[0] if steps else "", "", "outer"
-        if text[0] == "@":
+        if text[:1] == "@":
             key, link, steps = name if name in _SPECIAL else "@", "around", steps[1:]
             if name == "root":
                 levels = 0
@@ -1851,7 +1851,8 @@ class _ConditionParser:
         if text.lower() in _CONSTANTS:
             return _constant(_CONSTANTS[text.lower()])
         if self.mark != "(":
-            steps = tuple(step.strip("[]'\"") for step in re.findall(r"\[[^\]]*\]|[\w-]+", text))
+            found = re.findall(r"\.\[([^\]]*)\]|\[['\"]?([^\]]*?)['\"]?\]|([\w-]+)", text)
+            steps = tuple(map("".join, found))
             self.references.append((steps, False, start))
             return _path_reader(steps)
         function = _FUNCTIONS.get(text.lower())
@@ -2206,6 +2207,12 @@ def _faults(check: _Check, value: Any, key: Any, name: str) -> Iterator[tuple[_P
         if fault:
             yield (key, *path), f"{name}{' ' if fault.startswith('must ') else ': '}{fault}"
 
+def _pattern_fault(pattern: Any) -> str | None:
+    try:
+        return _text(pattern) or (_compile_regex(pattern) and None)
+    except ConditionError as error:
+        return f"is not supported: {error}"
+
 _text, _name = _must_be_text("text", lambda value: True), _must_be_text("a name", str.strip)
 _names = _texts
 _boolean = _must("true or false", lambda value: isinstance(value, bool))
@@ -2301,7 +2308,8 @@ _UNKNOWN_TYPE = _StepType({}, arity=0, free=True)
 _INPUT_TYPES: dict[str, _Test] = {
     "string": lambda value: isinstance(value, str),
     "integer": lambda value: _is_integer(value) or (isinstance(value, float) and value.is_integer()),
-    "number": _is_number, "boolean": lambda value: isinstance(value, bool),
+    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and value - value == 0,
+    "boolean": lambda value: isinstance(value, bool),
     "array": lambda value: isinstance(value, (list, tuple)), "object": lambda value: isinstance(value, Mapping),
     "any": lambda value: True,
 }
@@ -2790,7 +2798,8 @@ class _Plan:
             roots = {reference[0][0] for reference in condition.references if reference[0]}
             if node.type == "branch":
                 node.picker = condition
-            elif "item" in roots and document.get("function") == "filter" and not node.for_each:
+            elif document.get("function") == "filter" and not node.for_each and (
+                    "item" in roots or document.get("key") is None):
                 node.local, node.item_values = _ITEM_NAMES, [("condition", condition.evaluate)]
             else:
                 node.condition, node.item_condition = condition, not roots.isdisjoint(node.local)
@@ -2889,7 +2898,27 @@ class _Plan:
 
     _vector_upsert = _vector_search
 
+    def parameters(self, node: _Node, document: Mapping[str, Any], name: Any) -> None:
+        """Checks those of a built-in transform or action, so far as they are known."""
+        shape = _PARAMETERS.get(name) if isinstance(name, str) else None
+        if shape is None:
+            return
+        own = _STEP_TYPES[node.type].shape.keys
+        given = {key: value for key, value in document.items() if key not in own}
+        given.update(dict.fromkeys((key for key, _ in node.item_values), True))
+        for key in [key for key in given if key not in shape.keys]:
+            if isinstance(key, str) and (near := self.near(key, [one for one in shape.keys if one not in given])):
+                self.problem(self.place(node, key), f"{name} has no parameter {_shown(key)}{near}", "warning")
+            del given[key]
+        for path, fault in _Map(shape.keys, shape.required, either=shape.either, templates=shape.keys).faults(given):
+            place = self.place(node, path[0]) if path else node.path
+            self.problem(place, f"{name}: {fault}: the step will fail", "warning")
+
+    def _action(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        self.parameters(node, document, document.get("action"))
+
     def _transform(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
+        self.parameters(node, document, document.get("function"))
         node.inline = isinstance(function := document.get("function"), str) and function in _TRANSFORMS
         if function == "map":
             node.local |= _ITEM_NAMES
@@ -5678,17 +5707,6 @@ class _Inputs(dict[str, Any]):
             return list(self.values())[key]
         raise KeyError(key)
 
-class _Parameters(dict[str, Any]):
-    """A transform's or action's parameters; asking for what is missing or of the wrong kind is an ExecutionError."""
-
-    def get_as(self, name: str, check: Callable[[Any], str | None], default: Any = None) -> Any:
-        value = self.get(name)
-        if value is None and default is not None:
-            return default
-        if fault := "is missing" if value is None else check(value):
-            raise ExecutionError(f"{name} {fault}")
-        return value
-
 def _one_input(inputs: _Inputs, kind: Any = object, description: str = "") -> Any:
     """The only input of a transform, of the kind it needs."""
     if len(inputs) != 1:
@@ -5717,7 +5735,7 @@ def _field(item: Any, path: str) -> Any:
             return None
     return item
 
-def _merge(inputs: _Inputs, parameters: _Parameters) -> Any:
+def _merge(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
     values = list(inputs.values())
     if values and all(isinstance(value, Mapping) for value in values):
         merged: dict[str, Any] = {}
@@ -5736,62 +5754,59 @@ def _merge_deep(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, 
         merged[key] = _merge_deep(merged[key], value) if both else value
     return merged
 
-def _concat(inputs: _Inputs, parameters: _Parameters) -> Any:
+def _concat(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
     values = list(inputs.values())
     if _are_lists(values):
         return list(itertools.chain(*values))
-    return parameters.get_as("separator", _text, "").join(map(_to_text, values))
+    return parameters.get("separator", "").join(map(_to_text, values))
 
-def _filter(inputs: _Inputs, parameters: _Parameters) -> Any:
-    items = _list_input(inputs)
-    if parameters.get("condition") is not None:  # compiled by the workflow, asked once an item
+def _filter(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
+    items, key = _list_input(inputs), parameters.get("key", "")
+    if "condition" in parameters:  # compiled by the workflow, asked once an item
         return [item for index, item in enumerate(items) if parameters["condition"](item, index)]
-    key = parameters.get_as("key", _text)
     if "value" not in parameters:
         return [item for item in items if _truthy(_field(item, key))]
     return [item for item in items if isinstance(item, Mapping) and _same(_field(item, key), parameters["value"])]
 
-def _map(inputs: _Inputs, parameters: _Parameters) -> Any:
+def _map(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
     items = _list_input(inputs)
-    if parameters.get("template") is not None:  # compiled by the workflow, rendered once an item
+    if "template" in parameters:  # compiled by the workflow, rendered once an item
         return [parameters["template"](item, index) for index, item in enumerate(items)]
-    key = parameters.get_as("key", _text)
-    return [_field(item, key) for item in items]
+    return [_field(item, parameters["key"]) for item in items]
 
-def _pick(inputs: _Inputs, parameters: _Parameters) -> Any:
+def _pick(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
     source = _one_input(inputs, (Mapping, list, tuple), "a map or a list of maps")
-    if parameters.get("key") is not None:
-        key = parameters.get_as("key", _text)
+    if "key" in parameters:
+        key = parameters["key"]
         return _field(source, key) if isinstance(source, Mapping) else [_field(item, key) for item in source]
-    keys = _as_list(parameters.get_as("keys", _names))
+    keys = _as_list(parameters["keys"])
     picked = [{key: item[key] for key in keys if key in item} for item in _as_list(source) if isinstance(item, Mapping)]
     return picked[0] if isinstance(source, Mapping) else picked
 
-def _split(inputs: _Inputs, parameters: _Parameters) -> Any:
+def _split(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
     text: str = _one_input(inputs, str, "text")
-    separator = parameters.get_as("separator", _text, "\n")
-    parts = text.split(separator, parameters.get_as("max_splits", _integer(-1), -1)) if separator else list(text)
+    separator = parameters.get("separator", "\n")
+    parts = text.split(separator, parameters.get("max_splits", -1)) if separator else list(text)
     return [part.strip() for part in parts] if parameters.get("trim") else parts
 
-def _join(inputs: _Inputs, parameters: _Parameters) -> Any:
-    return parameters.get_as("separator", _text, ", ").join(map(_to_text, _list_input(inputs)))
+def _join(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
+    return parameters.get("separator", ", ").join(map(_to_text, _list_input(inputs)))
 
-def _json_parse(inputs: _Inputs, parameters: _Parameters) -> Any:
+def _json_parse(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
     try:
         return _load_json(_one_input(inputs, str, "text"))
     except ParseError as error:
         raise ExecutionError(f"not JSON: {error}") from None
 
-def _json_dump(inputs: _Inputs, parameters: _Parameters) -> Any:
-    indent = None if parameters.get("indent") is None else parameters.get_as("indent", _integer(0, 20))
-    return _to_json(_one_input(inputs), indent=indent)
+def _json_dump(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
+    return _to_json(_one_input(inputs), indent=parameters.get("indent"))
 
-def _regex(inputs: _Inputs, parameters: _Parameters) -> Any:
-    text, pattern = _one_input(inputs, str, "text"), parameters.get_as("pattern", _text)
+def _regex(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
+    text, pattern = _one_input(inputs, str, "text"), parameters["pattern"]
     compiled, group = _compile_regex(pattern), parameters.get("group", 0)
     try:
-        if parameters.get("replace") is not None:
-            return _guarded(compiled, text).sub(parameters.get_as("replace", _text), text)
+        if "replace" in parameters:
+            return _guarded(compiled, text).sub(parameters["replace"], text)
         if parameters.get("all"):
             return [match[group] for match in _guarded(compiled, text).finditer(text)]
         match = _guarded_search(compiled, text)
@@ -5799,7 +5814,7 @@ def _regex(inputs: _Inputs, parameters: _Parameters) -> Any:
     except (IndexError, re.error) as error:
         raise ExecutionError(f"{error}: the pattern has {compiled.groups} groups") from None
 
-def _sort(inputs: _Inputs, parameters: _Parameters) -> Any:
+def _sort(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
     items, key = _list_input(inputs), parameters.get("key")
     keyed = [(item if key is None else _field(item, str(key)), item) for item in items]
     present = [pair for pair in keyed if pair[0] is not None]
@@ -5812,7 +5827,7 @@ def _sort(inputs: _Inputs, parameters: _Parameters) -> Any:
         raise ExecutionError(f"cannot order {_type_name(present[0][0])}") from None
     return [item for _, item in present] + [item for value, item in keyed if value is None]  # nulls last, always
 
-def _unique(inputs: _Inputs, parameters: _Parameters) -> Any:
+def _unique(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
     key, seen = parameters.get("key"), {}  # type: ignore[var-annotated]
     for item in _list_input(inputs):
         seen.setdefault(_identity(item if key is None else _field(item, str(key))), item)
@@ -5827,46 +5842,41 @@ def _identity(value: Any) -> Any:
     hashable = callable(getattr(value, "__hash__", None))  # an input may hold a set and the like
     return isinstance(value, bool), value if hashable else repr(value)
 
-def _slice(inputs: _Inputs, parameters: _Parameters) -> Any:
+def _slice(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
     source = _one_input(inputs, (list, tuple, str), "a list or text")
-    whole = _must("a whole number", _is_integer)
-    start = parameters.get_as("start", whole, 0)
-    return source[start : None if parameters.get("end") is None else parameters.get_as("end", whole)]
+    return source[parameters.get("start", 0) : parameters.get("end")]
 
-def _flatten(inputs: _Inputs, parameters: _Parameters) -> Any:
+def _flatten(inputs: _Inputs, parameters: dict[str, Any]) -> Any:
     items = _list_input(inputs)
-    for _ in range(parameters.get_as("depth", _integer(1, 100), 1)):
+    for _ in range(parameters.get("depth", 1)):
         items = [inner for item in items for inner in (item if isinstance(item, (list, tuple)) else [item])]
     return items
 
-_TRANSFORMS: dict[str, Callable[[_Inputs, _Parameters], Any]] = {
+_TRANSFORMS: dict[str, Callable[[_Inputs, dict[str, Any]], Any]] = {
     "merge": _merge, "concat": _concat, "filter": _filter, "map": _map, "pick": _pick, "split": _split, "join": _join,
     "json_parse": _json_parse, "json_dump": _json_dump, "regex": _regex, "sort": _sort, "unique": _unique,
     "slice": _slice, "flatten": _flatten,
     "length": lambda inputs, parameters: len(_one_input(inputs, (list, tuple, str, Mapping), "a list, map or text")),
-    "template": lambda inputs, parameters: parameters.get_as("template", _anything)(inputs, 0),
+    "template": lambda inputs, parameters: parameters["template"](inputs, 0),
 }
 
-def _log_action(call: _StepRun, parameters: _Parameters) -> Any:
+def _log_action(call: _StepRun, parameters: dict[str, Any]) -> Any:
     message = _to_text(parameters.get("message", ""))
-    level = parameters.get_as("level", _one_of("debug", "info", "warning", "error"), "info")
-    call.run.emit("log", call.id, level=level, message=message)
+    call.run.emit("log", call.id, level=parameters.get("level", "info"), message=message)
     return message
 
-async def _sleep_action(call: _StepRun, parameters: _Parameters) -> Any:
+async def _sleep_action(call: _StepRun, parameters: dict[str, Any]) -> Any:
     seconds = _seconds(parameters.get("seconds", parameters.get("duration")), "s")
-    if seconds is None:
-        raise ExecutionError('seconds must be a number, or a text such as "1.5s"')
-    await asyncio.sleep(seconds)
+    await asyncio.sleep(seconds or 0)
     return seconds
 
-def _fail_action(call: _StepRun, parameters: _Parameters) -> Any:
+def _fail_action(call: _StepRun, parameters: dict[str, Any]) -> Any:
     raise ExecutionError(_to_text(parameters.get("message", "the fail action was reached")))
 
-async def _write_file_action(call: _StepRun, parameters: _Parameters) -> Any:
-    name, content = parameters.get_as("path", _name), parameters.get("content", "")
+async def _write_file_action(call: _StepRun, parameters: dict[str, Any]) -> Any:
+    name, content = parameters["path"], parameters.get("content", "")
     text = content if isinstance(content, str) else _to_json(content, indent=2) + "\n"
-    folder, append = call.run.executor.output_folder, bool(parameters.get("append"))
+    folder, append = call.run.executor.output_folder, parameters.get("append", False)
     return await call.threaded(_write_below, folder, name, text, append)
 
 def _write_below(folder: str, name: str, text: str, append: bool) -> str:
@@ -5897,16 +5907,16 @@ def _replace_file(path: str, text: str) -> None:
             os.unlink(partial)
         raise
 
-async def _http_action(call: _StepRun, parameters: _Parameters) -> Any:
-    url, payload = parameters.get_as("url", _name), parameters.get("json", parameters.get("body"))
-    headers = {str(name): _to_text(value) for name, value in parameters.get_as("headers", _mapping, {}).items()}
+async def _http_action(call: _StepRun, parameters: dict[str, Any]) -> Any:
+    url, payload = parameters["url"], parameters.get("json", parameters.get("body"))
+    headers = {str(name): _to_text(value) for name, value in parameters.get("headers", {}).items()}
     body: bytes | None = None
     if payload is not None:
         as_text = isinstance(payload, str) and "json" not in parameters
         body = (payload if as_text else _to_json(payload)).encode("utf-8", "replace")
         if not any(name.lower() == "content-type" for name in headers):
             headers["Content-Type"] = "text/plain; charset=utf-8" if as_text else "application/json"
-    method = parameters.get_as("method", _name, "GET" if body is None else "POST").upper()
+    method = parameters.get("method", "GET" if body is None else "POST").upper()
     response = await call.threaded(call.run.http().request, method, url, headers, body)
     text = response.text
     status, wait = response.status, _retry_after_seconds(response.headers)
@@ -5918,10 +5928,39 @@ async def _http_action(call: _StepRun, parameters: _Parameters) -> Any:
         answered = _load_json(text)
     return {"status": status, "headers": response.headers, "body": answered}
 
-_ACTIONS: dict[str, Callable[[_StepRun, _Parameters], Any]] = {
+_ACTIONS: dict[str, Callable[[_StepRun, dict[str, Any]], Any]] = {
     "log": _log_action, "http": _http_action, "webhook": _http_action, "write_file": _write_file_action,
     "sleep": _sleep_action, "fail": _fail_action,
 }
+
+_key = _must("text or a whole number", lambda value: isinstance(value, str) or _is_integer(value))
+_whole, _separator = _must("a whole number", _is_integer), {"separator": _text}
+_pause = _must('a number of seconds, or a text such as "1.5s"', lambda value: _seconds(value, "s") is not None)
+_HTTP_PARAMETERS = _Map({"url": _name, "method": _name, "headers": _mapping, "json": _anything, "body": _anything,
+    "fail_on_error": _boolean}, ("url",))
+_PARAMETERS: dict[str, _Map] = {  # of the built-in transforms and actions
+    **dict.fromkeys(("json_parse", "length"), _Map({})), **dict.fromkeys(("concat", "join"), _Map(_separator)),
+    "merge": _Map({"deep": _boolean}), "flatten": _Map({"depth": _integer(1, 100)}), "unique": _Map({"key": _key}),
+    "filter": _Map({"key": _text, "value": _anything, "condition": _anything}, either=("key", "condition")),
+    "map": _Map({"key": _text, "template": _anything}, either=("key", "template")),
+    "pick": _Map({"key": _text, "keys": _names}, either=("key", "keys")),
+    "split": _Map({**_separator, "max_splits": _integer(-1), "trim": _boolean}),
+    "json_dump": _Map({"indent": _integer(0, 20)}), "sort": _Map({"key": _key, "reverse": _boolean}),
+    "regex": _Map({"pattern": _pattern_fault, "group": _key, "all": _boolean, "replace": _text}, ("pattern",)),
+    "slice": _Map({"start": _whole, "end": _whole}), "template": _Map({"template": _anything}, ("template",)),
+    "log": _Map({"message": _anything, "level": _one_of("debug", "info", "warning", "error")}),
+    **dict.fromkeys(("http", "webhook"), _HTTP_PARAMETERS), "fail": _Map({"message": _anything}),
+    "write_file": _Map({"path": _name, "content": _anything, "append": _boolean}, ("path",)),
+    "sleep": _Map({"seconds": _pause, "duration": _pause}, either=("seconds", "duration")),
+}
+
+def _checked(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a built-in transform or action; null is as good as none, but for a value to look for."""
+    shape = _PARAMETERS[name]
+    given = {key: value for key, value in values.items() if key in shape.keys and (value is not None or key == "value")}
+    for _, fault in shape.faults(given):
+        raise ExecutionError(fault)
+    return given
 
 def _fitting_call(function: Any, leading: tuple[Any, ...], parameters: dict[str, Any]) -> Callable[[], Any]:
     """A custom function bound to what it can take: `leading` (a transform's inputs) first if there is room for it, and
@@ -5948,12 +5987,11 @@ async def _transform_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, 
 
 def _transform_inline(node: _Node, context: Any, values: dict[str, Any]) -> Any:
     inputs = _Inputs((name, render(context)) for name, render in node.inputs)
-    parameters = _Parameters(values)
     for key, render in node.item_values:  # what a transform renders for each item itself
-        parameters[key] = _per_item(render, context, node)
-    name = parameters.pop("function")
+        values[key] = _per_item(render, context, node)
+    name = values["function"]
     try:
-        return _TRANSFORMS[name](inputs, parameters)
+        return _TRANSFORMS[name](inputs, _checked(name, values))
     except (ExecutionError, ConditionError) as error:
         raise ExecutionError(f"{name}: {error}") from None
     except RecursionError:
@@ -5969,7 +6007,7 @@ async def _action_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...
     if (custom := call.run.executor.actions.get(name)) is not None:
         return (await call.custom(custom, _fitting_call(custom, (), values)),)
     try:
-        return (await call.working(True, _ACTIONS[name], call, _Parameters(values)),)
+        return (await call.working(True, _ACTIONS[name], call, _checked(name, values)),)
     except ExecutionError as error:
         raise ExecutionError(str(error) if name == "fail" else f"{name}: {error}") from None
 
@@ -6037,7 +6075,7 @@ async def _tool_round(call: _StepRun, response: Any, tools: Mapping[str, Any], m
         try:
             if name not in tools:
                 raise ExecutionError(f"there is no tool {name!r}; there are {', '.join(tools)}")
-            if faults := list(_schema_faults(arguments, _tool_schema(name, tools[name])["parameters"])):
+            if faults := _schema_faults(arguments, _tool_schema(name, tools[name])["parameters"]):
                 raise ExecutionError(f"wrong arguments: {'; '.join(faults[:5])}")
             entry["result"] = await call.custom(tools[name], _bound_tool(tools[name], arguments))
         except Exception as error:
@@ -6083,24 +6121,39 @@ def _type_schema(hint: Any) -> dict[str, Any]:
     return {"type": kind, **items} if kind else {}
 
 def _structured_answer(text: str, schema: Any) -> tuple[Any, list[str]]:
-    """(value, faults) of an answer that should be JSON: the whole text, a fenced part, or the JSON inside prose."""
-    fenced = re.findall(r"```[\w-]*\n(.*?)```", text, re.DOTALL)
-    starts = [match.start() for _, match in zip(range(50), re.finditer(r"[\[{]", text))]
+    """(value, faults) of an answer that should be JSON: the whole text, a fenced part, or a map or list in prose."""
     faults: list[str] = []
-    for candidate in (text, *fenced, *(text[start:] for start in starts)):
+    refusal: Any = None
+    for candidate in _json_candidates(text):
         try:
             value = _load_json(candidate.strip())
-        except ParseError:
-            try:
-                end = json.JSONDecoder().raw_decode(candidate.lstrip())[1]
-                value = _load_json(candidate.lstrip()[:end])
-            except (ValueError, RecursionError, ParseError):
-                continue
-        found = list(_schema_faults(value, schema))
+            found = _schema_faults(value, schema)
+        except ParseError as error:
+            refusal = refusal or error
+            continue
+        except RecursionError:
+            found = ["$ is nested too deeply to be checked"]
         if not found:
             return value, []
         faults = faults or found
-    return None, faults or ["it is not JSON"]
+    place = f"line {refusal.line}, column {refusal.column}" if refusal else ""
+    return None, faults or [f"it cannot be read as JSON: {place}: {refusal.reason}"]
+
+def _json_candidates(text: str) -> Iterator[str]:
+    """Never a part of what stands in brackets: of JSON that is broken or cut off, a part would be a wrong answer."""
+    yield text
+    yield from re.findall(r"```[\w-]*\n(.*?)```", text, re.DOTALL)
+    marks, start = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL), 0
+    while opening := re.compile(r"[\[{]").search(text, start):
+        depth = 0
+        for mark in marks.finditer(text, opening.start()):
+            depth += (mark[0] in "[{") - (mark[0] in "]}")
+            if not depth:
+                start = mark.end()
+                yield text[opening.start() : start]
+                break
+        else:  # it is never closed
+            return
 
 _SCHEMA_TYPES: dict[str, Callable[[Any], bool]] = {**_INPUT_TYPES, "null": lambda value: value is None}
 _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
@@ -6111,7 +6164,7 @@ _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
     "maximum": ("at most {}", (int, float), lambda value, bound: value <= bound),
     "exclusiveMinimum": ("more than {}", (int, float), lambda value, bound: value > bound),
     "exclusiveMaximum": ("less than {}", (int, float), lambda value, bound: value < bound),
-    "multipleOf": ("a multiple of {}", (int, float), lambda value, step: abs(value / step % 1 - 0.5) > 0.5 - 1e-9),
+    "multipleOf": ("a multiple of {}", (int, float), lambda value, step: _is_multiple(value, step)),
     "minLength": ("at least {} characters long", str, lambda value, bound: len(value) >= bound),
     "maxLength": ("at most {} characters long", str, lambda value, bound: len(value) <= bound),
     "pattern": ("text that matches {}", str, lambda value, one: bool(_guarded_search(_compile_regex(one), value))),
@@ -6122,17 +6175,17 @@ _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
     "minProperties": ("a map of at least {} keys", Mapping, lambda value, bound: len(value) >= bound),
     "maxProperties": ("a map of at most {} keys", Mapping, lambda value, bound: len(value) <= bound),
 }
+
+def _is_multiple(value: float, step: float) -> bool:
+    """Exactly, of the decimal numbers as they are written: 0.3 is a multiple of 0.1."""
+    from fractions import Fraction
+    return abs(value) != math.inf and Fraction(str(value)) % Fraction(str(step)) == 0
+
 _UNCHECKED = frozenset((
     "if", "then", "else", "patternProperties", "propertyNames", "contains", "minContains", "maxContains", "prefixItems",
     "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
     "additionalItems", "$dynamicRef", "$recursiveRef",
 ))
-
-def _pattern_fault(pattern: Any) -> str | None:
-    try:
-        return _text(pattern) or (_compile_regex(pattern) and None)
-    except ConditionError as error:
-        return f"is not supported: {error}"
 
 _SCHEMA_PARTS: dict[str, Callable[[Any], str | None]] = {  # what the keywords themselves must be
     "type": _must(f"of {', '.join(_SCHEMA_TYPES)}", lambda part: all(
@@ -6171,54 +6224,61 @@ def _check_schema(root: Any) -> None:
                 inner = {f"[{index}]": one for index, one in enumerate(part)}
             places += [(f"{where}.{keyword}{name}", one) for name, one in inner.items()]
 
-def _schema_faults(value: Any, schema: Any, root: Any = None, where: str = "$", followed: Any = ()) -> Iterator[str]:
-    """What in a value does not fit a JSON Schema (the usual part of draft 2020-12), each with its place."""
-    root = schema if root is None else root
-    if schema is False:
-        yield f"{where} must not be there"
+def _schema_faults(value: Any, schema: Any, root: Any = None, where: str = "$", followed: Any = (),
+                   known: dict[Any, list[str]] | None = None) -> list[str]:
+    """What in a value does not fit a JSON Schema (the usual part of draft 2020-12), each with its place. What was found
+    for a place is known when other parts of the schema ask again: the time does not double with each level."""
     if not isinstance(schema, Mapping):
-        return
-    inner = functools.partial(_schema_faults, root=root, where=where, followed=followed)
-    kinds = _as_list(schema.get("type"))
+        return [f"{where} must not be there"] if schema is False else []
+    known, key = {} if known is None else known, (where, id(value), id(schema))
+    if key in known:
+        return known[key]
+    root = schema if root is None else root
+    rest, kinds = (root, where, followed, known), _as_list(schema.get("type"))
+    faults: list[str] = []
     if kinds and not any(kind in _SCHEMA_TYPES and _SCHEMA_TYPES[kind](value) for kind in kinds):
-        yield f"{where} must be {' or '.join(map(str, kinds))}, not {_shown(value)}"
-        return
+        faults.append(f"{where} must be {' or '.join(map(str, kinds))}, not {_shown(value)}")
+        return faults
     for keyword, (wanted, types, holds) in _SCHEMA_CHECKS.items():
         concerned = isinstance(value, types) and not (isinstance(value, bool) and types is not object)
         if keyword in schema and concerned and not holds(value, schema[keyword]):
-            yield f"{where} must be {wanted.format(_shorten(_to_json(schema[keyword]), 200))}"
+            faults.append(f"{where} must be {wanted.format(_shorten(_to_json(schema[keyword]), 200))}")
     if (reference := schema.get("$ref")) is not None:
         if reference in followed:
             raise ExecutionError(f"$ref {reference!r} leads round to itself in the schema")
-        yield from inner(value, _schema_at(root, reference), followed=(*followed, reference))
+        faults += _schema_faults(value, _schema_at(root, reference), root, where, (*followed, reference), known)
     for part in schema.get("allOf", ()):
-        yield from inner(value, part)
+        faults += _schema_faults(value, part, *rest)
     for keyword in ("anyOf", "oneOf"):
-        failures = [list(inner(value, part)) for part in schema.get(keyword, ())]
+        failures: list[list[str]] = []
+        for part in schema.get(keyword, ()):
+            failures.append(_schema_faults(value, part, *rest))
         fitting = failures.count([])
         if failures and not fitting:
-            yield min(failures, key=len)[0]
+            faults.append(min(failures, key=len)[0])
         elif keyword == "oneOf" and fitting > 1:
-            yield f"{where} must fit exactly one of {len(failures)} schemas, but fits {fitting}"
-    if "not" in schema and not list(inner(value, schema["not"])):
-        yield f"{where} must not fit {_shorten(_to_json(schema['not']), 100)}"
-    yield from _part_faults(value, schema, functools.partial(_schema_faults, root=root), where)
+            faults.append(f"{where} must fit exactly one of {len(failures)} schemas, but fits {fitting}")
+    if "not" in schema and not _schema_faults(value, schema["not"], *rest):
+        faults.append(f"{where} must not fit {_shorten(_to_json(schema['not']), 100)}")
+    for place, item, part in _schema_parts(value, schema, where):
+        faults += [part] if isinstance(part, str) else _schema_faults(item, part, root, place, (), known)
+    known[key] = faults = [*dict.fromkeys(faults)]
+    return faults
 
-def _part_faults(value: Any, schema: Any, inner: Callable[..., Iterator[str]], where: str) -> Iterator[str]:
-    """The faults of a map's entries and a list's items."""
+def _schema_parts(value: Any, schema: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    """(place, value, its schema) of a map's entries and a list's items; a text instead of a schema is a fault."""
     if isinstance(value, (list, tuple)) and "items" in schema:
         for index, item in enumerate(value):
-            yield from inner(item, schema["items"], where=f"{where}[{index}]")
+            yield f"{where}[{index}]", item, schema["items"]
     if isinstance(value, Mapping):
         properties, others = schema.get("properties") or {}, schema.get("additionalProperties", True)
         for name in schema.get("required") or ():
             if name not in value:
-                yield f"{where}.{name} is missing"
+                yield "", None, f"{where}.{name} is missing"
         for name, item in value.items():
-            if name not in properties and others is False:
-                yield f"{where}.{name} is not allowed{_suggestion(name, properties)}"
-            else:
-                yield from inner(item, properties.get(name, others), where=f"{where}.{name}")
+            near = _suggestion(name, properties) if name not in properties and others is False else None
+            part = f"{where}.{name} is not allowed{near}" if near is not None else properties.get(name, others)
+            yield f"{where}.{name}", item, part
 
 def _schema_at(root: Any, reference: str) -> Any:
     """The schema that a `$ref` within the document names (a JSON pointer); ExecutionError if there is none."""

@@ -364,7 +364,7 @@ SCHEMA_CASES: dict[str, tuple[Any, Any, str | None]] = {
 
 @pytest.mark.parametrize(("value", "schema", "fault"), SCHEMA_CASES.values(), ids=SCHEMA_CASES.keys())
 def test_a_schema_says_what_does_not_fit(value: Any, schema: Any, fault: str | None) -> None:
-    assert next(schema_faults(value, schema), None) == fault
+    assert next(iter(schema_faults(value, schema)), None) == fault
 
 
 # ---- Tools -----------------------------------------------------------------------------------------------------------
