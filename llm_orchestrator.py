@@ -3305,6 +3305,7 @@ class _Places:
     def __init__(self, count: float = math.inf) -> None:
         self.count, self.taken, self.lock = count, 0, threading.Lock()
         self.waiting: collections.deque[_Turn] = collections.deque()
+        self.entrances: dict[Any, _Places] = {}  # to these places, for what only one at a time may wait for
 
     def take(self, turn: _Turn) -> bool:
         """Whether there is a place at once; otherwise it will be given in turn."""
@@ -3489,6 +3490,7 @@ class _CircuitBreaker:
 _CONNECT_SECONDS = 10.0  # for the TCP connection, the proxy's consent and the TLS handshake together
 _CALL_SECONDS = 120.0  # for a whole attempt outside a run, unless the client has its own limit
 _IDLE_SECONDS = 60.0  # after which an unused connection is not trusted any more
+_MAX_IDLE_HOSTS = 64  # to which connections are kept
 _LINGER_SECONDS = 0.25  # for the rest of a stream whose reader has had enough, so that its connection can be kept
 _MAX_BODY_BYTES, _MAX_HEAD_BYTES = 64 * 1024 * 1024, 256 * 1024
 _RETRIED_STATUSES = frozenset((408, 409, 425, 429, *range(500, 600)))
@@ -3724,6 +3726,10 @@ class _HttpClient:
 
     def keep(self, key: tuple[Any, ...], connection: _Connection) -> None:
         connection.since = time.monotonic()
+        while key not in self.idle and len(self.idle) >= _MAX_IDLE_HOSTS:
+            with contextlib.suppress(KeyError, RuntimeError):  # another thread was faster
+                for old in self.idle.pop(next(iter(self.idle))):
+                    old.socket.close()
         waiting = self.idle.setdefault(key, [])
         waiting.append(connection)
         with contextlib.suppress(IndexError):  # another thread was faster
@@ -4173,7 +4179,8 @@ class _RestClient:
             document = _load_json(response.body)
         except ParseError as error:
             reason = f"answered something that is not JSON ({error.reason}): {self.excerpt(response.text)}"
-            raise BadResponseError(reason, provider=self.name, status=response.status) from None
+            cut = response.text.lstrip()[:1] in ("{", "[") and _is_cut_off(response.text)
+            raise BadResponseError(reason, provider=self.name, status=response.status, retryable=cut) from None
         self.check(response.headers, document)
         return document
 
@@ -4196,6 +4203,16 @@ class _RestClient:
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return "".join(mark if mark.isprintable() else " " for mark in text[:limit])
+
+def _is_cut_off(text: str) -> bool:
+    """Whether JSON text ends in the middle: what there is of it is right."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 _EVENT_LINE_END = re.compile(b"\r\n|\n|\r")
 
@@ -5146,7 +5163,7 @@ def _filtered(source: Any, joined: _Make, test: _Make, negated: bool = False, de
             inner = [_filtered(part, joined, test, negated, deep + 1) for part in wanted]
             parts.append(joined("and" if (key == "$and") != negated else "or", inner))  # De Morgan
         elif not isinstance(key, str) or key.startswith("$"):
-            raise ExecutionError(f"unknown filter operator {key!r}{_suggestion(key, ('$and', '$or', '$not'))}")
+            raise ExecutionError(f"unknown filter operator {_shown(key)}{_suggestion(key, ('$and', '$or', '$not'))}")
         else:
             tests = wanted if isinstance(wanted, Mapping) else {"$eq": wanted}
             parts += [test(key, *_field_test(key, operator, value, negated)) for operator, value in tests.items()]
@@ -5874,7 +5891,7 @@ def _fail_action(call: _StepRun, parameters: dict[str, Any]) -> Any:
     raise ExecutionError(_to_text(parameters.get("message", "the fail action was reached")))
 
 async def _write_file_action(call: _StepRun, parameters: dict[str, Any]) -> Any:
-    name, content = parameters["path"], parameters.get("content", "")
+    name, content = parameters["path"], parameters["content"]
     text = content if isinstance(content, str) else _to_json(content, indent=2) + "\n"
     folder, append = call.run.executor.output_folder, parameters.get("append", False)
     return await call.threaded(_write_below, folder, name, text, append)
@@ -5921,6 +5938,9 @@ async def _http_action(call: _StepRun, parameters: dict[str, Any]) -> Any:
     text = response.text
     status, wait = response.status, _retry_after_seconds(response.headers)
     if status >= 400 and parameters.get("fail_on_error", True):
+        for name, value in headers.items():  # an answer may repeat what is secret
+            for secret in value.split() if re.search(_SECRET_NAME, name) else ():
+                text = text.replace(secret, "***") if len(secret) > 7 else text
         reason, retryable = f"{method} answered {status}: {_shorten(text, 200)}", status in _RETRIED_STATUSES
         raise ProviderError(reason, provider="http", status=status, retryable=retryable, retry_after=wait)
     answered: Any = text
@@ -5950,14 +5970,15 @@ _PARAMETERS: dict[str, _Map] = {  # of the built-in transforms and actions
     "slice": _Map({"start": _whole, "end": _whole}), "template": _Map({"template": _anything}, ("template",)),
     "log": _Map({"message": _anything, "level": _one_of("debug", "info", "warning", "error")}),
     **dict.fromkeys(("http", "webhook"), _HTTP_PARAMETERS), "fail": _Map({"message": _anything}),
-    "write_file": _Map({"path": _name, "content": _anything, "append": _boolean}, ("path",)),
+    "write_file": _Map({"path": _name, "content": _anything, "append": _boolean}, ("path", "content")),
     "sleep": _Map({"seconds": _pause, "duration": _pause}, either=("seconds", "duration")),
 }
 
 def _checked(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a built-in transform or action; null is as good as none, but for a value to look for."""
+    """The parameters of a built-in transform or action; null is as good as none."""
     shape = _PARAMETERS[name]
-    given = {key: value for key, value in values.items() if key in shape.keys and (value is not None or key == "value")}
+    free = [key for key, check in shape.keys.items() if check is _anything]  # of these, null is a value
+    given = {key: value for key, value in values.items() if key in shape.keys and (value is not None or key in free)}
     for _, fault in shape.faults(given):
         raise ExecutionError(fault)
     return given
@@ -6482,7 +6503,7 @@ def _error_text(error: BaseException) -> str:
     """What an error says, also if it is a foreign one that says nothing or cannot."""
     try:
         return str(error) or repr(error)
-    except Exception:
+    except BaseException:
         return type(error).__name__
 
 def _is_transient(error: BaseException) -> bool:
@@ -6531,6 +6552,12 @@ class RunResult(Mapping[str, StepResult]):
     def __repr__(self) -> str:
         return f"RunResult({self.run_id!r}, {self.status}, steps={len(self.steps)})"
 
+def _is_awaitable(value: Any) -> bool:
+    try:
+        return hasattr(value, "__await__")
+    except Exception:  # a proxy of nothing, for one, refuses every question
+        return False
+
 def _harmless(error: BaseException) -> Exception:
     """What a user's function raised, as an error of its step: nothing that would end, cancel or confuse the run."""
     if isinstance(error, Exception) and not isinstance(error, (StopIteration, _Paused)):
@@ -6557,7 +6584,7 @@ class _Job(_Turn):
             if self.places is None or self.places.take(self):
                 self.give()
             outcome = await self.future
-            return await outcome if hasattr(outcome, "__await__") else outcome
+            return await outcome if _is_awaitable(outcome) else outcome
         except BaseException:
             self.scope.cancel()
             raise
@@ -6649,7 +6676,7 @@ class _WorkerPool:
 
     def finish(self, job: _Job, value: Any, error: Exception | None) -> _Job | None:
         """Tells the loop what came of a job; returns the next one, if there is one that has its place now."""
-        following = None if hasattr(value, "__await__") else job.pass_on()
+        following = None if _is_awaitable(value) else job.pass_on()
         if following is None:
             with self.lock:
                 self.idle += 1
@@ -6798,8 +6825,9 @@ class _GraphRun:
     def close(self) -> None:
         """Gives every step that never began its final state; in a paused run it has none yet."""
         for position in range(len(self.results)) if self.unfinished else ():
-            if self.results[position] is None:
-                result = self.begin(position)
+            result = self.results[position]
+            if result is None or result.status in ("pending", "running"):  # an exception may have come in between
+                result = result or self.begin(position)
                 if self.cancelled or not self.paused:
                     result.status = "cancelled"
                     self.finish(position, result)
@@ -6871,7 +6899,6 @@ class _GraphRun:
         """Takes over what an earlier execution of this run completed."""
         restored = StepResult.from_dict({**self.run.prior[result.step_id], "order": result.order})
         self.results[position] = self.run.results[result.step_id] = restored
-        self.run.count(restored.usage or {})
         self.finish(position, restored, self.run.restored_children(result.step_id), stored=True)
 
     def run_inline(self, position: int, node: _Node, result: StepResult) -> None:
@@ -7090,8 +7117,7 @@ class _StepRun:
         self.result.attempts += 1
         self.expired = False
         if self.result.attempts > 1 and _STEP_TYPES[node.type].container:
-            for step_id in [known for known in self.run.results if known.startswith(f"{self.id}.")]:
-                del self.run.results[step_id]  # this attempt may not come as far as the last one
+            self.run.forget_children(self.id)  # this attempt may not come as far as the last one
         self.remaining = timeout = node.timeout or (_CALL_SECONDS if node.type in _PROVIDER_TYPES else None)
         values = self.render(_STEP_TYPES[node.type])
         try:
@@ -7126,24 +7152,26 @@ class _StepRun:
         return values
 
     async def working(self, direct: bool, function: Callable[..., Any], *arguments: Any,
-            call: tuple[str, Any] | None = None) -> Any:
-        """What a function gives, awaited if need be: in a slot and on the attempt's clock, and in a worker thread
-        unless it is `direct`, which means that it never blocks. `call`: the provider's name and the request, if it is
-        the call of a provider."""
-        clock, slots = _Clock(self, call), self.run.slots
+            call: tuple[str, Any] | None = None, in_slot: bool = False) -> Any:
+        """What a function gives, awaited if need be: in a slot (the caller's, if `in_slot`) and on the attempt's clock,
+        and in a worker thread unless it is `direct`, which means that it never blocks. `call`: the provider's name and
+        the request, if it is the call of a provider."""
+        clock, slots = _Clock(self, call), None if in_slot else self.run.slots
         if not direct:
             with clock:
-                if self.run.listening:  # what ends may have passed its slot on before: it is to be heard of first
+                if self.run.listening and slots:  # what ends may have passed its slot on before: it is to be heard first
                     clock.context = contextvars.copy_context()
                 return await _Job(self.run.pool, function, arguments, slots, clock.start).outcome()
-        await slots.enter()
+        if slots is not None:
+            await slots.enter()
         try:
             with clock:
                 clock.start(time.perf_counter())
                 outcome = function(*arguments)
-                return await outcome if hasattr(outcome, "__await__") else outcome
+                return await outcome if _is_awaitable(outcome) else outcome
         finally:
-            slots.leave()
+            if slots is not None:
+                slots.leave()
 
     async def threaded(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A blocking call in a worker thread, apart from slots and clock."""
@@ -7219,9 +7247,9 @@ class _StepRun:
                 return answer
         gate = run.executor.gate(name, provider, self.siblings.workflow)
         tokens = (0, 0) if gate.is_open and not run.budget.limits else _estimated_tokens(request)
-        with run.budget.reserved(request.model, tokens) if run.budget.limits else _UNLIMITED:
+        with run.budget.reserved(request.model, tokens) if run.budget.limits else _UNLIMITED as reserve:
             try:
-                answer = await self.gated(gate, sum(tokens), name, provider, call, request)
+                answer = await self.gated(gate, sum(tokens), reserve, name, provider, call, request)
             except ProviderError as error:
                 answer = error
             if run.journal is not None:
@@ -7233,21 +7261,41 @@ class _StepRun:
             self.count(request, answer)
         return answer
 
-    async def gated(self, gate: _Gate, tokens: int, name: str, provider: Any, call: Any, request: Any) -> Any:
-        """A call in a slot, past the provider's gate: the wait there holds no slot."""
-        state = gate.breaker and gate.breaker.state
-        permit = await gate.enter(name, tokens, self.node.retry.max_delay_seconds)
-        answer: Any = None
+    async def gated(self, gate: _Gate, tokens: int, reserve: Any, name: str, provider: Any, call: Any,
+            request: Any) -> Any:
+        """A call in a slot, past the provider's gate: the wait there holds no slot. Where starts are counted or paced,
+        one call at a time is between gate and slot: those behind are not to start all at once when slots come free."""
+        slots, state, answer = self.run.slots, gate.breaker and gate.breaker.state, None  # type: _Places, Any, Any
+        entrance = None if gate.is_open and reserve is None else slots.entrances.setdefault(gate, _Places(1))
+        if entrance is not None:
+            await entrance.enter()
         try:
-            answer = await self.working(gate.is_direct(provider, call), call, request, call=(name, request))
-            return answer
-        except BaseException as error:
-            answer = error
-            raise
+            permit = await gate.enter(name, tokens, self.node.retry.max_delay_seconds)
+            try:
+                bound = functools.partial(self.working, gate.is_direct(provider, call), call, request)
+                if entrance is None:
+                    answer = await bound(call=(name, request))
+                    return answer
+                await slots.enter()
+                try:
+                    entrance.leave()
+                    entrance = None
+                    if reserve is not None:
+                        reserve()
+                    answer = await bound(call=(name, request), in_slot=True)
+                    return answer
+                finally:
+                    slots.leave()
+            except BaseException as error:
+                answer = error
+                raise
+            finally:
+                gate.leave(tokens, answer, permit, self.expired)
+                if gate.breaker is not None and gate.breaker.state != state:
+                    self.run.emit("circuit", self.id, provider=name, state=gate.breaker.state)
         finally:
-            gate.leave(tokens, answer, permit, self.expired)
-            if gate.breaker is not None and gate.breaker.state != state:
-                self.run.emit("circuit", self.id, provider=name, state=gate.breaker.state)
+            if entrance is not None:
+                entrance.leave()
 
     def count(self, request: Any, answer: Any) -> None:
         """Adds what an answer says that it used, and what that cost."""
@@ -7451,7 +7499,7 @@ def _tokens(answer: Any, name: str) -> int:
 class BudgetExceededError(ExecutionError):
     """The next call would exceed the workflow's `budget`; it was not made."""
 
-_UNLIMITED = contextlib.nullcontext()
+_UNLIMITED: Any = contextlib.nullcontext()
 
 class _Budget:
     """A run's `budget` and `pricing`: what is spent, what the calls in flight may still spend, what one more would."""
@@ -7460,7 +7508,7 @@ class _Budget:
         self.limits: Mapping[str, Any] = workflow.budget or {}
         self.pricing: Mapping[str, Any] = workflow.pricing or {}
         self.usage = usage
-        self.pending = {"calls": 0, "total_tokens": 0, "cost": 0.0}
+        self.pending = {"total_tokens": 0, "cost": 0.0}
         self.error: BudgetExceededError | None = None
 
     def cost(self, model: str, input_tokens: int, output_tokens: int) -> float | None:
@@ -7471,22 +7519,28 @@ class _Budget:
         return (input_tokens * (prices.get("input") or 0) + output_tokens * (prices.get("output") or 0)) / 1e6
 
     @contextlib.contextmanager
-    def reserved(self, model: str, tokens: tuple[int, int]) -> Iterator[None]:
-        """Sets (input, output) tokens aside while a call is in flight; BudgetExceededError if they are too many."""
-        amounts = {"calls": 1, "total_tokens": sum(tokens), "cost": self.cost(model, *tokens) or 0.0}
-        for limit, name in (("max_calls", "calls"), ("max_tokens", "total_tokens"), ("max_cost", "cost")):
-            if self.limits.get(limit) is not None:
-                planned = self.usage.get(name, 0) + self.pending[name]
-                if planned + amounts[name] > self.limits[limit] or (name != "calls" and planned >= self.limits[limit]):
-                    reason = f"the budget's {limit} is {self.limits[limit]:g}, {planned:g} are spent or in flight"
-                    self.error = BudgetExceededError(f"{reason}, and the next call may need {amounts[name]:g} more")
-                    raise self.error
-        for name, amount in amounts.items():
-            self.pending[name] += amount
+    def reserved(self, model: str, tokens: tuple[int, int]) -> Iterator[Callable[[], None]]:
+        """Gives a function to call at the moment before a call starts, which sets (input, output) tokens aside until
+        what the call used is counted, or raises BudgetExceededError if they are too many."""
+        amounts = {"total_tokens": sum(tokens), "cost": self.cost(model, *tokens) or 0.0}
+        taken: dict[str, float] = {}
+
+        def take() -> None:
+            for limit, name in (("max_calls", "calls"), ("max_tokens", "total_tokens"), ("max_cost", "cost")):
+                if self.limits.get(limit) is not None:
+                    planned, more = self.usage.get(name, 0) + self.pending.get(name, 0), amounts.get(name, 1)
+                    if planned + more > self.limits[limit] or (name != "calls" and planned >= self.limits[limit]):
+                        reason = f"the budget's {limit} is {self.limits[limit]:g}, {planned:g} are spent or in flight"
+                        self.error = BudgetExceededError(f"{reason}, and the next call may need {more:g} more")
+                        raise self.error
+            taken.update(amounts)
+            for name, amount in taken.items():
+                self.pending[name] += amount
+
         try:
-            yield
+            yield take
         finally:
-            for name, amount in amounts.items():
+            for name, amount in taken.items():
                 self.pending[name] -= amount
 
 def _estimated_tokens(request: Any) -> tuple[int, int]:
@@ -7552,7 +7606,7 @@ class _Run:
             decisions: Mapping[str, tuple[bool, Mapping[str, Any]]] | None = None) -> None:
         self.executor, self.loop, self.thread = executor, loop, threading.get_ident()
         self.run_id, self.started = recorded["run_id"] if recorded else os.urandom(8).hex(), time.perf_counter()
-        states = recorded["steps"] if recorded else {}
+        states = dict(recorded["steps"]) if recorded else {}
         self.prior = {step_id: state for step_id, state in states.items() if state["status"] == "completed"}
         self.prior_parts: dict[str, dict[str, None]] = {}  # id -> what follows it in the ids of the states
         for step_id in sorted(states, key=lambda step_id: states[step_id].get("order") or []):
@@ -7565,6 +7619,8 @@ class _Run:
         self.usage = self.result.usage
         self.results: dict[str, StepResult] = {}
         self.slots, self.pool = executor._shared or (_Places(executor.max_concurrency), _WorkerPool(loop))
+        for state in self.prior.values():  # a budget belongs to the run, whoever goes on with it
+            self.count(state.get("usage") or {})
         self.budget = _Budget(executor.workflow, self.usage)
         self.stopped: str | None = None  # cancelled or timed_out, once it is
         self.checked: list[Workflow] = []  # sub-workflows that were found while running
@@ -7575,7 +7631,7 @@ class _Run:
         self.streaming = listener is not None or executor.streaming
         self.provider, self.vector_store, self.http = executor._provider, executor._vector_store, executor._http
 
-    async def execute(self, inputs: Mapping[str, Any]) -> RunResult:
+    async def execute(self, inputs: Mapping[str, Any], cancelled: bool) -> RunResult:
         """Runs to the end. When the calling task is cancelled, the partial result is complete before that goes on."""
         workflow, plan = self.executor.workflow, self.executor.workflow._plan()
         if self.journal is not None and self.is_new:
@@ -7588,6 +7644,8 @@ class _Run:
             self.emit("run_started", workflow=workflow.name)
         self.main = self.loop.create_task(top.execute())
         interrupted = False
+        if cancelled:
+            self.stop("cancelled")
         while not self.main.done():
             try:
                 await asyncio.wait([self.main])
@@ -7597,6 +7655,9 @@ class _Run:
         timer.cancel()
         if self.executor._shared is None:
             self.pool.close()
+        if self.main.cancelled():  # perhaps before its first step
+            top.abort()
+            top.close()
         error = None if self.main.cancelled() else self.main.exception()
         if error is not None and not isinstance(error, _Paused):
             raise error
@@ -7636,7 +7697,7 @@ class _Run:
                 result.outputs[name] = None
                 if result.status == "completed":  # otherwise the steps it reads may never have run
                     result.status, result.exception = "failed", ExecutionError(f"outputs: {name}: {error}")
-                    result.error = _error_summary(error)
+                    result.error = {**_error_summary(error), "message": f"outputs: {name}: {error}"}
         if result.error is None and result.exception is not None:
             result.error = _error_summary(result.exception)
         result.duration_ms = round((time.perf_counter() - self.started) * 1000, 3)
@@ -7658,6 +7719,18 @@ class _Run:
                 self.executor._check_needs(workflow)
             self.checked.append(called)
         return called
+
+    def forget_children(self, step_id: str) -> None:
+        """Drops what is known and stored of the steps in a container."""
+        prefix, gone = f"{step_id}.", set()  # type: str, set[str]
+        for known in (self.results, self.prior, self.states):
+            for inner in [one for one in known if one.startswith(prefix)]:
+                del known[inner]
+                gone.add(inner)
+        for parent in [one for one in self.prior_parts if f"{one}.".startswith(prefix)]:
+            del self.prior_parts[parent]
+        if self.journal is not None and gone:
+            self.journal.forget(sorted(gone))
 
     def restored_children(self, step_id: str) -> dict[str, Any] | None:
         """Takes over the children of a restored container; what templates see of them, of a loop's last iteration."""
@@ -7738,6 +7811,7 @@ class WorkflowExecutor:
         self._client: _HttpClient | None = None
         self._lock = threading.Lock()
         self._runs: list[_Run] = []
+        self._cancelled = [0]  # how often
 
     async def execute(self) -> RunResult:
         """Runs the workflow in the current event loop.
@@ -7746,15 +7820,18 @@ class WorkflowExecutor:
         ValidationError, AuthenticationError (a key is missing). When the task is cancelled, everything in flight is
         stopped first; `self.result` then holds what was done.
         """
-        return await self._execute(None)
+        return await self._execute(None, self._cancelled[0])
 
-    async def _execute(self, listener: Callable[[dict[str, Any]], None] | None, *resumed: Any) -> RunResult:
-        self._check()
-        run = _Run(self, asyncio.get_running_loop(), listener, *resumed)
+    async def _execute(self, listener: Callable[[dict[str, Any]], None] | None, cancelled: int,
+            recorded: Any = None, decisions: Any = None) -> RunResult:
+        """One run; `cancelled` is how often `cancel` had been called when it was asked for."""
+        inputs = recorded["inputs"] if recorded else self.inputs
+        self._check(inputs)
+        run = _Run(self, asyncio.get_running_loop(), listener, recorded, decisions)
         self.result = run.result
         self._runs.append(run)
         try:
-            return await run.execute(self.inputs)
+            return await run.execute(inputs, self._cancelled[0] != cancelled)
         finally:
             self._runs.remove(run)
 
@@ -7770,8 +7847,8 @@ class WorkflowExecutor:
         loop = asyncio.get_running_loop()
         shared = _Places(self.max_concurrency), _WorkerPool(loop)
         running: dict[asyncio.Task[RunResult], Any] = {}
-        entries = iter(inputs)
-        self._check()
+        entries, cancelled = iter(inputs), self._cancelled[0]
+        self._check(self.inputs)
         try:
             while True:
                 for key, values in itertools.islice(entries, width - len(running) if may_start() else 0):
@@ -7782,7 +7859,7 @@ class WorkflowExecutor:
                     except ValidationError as error:
                         yield key, error
                         continue
-                    running[asyncio.ensure_future(one.execute())] = key
+                    running[asyncio.ensure_future(one._execute(None, cancelled))] = key
                 if not running:
                     return
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -7799,7 +7876,7 @@ class WorkflowExecutor:
         """Runs the workflow and yields its events as they happen, `text` events with the pieces of streamed answers
         among them; `self.result` holds the result afterwards. Raises as `execute` does."""
         events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        task = asyncio.ensure_future(self._execute(events.put_nowait))
+        task = asyncio.ensure_future(self._execute(events.put_nowait, self._cancelled[0]))
         task.add_done_callback(lambda _: events.put_nowait(None))
         try:
             while (event := await events.get()) is not None:
@@ -7812,7 +7889,7 @@ class WorkflowExecutor:
 
     def run(self) -> RunResult:
         """Runs the workflow and returns its result; works with and without a running event loop (a notebook)."""
-        return self._blocking(self.execute)
+        return self._blocking(functools.partial(self._execute, None, self._cancelled[0]))
 
     def resume(self, run_id: str, *, from_step: str | None = None, force: bool = False,
             decisions: Mapping[str, tuple[bool, Mapping[str, Any]]] | None = None) -> Any:
@@ -7822,9 +7899,10 @@ class WorkflowExecutor:
         steps to (approved, values). Returns the RunResult; inside a running event loop, an awaitable of it. Raises
         OrchestratorError if the run is held by another process, or if the workflow has changed (unless `force`).
         """
+        cancelled = self._cancelled[0]
+
         async def resumed() -> RunResult:
-            recorded = self._claimed(run_id, from_step, force)
-            return await self._execute(None, recorded, decisions)
+            return await self._execute(None, cancelled, self._claimed(run_id, from_step, force), decisions)
 
         try:
             asyncio.get_running_loop()
@@ -7841,13 +7919,13 @@ class WorkflowExecutor:
             difference = self.store.difference(recorded, self)
             if difference and not force:
                 raise OrchestratorError(f"the workflow has changed since run {run_id}; force to go on:\n{difference}")
-            self.inputs = _checked_inputs(self.workflow, recorded.get("inputs") or {})
+            inputs = _checked_inputs(self.workflow, recorded.get("inputs") or {})
             again = self._following(from_step) if from_step is not None else set()
             forgotten = [step_id for step_id in recorded["steps"] if step_id.split(".")[0] in again]
             if forgotten:
                 self.store.forget(run_id, forgotten)
             states = {step_id: state for step_id, state in recorded["steps"].items() if step_id not in forgotten}
-            return {**recorded, "steps": states}
+            return {**recorded, "inputs": inputs, "steps": states}
         except BaseException:
             self.store.update(run_id, release=True)
             raise
@@ -7893,16 +7971,18 @@ class WorkflowExecutor:
         return result
 
     def cancel(self) -> None:
-        """Stops the runs of this executor, from any thread; `execute` then returns with the status cancelled."""
+        """Stops the runs of this executor, also those that are about to begin, from any thread; `execute` then returns
+        with the status cancelled."""
+        self._cancelled[0] += 1
         for run in list(self._runs):
             with contextlib.suppress(RuntimeError):  # its loop is closed already
                 run.loop.call_soon_threadsafe(run.stop, "cancelled")
 
-    def _check(self) -> None:
+    def _check(self, inputs: Mapping[str, Any]) -> None:
         """Refuses a run that cannot succeed, before its first step."""
         for workflow in self._workflows(self.workflow):
             self._check_needs(workflow)
-        self._check_missing_inputs()
+        self._check_missing_inputs(inputs)
 
     def _check_needs(self, workflow: Workflow) -> None:
         """ValidationError if a workflow needs a function, provider or vector store that is not there."""
@@ -7936,7 +8016,7 @@ class WorkflowExecutor:
                 if node.workflow is not None and node.workflow not in found:
                     found.append(node.workflow)
 
-    def _check_missing_inputs(self) -> None:
+    def _check_missing_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Without declared inputs: what steps that are certain to run cannot do without."""
         if self.workflow.inputs is not None:
             return
@@ -7950,7 +8030,7 @@ class WorkflowExecutor:
             for reference, key in node.references:
                 segments = reference[0]
                 named = segments[1:2] if segments[0] in ("inputs", "input") else segments[:1]
-                known = ("steps", "outputs", "workflow", "run", *node.local, *self.inputs)
+                known = ("steps", "outputs", "workflow", "run", *node.local, *inputs)
                 if named and reference[1] and (name := named[0]) not in known:
                     label = _label(document, node.path)
                     message = f"{label}{key}: the input {name!r} is missing; give it with inputs, or --set {name}=..."
@@ -8228,7 +8308,8 @@ _MAYBE_RUNNING = (
 def _run_entry(run: Mapping[str, Any]) -> dict[str, Any]:
     """A row of runs as users see it: what a process holds is running, whatever became of it before."""
     held_by = run["holder"] if _is_alive(run["holder"], run["lease_until"]) else None
-    status = "running" if held_by else "interrupted" if run["status"] == "running" else run["status"]
+    dead = run["status"] == "running" or run["holder"] is not None  # it never gave the run back
+    status = "running" if held_by else "interrupted" if dead else run["status"]
     return {**{name: run[name] for name in _COLUMNS[:5]}, "status": status, "held_by": held_by}
 
 class _HeldRun:
@@ -8590,6 +8671,13 @@ class _Journal:
         except OrchestratorError as error:
             self.error = self.error or error
 
+    def forget(self, step_ids: list[str]) -> None:
+        """Deletes what was written down of steps that run again."""
+        try:
+            self.store.forget(self.run_id, step_ids)
+        except OrchestratorError as error:
+            self.error = self.error or error
+
     def call(self, step_id: str, provider: str, request: Any, answer: Any, texts: bool) -> None:
         """Notes a call of a provider: hashes of what was asked and answered, the texts only if they are wanted."""
         asked, answered = _request_document(provider, request), _answer_document(answer, request.model)
@@ -8947,6 +9035,17 @@ _COMMON_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 _STORE = ("--store", {"metavar": "FILE", "help": "the SQLite file that keeps runs (default: $LLM_ORCHESTRATOR_STORE)"})
 _JSON = ("--json", {"action": "store_true", "help": "print JSON"})
+
+def _up_to(kind: Callable[[str], float], most: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be from 0 to {most:g}, not {text}")
+        return value
+    return number
+
+_RUN_STATUSES = ("completed", "failed", "cancelled", "timed_out", "paused", "running", "interrupted")
+
 _RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("-i --input", {"metavar": "JSON|FILE|-", "help": "inputs: a JSON object, or a JSON or YAML file that holds one"}),
     ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE",
@@ -8960,7 +9059,8 @@ _RUN_OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("-o --out", {"metavar": "FILE", "help": "write the result there instead of to stdout"}),
     ("--cache", {"metavar": "FILE", "help": "answer repeated calls from this SQLite file, and keep new answers there"}),
     ("--cache-max-age", {"metavar": "AGE", "help": "cache: answers older than this, such as 7d, are asked anew"}),
-    ("--cache-max-mb", {"type": float, "metavar": "N", "help": "cache: the least used answers go beyond this size"}),
+    ("--cache-max-mb", {"type": _up_to(float, 1e9), "metavar": "N",
+                        "help": "cache: the least used answers go beyond this size"}),
     ("--audit-texts", {"action": "store_true", "help": "store: the audit gets prompts and answers, not only hashes"}),
     ("--record", {"metavar": "FILE", "help": "write the calls of providers and their answers to this file"}),
     ("--replay", {"metavar": "FILE", "help": "answer the calls of providers from a file that --record wrote"}),
@@ -8989,8 +9089,10 @@ _COMMAND_LINE: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]
         ("action", {"choices": ("list", "show", "failures", "audit", "export", "delete", "prune"),
                     "help": "list runs; show, audit, export or delete one; failures: steps that failed for good"}),
         ("run_id", {"nargs": "?", "metavar": "RUN_ID", "help": "the run, for show, audit, export and delete"}), _STORE,
-        ("--status", {"metavar": "STATUS", "help": "list: only runs of this status"}),
-        ("--limit", {"type": int, "default": 100, "metavar": "N", "help": "list: at most so many, the newest (100)"}),
+        ("--status", {"choices": _RUN_STATUSES, "metavar": "STATUS",
+                      "help": f"list: only runs of this status: {', '.join(_RUN_STATUSES)}"}),
+        ("--limit", {"type": _up_to(int, 10**9), "default": 100, "metavar": "N",
+                     "help": "list: at most so many, the newest (100)"}),
         ("--older-than", {"metavar": "AGE", "help": "prune: ended runs older than this, such as 30d or 12h"}),
         ("--verify", {"action": "store_true", "help": "audit: find any edit; exit status 1 if there is one"}), _JSON,
     )),
@@ -9111,7 +9213,7 @@ def _execute(options: argparse.Namespace, workflow: Workflow, inputs: Mapping[st
         result = executor.resume(**resume) if resume else executor.run()
     reporter.close()
     written = _write_result(result, options)
-    if result.error is not None and not options.quiet:
+    if result.error is not None:
         _complain(f"{result.status}: {result.error['type']}: {result.error['message']}")
     for step_id, step in result.items() if result.status == "paused" else ():
         if step.reason == "approval":
@@ -9146,6 +9248,8 @@ def _make_executor(options: argparse.Namespace, workflow: Workflow, inputs: Any,
 def _run_batch(options: argparse.Namespace, workflow: Workflow, inputs: Any, store: Any,
         opened: contextlib.ExitStack) -> int:
     """Runs a workflow once for each line of a file; --input and --set are what the lines have in common."""
+    if options.path is not None:
+        raise OrchestratorError("--print shows a value of one result; --batch gives the results of all lines")
     executor = _make_executor(options, workflow, _LATER, store, opened, None)
     batch = _Batch(options, workflow)
     with _signals(executor) as received, contextlib.closing(batch):
@@ -9164,6 +9268,8 @@ def _open_store(options: argparse.Namespace, opened: contextlib.ExitStack, neede
 def _resume_command(options: argparse.Namespace) -> int:
     if bool(options.run_id) == options.failed:
         raise OrchestratorError("give the id of a run, or --failed for all that failed or were interrupted")
+    if options.failed and options.out is not None:
+        raise OrchestratorError("--failed gives a result for each run: leave --out away, and redirect stdout")
     with contextlib.ExitStack() as opened:
         store = _open_store(options, opened, needed=True)
         run_ids = [options.run_id]
@@ -9390,14 +9496,15 @@ class _Batch:
 
     def __init__(self, options: argparse.Namespace, workflow: Workflow) -> None:
         self.options, self.started, self.shown = options, time.monotonic(), 0.0
-        self.next = self.done = self.failed = self.total = 0  # the next line to write out; counts of lines
+        self.next = self.lines = self.done = self.failed = self.total = 0  # the next line to write out; counts of lines
         self.early: dict[int, str] = {}  # results that came before their turn
         self.fault: OrchestratorError | None = None  # the bad line that ends the batch
         digest = hashlib.sha256(workflow.to_yaml().encode())
         try:
             with open(options.batch, "rb") as lines:
                 for line in lines:
-                    self.total += 1
+                    self.lines += 1
+                    self.total += bool(line.strip())
                     digest.update(line)
         except OSError as error:
             raise OrchestratorError(f"{options.batch}: cannot be read: {error.strerror}") from None
@@ -9445,9 +9552,10 @@ class _Batch:
         """(index, inputs) of the lines that are still to do; bad lines end the batch, or are reported."""
         with open(self.options.batch, "rb") as lines:
             for index, line in enumerate(lines):
-                if index < self.next or index in self.early or not line.strip():
-                    if index == self.next and not line.strip():
-                        self.put(index, None)
+                if index < self.next or index in self.early:
+                    continue
+                if not line.strip():
+                    self.put(index, None)
                     continue
                 try:
                     values = _load_json(line)
@@ -9514,7 +9622,7 @@ class _Batch:
         if self.partial is not None:
             self.partial.close()
             self.out.close()
-            if self.next >= self.total:
+            if self.next >= self.lines:
                 os.unlink(self.partial.name)
 
 class _Reporter:
