@@ -1282,6 +1282,19 @@ _HELPERS: dict[str, Callable[..., Any]] = {
     "trim": lambda value: _to_text(value).strip(), "log": lambda *values, **named: "",
     "lookup": _lookup, "length": _length_of, "join": _join_values, "truncate": _truncate,
 }
+
+def _arity_fault(function: Any, tag: _Tag) -> str | None:
+    """What is wrong with the number of a built-in helper's arguments, or with their names."""
+    code, given = function.__code__, len(tag.arguments)
+    names, open_ended = code.co_varnames[: code.co_argcount], bool(code.co_flags & 4)
+    least, most = len(names) - len(function.__defaults__ or ()) + open_ended, len(names)
+    if unknown := [name for name in tag.named if name not in names and not code.co_flags & 8]:
+        return f"has no argument {unknown[0]!r}{_suggestion(unknown[0], names)}"
+    if given + len({*tag.named} & {*names[given:]}) >= least and (open_ended or given <= most):
+        return None
+    span = f"at least {least}" if open_ended else str(least) if least == most else f"{least} to {most}"
+    return f"takes {span} argument{'s' * (not span.endswith('1'))}, not {given}"
+
 _LENIENT = frozenset(("if", "unless", "default", "and", "or", "not"))  # a missing value is null in their arguments
 
 # ---- Compiler: tags become closures ----------------------------------------------------------------------------------
@@ -1493,6 +1506,8 @@ class _TemplateCompiler:
         if function is None:
             known = _suggestion(tag.name, [*self.helpers, *_HELPERS])
             raise self.error(f"unknown helper {tag.name!r}{known}", tag.head[3])
+        if function is _HELPERS.get(tag.name) and (fault := _arity_fault(function, tag)):
+            raise self.error(f"helper {tag.name!r} {fault}", tag.position)
         lenient = lenient or tag.name in _LENIENT
         reads = [self.expression(node, lenient, raw=function is _lookup) for node in tag.arguments]
         named, strict = self.named(tag, lenient), self.strict and not lenient
@@ -2113,6 +2128,8 @@ def _shown(value: Any) -> str:
     """A short picture of a wrong value for an error message."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, (list, dict)) and not value:
+        return f"an empty {'list' if isinstance(value, list) else 'map'}"
     is_short = isinstance(value, (str, float)) or (_is_number(value) and abs(value) < 1e60)
     return _shorten(repr(value), 60) if is_short else _type_name(value)
 
@@ -2148,6 +2165,9 @@ def _one_of(*names: str) -> _Check:
 def _texts(value: Any) -> str | None:
     wrong = [text for text in _as_list(value) if not isinstance(text, str)]
     return f"must be text or a list of texts; an item {_text(wrong[0])}" if wrong else None
+
+def _step_ids(value: Any) -> str | None:
+    return "must name steps, not the empty text" if "" in _as_list(value) else _texts(value)
 
 class _Map:
     """The check of a map: its keys, those that it needs, of `either` exactly one; `every` checks all other keys.
@@ -2228,7 +2248,7 @@ _message = _Map({"role": _roles, "content": _content}, ("role", "content"), free
 
 _COMMON_KEYS: dict[str, _Check] = {
     "id": _must_be_text("letters, digits, _ or -", _is_identifier), "type": lambda value: _one_of(*_STEP_TYPES)(value),
-    "description": _text, "depends_on": _texts, "condition": _condition, "output": _texts, "timeout_seconds": _timeout,
+    "description": _text, "depends_on": _step_ids, "condition": _condition, "output": _texts, "timeout_seconds": _timeout,
     "retry": _mapping, "continue_on_error": _boolean, "max_concurrency": _integer(1, 100_000),
     "trigger_rule": _one_of("none_failed_min_one_success", "all_success", "one_success", "all_done", "one_failed"),
     "for_each": _must("a list, a map or a template", lambda v: isinstance(v, (list, Mapping)) or _has_tag(v)),
@@ -2527,7 +2547,7 @@ class Workflow:
             return []
         text = self._source_text
         places: Any = _positions(text) if text else {path: (i, 0) for i, path in enumerate(_paths(self._whole(), ()))}
-        ranks, lines = [], text.split("\n")
+        ranks, lines, known = [], text.split("\n"), {}  # type: list[Any], list[str], dict[Any, Any]
         for problem in problems:
             problem.source, path = self.source, problem.path
             while path and path not in places:
@@ -2535,7 +2555,7 @@ class Workflow:
             rank = places.get(path, (1, 1) if text else (-1, 0))
             if text:
                 if problem.inside and path == problem.path:
-                    rank = _exact_place(lines, rank, *problem.inside)
+                    rank = _exact_place(lines, rank, *problem.inside, known)
                 problem.line, problem.column = rank
             ranks.append(rank)
         return [problems[i] for i in sorted(range(len(problems)), key=ranks.__getitem__)]
@@ -2550,16 +2570,29 @@ def _paths(value: Any, path: _Path) -> Iterator[_Path]:
         if isinstance(item, (dict, list)):
             yield from _paths(item, (*path, key))
 
-def _exact_place(lines: list[str], place: tuple[int, int], template: str, position: int) -> tuple[int, int]:
-    """The place of a position within a template whose key is at a line and column: there, or in the block below it."""
+def _exact_place(lines: list[str], place: tuple[int, int], template: str, position: int,
+                 known: dict[Any, Any]) -> tuple[int, int]:
+    """The place of a position within a template whose key is at a line and column: there, or in the block below it.
+    `known` keeps where lines of templates begin and were found, as many problems may stand in one."""
+    from bisect import bisect_right
+    starts = known.get(template)
+    if starts is None:
+        starts = known[template] = [0, *(match.end() for match in re.finditer("\n", template))]
     line, column = place
-    row, start = template.count("\n", 0, position), template.rfind("\n", 0, position) + 1
-    wanted = template[start:].split("\n", 1)[0]
-    for index, first in ((line - 1 + row, 0 if row else column - 1), (line + row, 0)):
-        found = lines[index].find(wanted, first) if wanted.strip() and index < len(lines) else -1
-        if found >= 0:
-            return index + 1, found + 1 + position - start
-    return place
+    row = bisect_right(starts, position) - 1
+    start = starts[row]
+    if (place, template, row) not in known:
+        wanted, found = template[start : starts[row + 1] - 1 if row + 1 < len(starts) else None], place
+        for index, first in ((line - 1 + row, 0 if row else column - 1), (line + row, 0)):
+            at = lines[index].find(wanted, first) if wanted.strip() and index < len(lines) else -1
+            if at >= 0:
+                found = index + 1, at + 1
+                break
+        else:
+            found = None  # type: ignore[assignment]
+        known[place, template, row] = found
+    found = known[place, template, row]
+    return (found[0], found[1] + position - start) if found else place
 
 def _read_file(path: str | os.PathLike[str]) -> bytes:
     """A file's bytes; OrchestratorError in the operating system's words if there are none to be had."""
@@ -2683,6 +2716,10 @@ class _Plan:
                 self.connect(node, siblings)
         for siblings in self.graphs:
             self.link(siblings)
+        for node in self.graph.walk() if self.section("budget").get("max_cost") is not None else ():
+            if isinstance(model := node.constants.get("model"), str) and model not in self.section("pricing"):
+                message = f"max_cost of the budget cannot see what {model!r} costs: it has no price in pricing"
+                self.problem(self.place(node, "model"), message, "warning")
         holder = _Node({"id": ""}, ("outputs",), 0)  # the run's own outputs are rendered when every step has ended
         self.outputs: list[tuple[str, _Render]] = []
         for name, text in self.section("outputs").items():
@@ -7159,7 +7196,7 @@ class _StepRun:
         clock, slots = _Clock(self, call), None if in_slot else self.run.slots
         if not direct:
             with clock:
-                if self.run.listening and slots:  # what ends may have passed its slot on before: it is to be heard first
+                if self.run.listening and slots:  # what ends may have passed its slot on before: is to be heard first
                     clock.context = contextvars.copy_context()
                 return await _Job(self.run.pool, function, arguments, slots, clock.start).outcome()
         if slots is not None:
@@ -7556,6 +7593,8 @@ def _is_async(function: Any) -> bool:
 
 def _json_value(value: Any, origin: str, depth: int = 0) -> Any:
     """A value that user code returned, as plain JSON; ExecutionError if it is none."""
+    if isinstance(value, float) and value - value != 0:
+        raise ExecutionError(f"{origin} returned {value}, which is no number in JSON")
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if depth < 100 and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -9450,6 +9489,8 @@ def _write_result(result: RunResult, options: argparse.Namespace) -> bool:
     elif (value := _printed(document, options.path)) is not _MISSING:
         text = value if isinstance(value, str) else "" if value is None else _to_json(value, indent=2)
         text += "" if text.endswith("\n") else "\n"
+        if re.search("[\ud800-\udfff]", text):  # no characters, but a plugin may have returned them
+            text = text.encode("utf-8", "backslashreplace").decode()
     else:
         _complain(f"--print {options.path}: the result of run {result.run_id} has no such value")
         written = False
