@@ -2248,8 +2248,9 @@ _message = _Map({"role": _roles, "content": _content}, ("role", "content"), free
 
 _COMMON_KEYS: dict[str, _Check] = {
     "id": _must_be_text("letters, digits, _ or -", _is_identifier), "type": lambda value: _one_of(*_STEP_TYPES)(value),
-    "description": _text, "depends_on": _step_ids, "condition": _condition, "output": _texts, "timeout_seconds": _timeout,
-    "retry": _mapping, "continue_on_error": _boolean, "max_concurrency": _integer(1, 100_000),
+    "description": _text, "depends_on": _step_ids, "condition": _condition, "output": _texts,
+    "timeout_seconds": _timeout, "retry": _mapping, "continue_on_error": _boolean,
+    "max_concurrency": _integer(1, 100_000),
     "trigger_rule": _one_of("none_failed_min_one_success", "all_success", "one_success", "all_done", "one_failed"),
     "for_each": _must("a list, a map or a template", lambda v: isinstance(v, (list, Mapping)) or _has_tag(v)),
 }
@@ -2716,10 +2717,6 @@ class _Plan:
                 self.connect(node, siblings)
         for siblings in self.graphs:
             self.link(siblings)
-        for node in self.graph.walk() if self.section("budget").get("max_cost") is not None else ():
-            if isinstance(model := node.constants.get("model"), str) and model not in self.section("pricing"):
-                message = f"max_cost of the budget cannot see what {model!r} costs: it has no price in pricing"
-                self.problem(self.place(node, "model"), message, "warning")
         holder = _Node({"id": ""}, ("outputs",), 0)  # the run's own outputs are rendered when every step has ended
         self.outputs: list[tuple[str, _Render]] = []
         for name, text in self.section("outputs").items():
@@ -7887,7 +7884,7 @@ class WorkflowExecutor:
         shared = _Places(self.max_concurrency), _WorkerPool(loop)
         running: dict[asyncio.Task[RunResult], Any] = {}
         entries, cancelled = iter(inputs), self._cancelled[0]
-        self._check(self.inputs)
+        self._check(None)
         try:
             while True:
                 for key, values in itertools.islice(entries, width - len(running) if may_start() else 0):
@@ -7895,6 +7892,7 @@ class WorkflowExecutor:
                     one._shared = shared
                     try:
                         one.inputs = _checked_inputs(self.workflow, values)
+                        self._check_missing_inputs(one.inputs)
                     except ValidationError as error:
                         yield key, error
                         continue
@@ -8017,11 +8015,12 @@ class WorkflowExecutor:
             with contextlib.suppress(RuntimeError):  # its loop is closed already
                 run.loop.call_soon_threadsafe(run.stop, "cancelled")
 
-    def _check(self, inputs: Mapping[str, Any]) -> None:
-        """Refuses a run that cannot succeed, before its first step."""
+    def _check(self, inputs: Mapping[str, Any] | None) -> None:
+        """Refuses a run that cannot succeed, before its first step; None: the inputs are checked later."""
         for workflow in self._workflows(self.workflow):
             self._check_needs(workflow)
-        self._check_missing_inputs(inputs)
+        if inputs is not None:
+            self._check_missing_inputs(inputs)
 
     def _check_needs(self, workflow: Workflow) -> None:
         """ValidationError if a workflow needs a function, provider or vector store that is not there."""

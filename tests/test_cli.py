@@ -269,3 +269,48 @@ def test_stream_shows_the_answers_on_stderr_as_they_arrive(hello: Program) -> No
     done = hello.run("run", "wf.yaml", "--offline", "--set", "name=A", "--stream", "--print", "status", "-q")
     assert done.stdout == "completed\n"
     assert "] echo: " in done.stderr
+
+
+def test_quiet_hides_no_error(program: Program) -> None:
+    workflow = program.write("wf.yaml", "name: t\nsteps: [{id: a, type: action, action: fail, message: boom}]\n")
+    done = program.run("run", workflow, "-q")
+    assert done.returncode == 1
+    assert done.stderr == "failed: ExecutionError: boom\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "wf.yaml", "--cache", "c.db", "--cache-max-mb", "nan"], "--cache-max-mb"),
+        (["run", "wf.yaml", "--cache", "c.db", "--cache-max-mb", "-1"], "must be from 0 to"),
+        (["run", "wf.yaml", "--batch", "lines", "--print", "outputs"], "--print shows a value of one result"),
+        (["runs", "list", "--store", "s.db", "--limit", "99999999999999999999"], "--limit"),
+        (["runs", "list", "--store", "s.db", "--status", "bogus"], "completed"),
+        (["resume", "--failed", "--store", "s.db", "--out", "f.json"], "leave --out away"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_done(
+    program: Program, arguments: list[str], words: str
+) -> None:
+    program.write("wf.yaml", "name: t\nsteps: [{id: a, type: action, action: log}]\n")
+    done = program.run(*arguments)
+    assert done.returncode == 2 and words in done.stderr and "internal" not in done.stderr
+
+
+def test_a_text_that_holds_no_characters_is_printed_escaped(program: Program) -> None:
+    program.write("mine.py", "actions = {'odd': lambda: 'a\\ud800b'}\n")
+    workflow = program.write("wf.yaml", "name: t\nsteps: [{id: a, type: action, action: odd}]\n")
+    done = program.run("run", workflow, "--plugin", "mine.py", "--print", "steps.a", "-q")
+    assert (done.returncode, done.stdout) == (0, "a\\ud800b\n")
+
+
+def test_a_signal_is_heard_at_any_moment_of_the_start(program: Program) -> None:
+    workflow = program.write("wf.yaml", "name: t\nsteps: [{id: a, type: action, action: sleep, seconds: 60}]\n")
+    for delay in (0.05, 0.08, 0.11, 0.14, 0.2, 0.3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llm_orchestrator", "run", str(workflow)], cwd=program.folder,
+            env=program.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) in (143, -signal.SIGTERM)

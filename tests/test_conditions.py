@@ -283,3 +283,15 @@ def test_the_guard_works_without_docstrings_and_asserts():
     done = subprocess.run([sys.executable, "-OO", "-W", "error", "-c", program], capture_output=True, text=True,
         timeout=60, check=False)
     assert done.stdout.split() == ["True", "refused"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("""m['5"']""", "inch"), ("""m.[5"]""", "inch"), ("m.['b']", "quoted"), ("m['b']", "plain"), ('m["b"]', "plain"),
+        ("m.[a[]", "bracket"), ("m['']", "empty"),
+    ],
+)  # fmt: skip
+def test_a_bracketed_step_is_exactly_what_stands_between_its_delimiters(path: str, value: str) -> None:
+    m = {'5"': "inch", "5": "five", "'b'": "quoted", "b": "plain", "a[": "bracket", "a": "no", "": "empty"}
+    assert Condition(f"{path} == '{value}'").evaluate({"m": m})

@@ -520,3 +520,109 @@ def test_a_cache_has_an_age_and_a_size_limit_on_the_command_line(program: Progra
         done = program.run("run", "wf.yaml", "--cache", "c.db", "--print", "usage.calls", "-q", *arguments)
         assert done.stdout == f"{calls}\n"
     assert program.run("run", "wf.yaml", "--cache", "c.db", "--cache-max-age", "soon").returncode == 2
+
+
+# what belongs to a run, whoever goes on with it
+
+
+def test_a_budget_and_usage_go_on_where_a_run_is_resumed(store: SQLiteStore) -> None:
+    def call(step_id: str, **keys: Any) -> Step:
+        return Step(id=step_id, type="llm", provider="p", model="m", prompt="x", **keys)
+
+    workflow = Workflow(
+        "t",
+        [
+            Step(id="pair", type="parallel", tasks=[call("a"), call("b")]),
+            call("items", for_each=[1, 2]),
+            work("w", "pair", "items"),
+            call("last", depends_on="w"),
+        ],
+        budget={"max_calls": 4},
+    )
+    answer = CompletionResponse(text="y", model="m", input_tokens=2, output_tokens=1)
+    job = Work()
+    job.broken = {"w"}
+    first = WorkflowExecutor(workflow, actions={"work": job}, providers={"p": lambda request: answer}, store=store).run()
+    assert (first.status, first.usage["calls"], first.usage["total_tokens"]) == ("failed", 4, 12)
+    job.broken = set()
+    again = WorkflowExecutor(workflow, actions={"work": job}, providers={"p": lambda request: answer}, store=store)
+    result = again.resume(first.run_id)
+    assert (result.status, result.usage["calls"], result.usage["total_tokens"]) == ("failed", 4, 12)
+    assert result["last"].error["type"] == "BudgetExceededError"
+
+
+def test_a_resumed_run_sees_nothing_of_the_dead_attempt_of_a_container(store: SQLiteStore) -> None:
+    seen: list[Any] = []
+    attempts = [0]
+
+    def turn(iteration: int) -> str:
+        attempts[0] += iteration == 0
+        if attempts[0] == 1 and iteration == 2:
+            raise ConnectionError("the first attempt ends here")
+        return f"{'stale' if attempts[0] == 1 else 'end'}-{iteration}"
+
+    def end(value: Any) -> Any:
+        seen.append(value)
+        if len(seen) == 1:
+            raise ValueError("once")
+        return value
+
+    body = Step(id="c", type="action", action="turn", iteration="{{iteration}}", retry={"max_attempts": 1})
+    workflow = Workflow(
+        "t",
+        [
+            Step(
+                id="l", type="loop", max_iterations=4, steps=[body], until="steps.c == 'end-0' or iteration == 3",
+                retry={"max_attempts": 2, "initial_delay": 1},
+            ),
+            Step(id="z", type="action", action="end", value="{{steps.l.c}}", depends_on="l"),
+        ],
+        outputs={"c": "{{steps.l.c}}"},
+    )  # fmt: skip
+    actions = {"turn": turn, "end": end}
+    first = WorkflowExecutor(workflow, actions=actions, store=store).run()
+    assert (first.status, seen) == ("failed", ["end-0"])
+    assert {step_id for step_id in store.load(first.run_id)["steps"] if step_id.startswith("l.")} == {"l.0.c"}
+    result = WorkflowExecutor(workflow, actions=actions, store=store).resume(first.run_id)
+    assert (result.status, result.outputs, seen) == ("completed", {"c": "end-0"}, ["end-0", "end-0"])
+
+
+def test_resuming_leaves_the_inputs_of_the_executor_alone(store: SQLiteStore) -> None:
+    workflow = Workflow("t", [work("a", name="{{inputs.x}}")], inputs={"x": {}})
+    old = executor(workflow, store, Work(), {"x": "old"}).run().run_id
+    mine = executor(workflow, store, Work(), {"x": "mine"})
+    assert mine.resume(old)["a"].outputs == {"output": "did old"}
+    assert mine.run()["a"].outputs == {"output": "did mine"}
+
+
+def test_a_run_that_dies_while_it_is_resumed_is_interrupted_whatever_it_was_before(store: SQLiteStore) -> None:
+    job = Work()
+    job.broken = {"a"}
+    run_id = executor(DIAMOND, store, job).run().run_id
+    with SQLiteStore(store.name) as other:
+        other.claim(run_id)
+        with other._transaction() as execute:  # its process has died, and did not give the run back
+            execute("UPDATE runs SET holder = '1:0:gone', lease_until = 1 WHERE run_id = ?", (run_id,))
+        other._held.clear()
+    assert store.load(run_id)["status"] == "interrupted"
+    assert [run["run_id"] for run in store.runs(status="interrupted")] == [run_id]
+    assert store.runs(status="failed") == []
+    job.broken = set()
+    assert executor(DIAMOND, store, job).resume(run_id).status == "completed"
+    assert store.load(run_id)["status"] == "completed"
+
+
+@pytest.mark.parametrize("concurrency", ["1", "2", "4"])
+@pytest.mark.parametrize("to_file", [True, False])
+def test_empty_lines_of_a_batch_lose_no_result(program: Program, concurrency: str, to_file: bool) -> None:
+    text = "name: t\nsteps:\n  - {id: a, type: transform, function: template, template: '{{inputs.t}}'}\n"
+    workflow = program.write("wf.yaml", text)
+    lines = program.write("in.jsonl", '\n{"t": 1}\n\n  \n{"t": 2}\n{"t": 3}\n\n{"t": 4}\n\n')
+    out = program.folder / "out.jsonl"
+    options = ["--out", str(out)] if to_file else []
+    ended = program.run("run", workflow, "--batch", lines, "--max-concurrency", concurrency, *options)
+    assert ended.returncode == 0, ended.stderr
+    results = [json.loads(line) for line in (out.read_text() if to_file else ended.stdout).splitlines()]
+    assert [(one["line"], one["steps"]["a"]["outputs"]["output"]) for one in results] == [(2, 1), (5, 2), (6, 3), (8, 4)]
+    assert "4/4 lines" in ended.stderr
+    assert not (program.folder / "out.jsonl.partial").exists()

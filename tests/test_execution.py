@@ -905,3 +905,115 @@ def test_a_circuit_closes_after_a_probe_that_succeeds() -> None:
     last = llm("c", depends_on="pause"), llm("d", depends_on="c")
     result = run(llm("a", retry=retry), llm("b", retry=retry), pause, *last, provider=provider, providers=breaker)
     assert statuses(result)["d"] == "completed"
+
+
+# what a budget bounds
+
+
+@pytest.mark.parametrize("concurrency", [1, 4, 16])
+def test_a_budget_of_calls_is_spent_to_the_last_and_never_beyond(concurrency: int) -> None:
+    each = {"for_each": list(range(10))}
+    provider = Scripted(delay=0.01)
+    result = run(llm("f", **each), provider=provider, concurrency=concurrency, budget={"max_calls": 10})
+    assert (result.status, provider.calls, result.usage["calls"]) == ("completed", 10, 10)
+    provider = Scripted(delay=0.01)
+    result = run(llm("f", **each), provider=provider, concurrency=concurrency, budget={"max_calls": 7})
+    assert (result.status, provider.calls, result.usage["calls"]) == ("failed", 7, 7)
+    assert "7 are spent or in flight" in result.error["message"]
+
+
+@pytest.mark.parametrize("budget", [{"max_tokens": 20}, {"max_cost": 28}])
+def test_calls_that_wait_for_a_slot_are_asked_whether_the_budget_still_holds(budget: dict[str, Any]) -> None:
+    provider = Scripted(delay=0.001)  # 5 tokens a call, which cost 7: more than is known before
+    pricing = {"m": {"input": 1_000_000, "output": 2_000_000}}
+    steps = [llm("f", "", for_each=list(range(50)))]
+    result = run(*steps, provider=provider, concurrency=1, budget=budget, pricing=pricing)
+    assert (result.status, provider.calls) == ("failed", 4)
+
+
+# cancelling at any moment
+
+
+def test_a_run_that_is_cancelled_before_its_first_step_has_all_steps() -> None:
+    events: list[tuple[str, Any]] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        events.append((event["type"], event.get("step_id")))
+        if event["type"] == "run_started":
+            executor.cancel()
+
+    executor = WorkflowExecutor(Workflow("t", [value("a"), value("b", depends_on="a")]), on_event=listen)
+    result = executor.run()
+    assert (result.status, statuses(result)) == ("cancelled", {"a": "cancelled", "b": "cancelled"})
+    assert events[0][0] == "run_started" and events[-1][0] == "run_finished"
+    assert {("step_cancelled", "a"), ("step_cancelled", "b")} < set(events)
+    assert executor.run().status == "cancelled"  # by the listener, once more
+    executor.on_event = None
+    assert executor.run().status == "completed"
+
+
+def test_a_cancellation_that_comes_while_a_run_begins_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = WorkflowExecutor(Workflow("t", [Step(id="a", type="action", action="sleep", seconds=60)]))
+    check = executor._check
+
+    def slow(inputs: Any) -> None:
+        executor.cancel()
+        check(inputs)
+
+    monkeypatch.setattr(executor, "_check", slow)
+    assert executor.run().status == "cancelled"
+
+
+# values that refuse every question
+
+
+class _Unbound:
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("working outside of a context")
+
+
+@pytest.mark.parametrize("function", [lambda: _Unbound(), None], ids=["function", "coroutine"])
+def test_a_value_that_raises_when_it_is_looked_at_fails_its_step_and_hangs_nothing(function: Any) -> None:
+    async def coroutine() -> Any:
+        return _Unbound()
+
+    step = Step(id="a", type="action", action="f")
+    result = run(step, actions={"f": function or coroutine}, timeout_seconds=30)
+    assert result.status == "failed" and "no JSON value" in result["a"].error["message"]
+
+
+def test_an_error_that_cannot_be_shown_fails_its_step_and_hangs_nothing() -> None:
+    class Odd(Exception):
+        def __str__(self) -> str:
+            raise KeyboardInterrupt
+
+    def odd() -> None:
+        raise Odd
+
+    result = run(Step(id="a", type="action", action="f"), actions={"f": odd}, timeout_seconds=30)
+    assert result.status == "failed" and "Odd" in result["a"].error["message"]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_json_does_not_know_is_refused_where_it_comes_from(number: float) -> None:
+    result = run(Step(id="a", type="action", action="f"), actions={"f": lambda: number})
+    assert "no number in JSON" in result["a"].error["message"]
+
+
+def test_the_error_of_an_output_names_it() -> None:
+    result = run(value("a"), outputs={"fine": "{{steps.a}}", "mine": "{{steps.a.output.zz}}"})
+    assert result.status == "failed" and "outputs: mine" in result.error["message"]
+
+
+def test_calls_past_a_rate_limit_do_not_pile_up_behind_busy_slots() -> None:
+    started: list[float] = []
+
+    def provider(request: Any) -> str:
+        started.append(time.monotonic())
+        time.sleep(2 if len(started) == 1 else 0)
+        return "x"
+
+    limited = {"p": {"type": "openai", "rate_limit": {"requests_per_minute": 240}}}  # one each 0.25 s, 4 at once
+    steps = [llm(f"s{n}") for n in range(9)]
+    assert run(*steps, provider={"p": provider}, concurrency=1, providers=limited).status == "completed"
+    assert started[8] - started[1] > 0.4  # 8 calls; all at once if they had been let through during the first

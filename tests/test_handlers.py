@@ -24,6 +24,7 @@ from llm_orchestrator import (
     WorkflowExecutor,
 )
 from llm_orchestrator import _schema_faults as schema_faults
+from llm_orchestrator import _structured_answer as structured_answer
 
 
 def run_step(step: dict[str, Any], inputs: dict[str, Any] | None = None, **executor: Any) -> Any:
@@ -111,6 +112,11 @@ FAULTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "regex all bomb": ("regex", {"a": "a" * 200_000}, {"pattern": "a+b", "all": True}, "regular expression"),
     "regex replace bomb": ("regex", {"a": "a" * 200_000}, {"pattern": "a+b", "replace": ""}, "regular expression"),
     "regex bomb": ("regex", {"a": "a" * 50}, {"pattern": "(a+)+$"}, "regular expression"),
+    "no is text": ("sort", {"a": [1, 2]}, {"reverse": "no"}, "reverse must be true or false, not 'no'"),
+    "deep": ("merge", {"a": {}}, {"deep": "off"}, "deep must be true or false"),
+    "trim": ("split", {"a": "x"}, {"trim": "no"}, "trim must be true or false"),
+    "all": ("regex", {"a": "x"}, {"pattern": "x", "all": "no"}, "all must be true or false"),
+    "key and keys": ("pick", {"a": {}}, {"key": "x", "keys": ["y"]}, "give key or keys, not both"),
     "wrong depth": ("flatten", {"a": []}, {"depth": 0}, "depth must be a whole number"),
     "length of a number": ("length", {"a": 5}, {}, "needs a list, map or text, not a number"),
 }
@@ -166,6 +172,12 @@ def test_http_sends_json_and_reads_json(url: str) -> None:
     result = run_step({"type": "action", "action": "http", "url": f"{url}200", "json": {"x": "{{y}}"}}, {"y": [1]})
     output = result.outputs["output"]
     assert (output["status"], output["body"]) == (200, {"method": "POST", "body": '{"x":[1]}', "type": "application/json"})
+
+
+def test_what_a_server_repeats_of_secret_headers_is_in_no_error(url: str) -> None:
+    step = {"type": "action", "action": "http", "url": f"{url}500", "body": "no sk-secret-123456 here", "retry": {"max_attempts": 1}}
+    result = run_step({**step, "headers": {"Authorization": "Bearer sk-secret-123456"}})
+    assert "no *** here" in result.error["message"] and "sk-secret" not in str(result.to_dict())
 
 
 def test_http_sends_text_as_text(url: str) -> None:
@@ -446,3 +458,118 @@ def test_an_unregistered_tool_is_refused_before_the_first_step() -> None:
     step = Step(id="x", type="llm", provider="echo", model="m", prompt="x", tools=["weather"])
     with pytest.raises(Exception, match="weather"):
         WorkflowExecutor(Workflow(name="t", steps=[step])).run()
+
+
+def problems(**step: Any) -> list[str]:
+    return [str(problem) for problem in Workflow("t", [Step(id="a", **step)]).validate()]
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ({"type": "transform", "function": "sort", "inputs": [], "revers": True}, ["'revers'", "did you mean 'reverse'"]),
+        ({"type": "transform", "function": "slice", "inputs": [], "start": "x"}, ["start must be a whole number"]),
+        ({"type": "transform", "function": "regex", "inputs": [], "pattern": "("}, ["pattern", "the step will fail"]),
+        ({"type": "transform", "function": "map", "inputs": []}, ["key is missing (or template)"]),
+        ({"type": "action", "action": "sleep"}, ["seconds is missing"]),
+        ({"type": "action", "action": "http", "methd": "POST"}, ["'methd'", "did you mean 'method'"]),
+        ({"type": "action", "action": "write_file", "path": "x", "contents": "y"}, ["did you mean 'content'"]),
+    ],
+)
+def test_validation_warns_of_what_a_built_in_does_not_take(step: dict[str, Any], words: list[str]) -> None:
+    found = " | ".join(problems(**step))
+    assert all(word in found for word in words), found
+    assert "warning" in found
+
+
+def test_validation_is_silent_about_parameters_that_are_right_free_or_rendered() -> None:
+    assert problems(type="transform", function="sort", inputs=[], reverse="{{inputs.way}}", note="mine") == []
+    assert problems(type="action", action="log", message="hi", m=1, thing="{{inputs.x}}") == []
+
+
+def test_a_file_is_not_emptied_for_a_misspelt_content(tmp_path: Path) -> None:
+    (tmp_path / "keep.txt").write_text("kept")
+    step = {"type": "action", "action": "write_file", "path": "keep.txt", "contents": "typo"}
+    assert "content is missing" in run_step(step, output_folder=str(tmp_path)).error["message"]
+    assert (tmp_path / "keep.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize(("condition", "kept"), [("index < 2", [5, 6]), ("item > 5", [6, 7]), ("true", [5, 6, 7])])
+def test_the_condition_of_a_filter_without_a_key_is_over_its_items(condition: str, kept: list[int]) -> None:
+    assert transform("filter", {"a": [5, 6, 7]}, condition=condition) == (kept, None)
+
+
+NAMED = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "parts": {"type": "array"}, "id": {"type": "integer"}},
+    "required": ["name"],
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "schema"),
+    [
+        pytest.param('{"name": "car", "parts": [{"name": "bolt"}],}', NAMED, id="broken"),
+        pytest.param('{"name": "car", "parts": [{"name": "bolt"}, {"name": "nu', NAMED, id="cut off"),
+        pytest.param('{"name": "car", "parts": [{"name": "bolt"}], "name": "bus"}', NAMED, id="duplicate key"),
+        pytest.param('{"name": 5, "parts": [{"name": "bolt"}]}', NAMED, id="does not fit"),
+        pytest.param('```json\n{"name": 5, "parts": [{"name": "bolt"}]}\n```', NAMED, id="does not fit, in a fence"),
+        pytest.param('{"id": 1, "tags": ["a"]}', {"type": "array", "items": {"type": "string"}}, id="list inside"),
+        pytest.param("[1, 2, 3, [4], 5", {"type": "array", "items": {"type": "integer"}}, id="list cut off"),
+        *(pytest.param(text, {"type": "integer"}, id=text) for text in ("2,500", "1/2", "2024-05-01", "007", "3 or 4")),
+        pytest.param("true, but", {"type": "boolean"}, id="true, but"),
+    ],
+)
+def test_a_part_of_an_answer_is_never_taken_for_the_answer(answer: str, schema: dict[str, Any]) -> None:
+    value, faults = structured_answer(answer, schema)
+    assert value is None and faults
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"name": "x]}"}', ' \n{"name": "x]}"}\n', 'Here [1] it is: {"name": "x]}"}. Good?', '```\n{"name": "x]}"}\n```',
+        '```json\n// a note\n{"name": "x]}"}\n```',
+    ],
+)  # fmt: skip
+def test_an_answer_is_found_in_a_fence_and_in_prose(answer: str) -> None:
+    assert structured_answer(answer, NAMED) == ({"name": "x]}"}, [])
+
+
+def test_what_the_model_is_told_says_why_its_answer_is_no_json() -> None:
+    assert "duplicate key 'a'" in structured_answer('{"a": 1, "a": 2}', {})[1][0]
+
+
+def test_checking_a_schema_takes_no_time_that_doubles_with_the_depth() -> None:
+    child = {"type": "object", "properties": {"c": {"$ref": "#/$defs/n"}}}
+    either = {"$ref": "#/$defs/n", "$defs": {"n": {"anyOf": [{**child, "required": [one]} for one in "xy"]}}}
+    assert structured_answer('{"c":' * 60 + '{"x":1}' + "}" * 60, either)[1] == ["$.x is missing"]
+    twice: dict[str, Any] = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(60)}
+    schema = {"$ref": "#/$defs/d0", "$defs": {**twice, "d60": {"type": "string"}}}
+    assert structured_answer("1", schema)[1] == ["$ must be string, not 1"]
+
+
+def test_a_schema_that_leads_round_to_itself_says_so() -> None:
+    with pytest.raises(ExecutionError, match="leads round"):
+        schema_faults(1, {"properties": {"a": {"$ref": "#"}}, "anyOf": [{"$ref": "#"}]})
+
+
+def test_an_answer_too_deep_for_its_schema_is_a_fault_and_no_crash() -> None:
+    hops = {f"h{n}": {"allOf": [{"$ref": f"#/$defs/h{n + 1}"}]} for n in range(12)}
+    schema = {"$ref": "#/$defs/h0", "$defs": {**hops, "h12": {"items": {"$ref": "#/$defs/h0"}}}}
+    assert "nested too deeply" in structured_answer("[" * 98 + "1" + "]" * 98, schema)[1][0]
+
+
+@pytest.mark.parametrize(
+    ("value", "step", "fits"),
+    [(0.3, 0.1, True), (10**17, 3, False), (10**17 - 1, 3, True), (10**400, 3, False), (10**400, 0.1, True), (1e-9, 7, False)],
+)
+def test_multiples_are_exact(value: float, step: float, fits: bool) -> None:
+    assert (schema_faults(value, {"multipleOf": step}) == []) is fits
+
+
+@pytest.mark.parametrize("number", [1e300, -1e300, 10**400])
+def test_a_large_number_is_a_number(number: float) -> None:
+    assert schema_faults(number, {"type": "number"}) == []
+    declared = Workflow("t", [Step(id="a", type="action", action="log")], inputs={"n": {"type": "number"}})
+    assert WorkflowExecutor(declared, {"n": number}).run().status == "completed"

@@ -31,6 +31,7 @@ from llm_orchestrator import (
     Workflow,
     WorkflowExecutor,
     _CancelScope,
+    _Connection,
     _HttpClient,
     _proxy_for,
     _Target,
@@ -513,6 +514,7 @@ def test_what_comes_unasked_on_a_kept_connection_is_never_taken_for_an_answer(
     client: _HttpClient, left: Any, platform: str, certificate: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATES / "authority.pem"))
+    llm_orchestrator._tls_context(os.environ["SSL_CERT_FILE"], os.environ.get("SSL_CERT_DIR"))  # on this platform
     monkeypatch.setattr(sys, "platform", platform)
     if platform == "win32":
         monkeypatch.delattr(socket, "MSG_DONTWAIT", raising=False)
@@ -1039,3 +1041,13 @@ def test_an_empty_proxy_means_none_whatever_the_environment_says(monkeypatch: py
         client = _HttpClient("vendor", proxy="")
         assert post(client, server.url).body == b"fine"
         client.close()
+
+
+def test_connections_to_many_hosts_are_not_all_kept(client: _HttpClient) -> None:
+    pairs = [socket.socketpair() for _ in range(200)]
+    for number, (near, _) in enumerate(pairs):
+        client.keep(("host", number), _Connection(near))
+    assert [key[1] for key in client.idle] == list(range(136, 200))  # the latest
+    assert [near.fileno() == -1 for near, _ in pairs] == [True] * 136 + [False] * 64
+    for _, far in pairs:
+        far.close()

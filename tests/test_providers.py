@@ -899,6 +899,20 @@ def test_nonsense_for_embeddings_is_a_bad_response(vendors: MockVendors, vendor:
         provider(vendors, vendor).embed(EmbeddingRequest("m", ["a"]))
 
 
+@pytest.mark.parametrize(
+    ("body", "again"),
+    [
+        ('{"id": "c", "choices": [{"', True), ('{"id": "c", "choices": [', True), ('{"id": ', True), ('{"id": "c"}}', False),
+        ("Service", False), ('{"id": nope}', False), ("", False),
+    ],
+)  # fmt: skip
+def test_json_that_ends_in_the_middle_is_asked_for_again(vendors: MockVendors, body: str, again: bool) -> None:
+    vendors.always(body.encode())
+    with pytest.raises(BadResponseError) as caught:
+        ask(vendors, "openai")
+    assert caught.value.retryable is again
+
+
 def test_a_long_page_is_shown_by_its_first_200_characters(vendors: MockVendors) -> None:
     vendors.always(b"<html>" + b"x" * 300)
     with pytest.raises(BadResponseError) as caught:

@@ -177,7 +177,10 @@ def test_a_tag_may_follow_a_shift():
         "a partial that is not there": ("{{> lins}}", ["unknown partial 'lins'", "did you mean 'lines'"]),
         "not a text": (5, ["a template is text, not a number"]),
         "a helper that fails": ("{{join 5}}", ["helper 'join'", "needs a list, not a number"]),
-        "too few arguments": ("{{eq 1}}", ["helper 'eq'", "missing"]),
+        "too few arguments": ("{{eq 1}}", ["helper 'eq'", "takes 2 arguments, not 1"]),
+        "too many arguments": ("{{json a 2 3}}", ["helper 'json'", "takes 1 to 2 arguments, not 3"]),
+        "none at all": ("{{#if (and)}}x{{/if}}", ["helper 'and'", "takes at least 1 argument, not 0"]),
+        "misspelt argument": ("{{json a indnt=2}}", ["helper 'json'", "'indnt'", "'indent'"]),
         "a number that JSON does not have": ("{{inf}}", ["cannot write a number"]),
         "a Python object": ("{{object}}", ["cannot write a Python object"]),
         "each over a text": ("{{#each text}}{{/each}}", ["needs a list or a map, not text"]),
@@ -397,3 +400,8 @@ def test_references_through_partials_that_call_each_other_are_found_once():
     template = Template("{{> p0}}{{> q x1=1}}", partials={**partials, "p40": "{{> p0}}", "q": "{{x1}}{{y}}"})
     assert {steps for steps, *_ in template.references} == {(f"x{level}",) for level in range(40)} | {("y",)}
     assert {position for *_, position in template.references} == {0, 8}
+
+
+@pytest.mark.parametrize("template", ['{{""}}', "{{#''}}{{this}}{{/''}}", "{{#if no}}{{else ''}}{{this}}{{/if}}"])
+def test_the_empty_text_is_a_key_like_any_other(template: str) -> None:
+    assert Template(template).render({"": "found", "no": False}) == "found"

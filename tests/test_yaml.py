@@ -412,3 +412,10 @@ def test_json_is_written_without_numbers_that_json_lacks() -> None:
     assert engine._to_json({"b": [math.nan, math.inf, 1.5], "a": "é"}) == '{"b":[null,null,1.5],"a":"é"}'
     value = {"b": 1, "a": (-math.inf,)}
     assert engine._to_json(value, indent=1, sort_keys=True) == '{\n "a": [\n  null\n ],\n "b": 1\n}'
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [('"a\n\tb"', "a b"), ('{"a": "x\n\ty"}', {"a": "x y"}), ('"a\\\n\tb\\\tc\n\n\td"', "ab\tc\nd")]
+)
+def test_a_tab_that_only_indents_a_quoted_line_is_not_text(text: str, value: Any) -> None:
+    assert load_yaml(text) == value
