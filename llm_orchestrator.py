@@ -2625,6 +2625,7 @@ class _Node:
     rule = "none_failed_min_one_success"
     output_names: tuple[str, ...] = ()
     known: dict[str, _Node | None] | None = None
+    given: dict[str, Any] | None = None  # the parameters of a built-in transform, if they are known to be right
 
     def __init__(self, document: Mapping[str, Any], path: _Path, position: int) -> None:
         self.document, self.path, self.position = document, path, position
@@ -2944,9 +2945,12 @@ class _Plan:
             if isinstance(key, str) and (near := self.near(key, [one for one in shape.keys if one not in given])):
                 self.problem(self.place(node, key), f"{name} has no parameter {_shown(key)}{near}", "warning")
             del given[key]
-        for path, fault in _Map(shape.keys, shape.required, either=shape.either, templates=shape.keys).faults(given):
+        faults = [*_Map(shape.keys, shape.required, either=shape.either, templates=shape.keys).faults(given)]
+        for path, fault in faults:
             place = self.place(node, path[0]) if path else node.path
             self.problem(place, f"{name}: {fault}: the step will fail", "warning")
+        if not faults and not any(map(_holds_tag, given.values())):
+            node.given = _checked(name, given)
 
     def _action(self, node: _Node, document: Mapping[str, Any], graph: _Graph) -> None:
         self.parameters(node, document, document.get("action"))
@@ -3843,13 +3847,16 @@ class _Exchange:
                 connection.begin(self.scope, self.deadline)
                 with contextlib.suppress(ConnectionError):  # an answer may come before all is sent, as 413 does
                     connection.send(self.message)
-                return connection, connection.head()
+                response = connection.head()
+                if response.status != 408 or not reused:
+                    return connection, response
+                connection.close()  # the server was tired of waiting, before it heard of this request
             except BaseException as error:
                 connection.close()
                 died = reused and connection.silent and isinstance(error, ConnectionError)
                 if not died or self.scope.cancelled:
                     raise
-                connection = None
+            connection = None
 
     def connect(self) -> _Connection:
         """A new connection, to the first address that takes one. Each but the last has half of the time left."""
@@ -6042,11 +6049,12 @@ async def _transform_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, 
 
 def _transform_inline(node: _Node, context: Any, values: dict[str, Any]) -> Any:
     inputs = _Inputs((name, render(context)) for name, render in node.inputs)
+    name, given = values["function"], node.given
+    parameters = values if given is None else given.copy()
     for key, render in node.item_values:  # what a transform renders for each item itself
-        values[key] = _per_item(render, context, node)
-    name = values["function"]
+        parameters[key] = _per_item(render, context, node)
     try:
-        return _TRANSFORMS[name](inputs, _checked(name, values))
+        return _TRANSFORMS[name](inputs, _checked(name, parameters) if given is None else parameters)
     except (ExecutionError, ConditionError) as error:
         raise ExecutionError(f"{name}: {error}") from None
     except RecursionError:
@@ -6113,7 +6121,7 @@ def _completion_request(call: _StepRun, values: dict[str, Any], tools: Mapping[s
             asked = "Answer with JSON that fits this JSON Schema, and with nothing else:\n" + _to_json(schema)
             request.system = f"{request.system}\n\n{asked}" if request.system else asked
     if request.stream:
-        request.on_text = call.on_text
+        request.on_text = functools.partial(call.on_text, call.result.attempts)
     return request
 
 def _with_text(message: Any) -> Any:
@@ -7222,16 +7230,16 @@ class _StepRun:
         """Whether the answer of an llm step is streamed: as it says, otherwise as the run does."""
         return self.run.streaming if values.get("stream") is None else bool(values["stream"])
 
-    def on_text(self, piece: str) -> None:
+    def on_text(self, attempt: int, piece: str) -> None:
         """Shows a piece of a streamed answer; called from any thread."""
-        run, show = self.run, functools.partial(self.show, piece)
+        run, show = self.run, functools.partial(self.show, attempt, piece)
         if threading.get_ident() == run.thread:
             show()
         elif run.listening:  # after the news that the call began, which are told in the same two steps
             run.pool.tell(None, run.loop.call_soon, show)
 
-    def show(self, piece: str) -> None:
-        if self.run.listening and not self.settled:
+    def show(self, attempt: int, piece: str) -> None:
+        if self.run.listening and not self.settled and attempt == self.result.attempts:
             self.run.emit("text", self.id, text=piece)
 
     async def complete(self, name: str, request: CompletionRequest, cached: bool = True) -> CompletionResponse:
@@ -8815,7 +8823,8 @@ class ResponseCache(_Database):
     def __init__(self, path: str | os.PathLike[str], max_age_seconds: float | None = None,
             max_bytes: int | None = None) -> None:
         super().__init__(path)
-        self.max_age_seconds, self.max_bytes = math.inf if max_age_seconds is None else max_age_seconds, max_bytes
+        self.max_age_seconds = math.inf if max_age_seconds is None else max_age_seconds
+        self.max_bytes = None if max_bytes is None else max(0, max_bytes)
         with self._transaction() as execute:
             execute("DELETE FROM answers WHERE stored_at < ?", (time.time() - self.max_age_seconds,))
 

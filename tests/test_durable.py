@@ -626,3 +626,13 @@ def test_empty_lines_of_a_batch_lose_no_result(program: Program, concurrency: st
     assert [(one["line"], one["steps"]["a"]["outputs"]["output"]) for one in results] == [(2, 1), (5, 2), (6, 3), (8, 4)]
     assert "4/4 lines" in ended.stderr
     assert not (program.folder / "out.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize("most", [0, -1])
+def test_a_cache_that_may_keep_nothing_keeps_nothing(tmp_path: Path, most: int) -> None:
+    workflow = Workflow("t", [Step(id="a", type="llm", provider="p", model="m", prompt="x")])
+    calls: list[Any] = []
+    with ResponseCache(tmp_path / "cache.db", max_bytes=most) as cache:
+        for _ in range(2):
+            assert WorkflowExecutor(workflow, providers={"p": lambda request: calls.append(1) or "y"}, cache=cache).run()
+    assert len(calls) == 2

@@ -1017,3 +1017,28 @@ def test_calls_past_a_rate_limit_do_not_pile_up_behind_busy_slots() -> None:
     steps = [llm(f"s{n}") for n in range(9)]
     assert run(*steps, provider={"p": provider}, concurrency=1, providers=limited).status == "completed"
     assert started[8] - started[1] > 0.4  # 8 calls; all at once if they had been let through during the first
+
+
+def test_text_of_an_attempt_that_timed_out_is_not_shown_in_the_next() -> None:
+    go_on, said = threading.Event(), []
+    attempts = iter((1, 2))
+
+    def provider(request: CompletionRequest) -> str:
+        attempt = next(attempts)
+        request.on_text(f"a{attempt}")
+        if attempt == 1:
+            go_on.wait(20)
+            request.on_text("late")
+        else:
+            go_on.set()
+            time.sleep(0.1)
+            request.on_text("b2")
+        return "done"
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["type"] == "text":
+            said.append(event["text"])
+
+    step = llm("a", stream=True, timeout_seconds=0.5, retry={"max_attempts": 2, "initial_delay": 1})
+    assert run(step, provider=provider, on_event=listen).status == "completed"
+    assert said == ["a1", "a2", "b2"]

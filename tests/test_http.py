@@ -1051,3 +1051,12 @@ def test_connections_to_many_hosts_are_not_all_kept(client: _HttpClient) -> None
     assert [near.fileno() == -1 for near, _ in pairs] == [True] * 136 + [False] * 64
     for _, far in pairs:
         far.close()
+
+
+def test_a_request_timeout_on_a_kept_connection_is_not_the_answer(client: _HttpClient) -> None:
+    late = reply(b"", status=408, headers={"Connection": "close"})
+    with FaultServer([OK, [late, CLOSE], OK, [late, CLOSE]]) as server:
+        assert [post(client, server.url).body for _ in range(2)] == [b"fine", b"fine"]
+        assert (server.connections, len(server.requests)) == (2, 3)
+        client.close()
+        assert post(client, server.url).status == 408  # of a new connection it is
