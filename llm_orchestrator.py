@@ -2883,6 +2883,8 @@ class _Plan:
             if template is None:
                 return None
             self.note(node, template, key, path)
+            if re.fullmatch(r"\s*(\{\{\{?|<<)~?\s*(this|\.|@root)\s*~?(\}?\}\}|>>)\s*", value):
+                self.problem(path, f"{key}: {value.strip()} is all that templates can see; name a part of it")
             return template.evaluate  # type: ignore[no-any-return]
         if not isinstance(value, (dict, list)) or not _holds_tag(value):
             return None
@@ -6080,7 +6082,7 @@ async def _llm_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
     """Asks a model, as often as its tool calls and a schema that it misses make necessary."""
     schema, made, rounds, retries = values.get("schema"), [], 0, 0  # type: dict[str, Any] | None, list[Any], int, int
     tools = {name: call.run.executor.tools[name] for name in _as_list(values.get("tools"))}
-    request = _completion_request(call, values, tools)
+    request, asked = _completion_request(call, values, tools), []  # type: CompletionRequest, list[Any]
     while True:
         response = await call.complete(values["provider"], request, values.get("cache") is not False)
         if response.tool_calls and tools:
@@ -6092,7 +6094,9 @@ async def _llm_step(call: _StepRun, values: dict[str, Any]) -> tuple[Any, ...]:
         value, faults = (response.text, []) if schema is None else _structured_answer(response.text, schema)
         if not faults:
             break
+        asked.append(request.messages)
         if retries >= values.get("schema_retries", 2):
+            await call.forget(values["provider"], request, asked)
             reason = f"the answer does not fit the schema: {'; '.join(faults[:5])}: {_shorten(response.text, 200)!r}"
             raise BadResponseError(reason, provider=values["provider"])
         retries += 1
@@ -6608,16 +6612,21 @@ def _harmless(error: BaseException) -> Exception:
     failure.__cause__ = error
     return failure
 
-class _Job(_Turn):
-    """A blocking call for a worker thread, in one of `places` if given. The loop hears by `began` when it began, a
-    moment of time.perf_counter()."""
+class _NotYet(Exception):
+    """A call's turn came when its provider was not to be called any more, or not now: it was not made."""
 
-    __slots__ = ("arguments", "began", "function", "future", "places", "pool", "scope", "started")
+class _Job(_Turn):
+    """A blocking call for a worker thread, in one of `places` if given, past a `gate` with a `permit` of it. The loop
+    hears by `began` when it began, a moment of time.perf_counter()."""
+
+    __slots__ = ("arguments", "began", "function", "future", "gate", "permit", "places", "pool", "scope", "started")
     pool: _WorkerPool
 
     def __init__(self, pool: _WorkerPool, function: Callable[..., Any], arguments: tuple[Any, ...],
-            places: _Places | None = None, began: Callable[[float], None] | None = None) -> None:
+            places: _Places | None = None, began: Callable[[float], None] | None = None, gate: _Gate | None = None,
+            permit: int = 0) -> None:
         self.pool, self.function, self.arguments, self.places, self.began = pool, function, arguments, places, began
+        self.gate, self.permit = gate, permit
         self.future, self.scope, self.started = pool.loop.create_future(), _CancelScope(), 0.0
 
     async def outcome(self) -> Any:
@@ -6644,6 +6653,9 @@ class _Job(_Turn):
         if self.future.done():
             return
         if threading.get_ident() == self.pool.thread:
+            if self.gate is not None and self.gate.is_stale(self.permit):
+                self.future.set_exception(_NotYet())
+                return
             self.started = time.perf_counter()
             self.begin()
         self.pool.put(self)
@@ -6665,6 +6677,8 @@ class _Job(_Turn):
         with self.scope.lock:
             if self.scope.cancelled or self.future.done():  # nothing starts after it was cancelled
                 return None, None
+            if not self.started and self.gate is not None and self.gate.is_stale(self.permit):
+                return None, _NotYet()
             self.started = self.started or time.perf_counter()
         if self.began is not None:
             self.pool.tell(self.future, self.begin, None)
@@ -6672,6 +6686,8 @@ class _Job(_Turn):
         try:
             return self.function(*self.arguments), None
         except BaseException as raised:
+            if self.gate is not None:  # before the next job takes over the place
+                self.gate.hear(raised)
             return None, _harmless(raised)
         finally:
             _CALL.scope = None
@@ -7194,19 +7210,22 @@ class _StepRun:
         return values
 
     async def working(self, direct: bool, function: Callable[..., Any], *arguments: Any,
-            call: tuple[str, Any] | None = None, in_slot: bool = False) -> Any:
+            call: tuple[Any, ...] | None = None, in_slot: bool = False) -> Any:
         """What a function gives, awaited if need be: in a slot (the caller's, if `in_slot`) and on the attempt's clock,
-        and in a worker thread unless it is `direct`, which means that it never blocks. `call`: the provider's name and
-        the request, if it is the call of a provider."""
+        and in a worker thread unless it is `direct`, which means that it never blocks. `call`: if it is the call of a
+        provider, its name, the request, its gate and the permit; _NotYet if that was withdrawn meanwhile."""
         clock, slots = _Clock(self, call), None if in_slot else self.run.slots
+        gate, permit = call[2:] if call is not None else (None, 0)
         if not direct:
             with clock:
                 if self.run.listening and slots:  # what ends may have passed its slot on before: is to be heard first
                     clock.context = contextvars.copy_context()
-                return await _Job(self.run.pool, function, arguments, slots, clock.start).outcome()
+                return await _Job(self.run.pool, function, arguments, slots, clock.start, gate, permit).outcome()
         if slots is not None:
             await slots.enter()
         try:
+            if gate is not None and gate.is_stale(permit):
+                raise _NotYet
             with clock:
                 clock.start(time.perf_counter())
                 outcome = function(*arguments)
@@ -7255,6 +7274,12 @@ class _StepRun:
             kinds = f"{type(answer.text).__name__} and {type(answer.model).__name__}"
             raise BadResponseError(f"returned a CompletionResponse whose text and model are {kinds}", provider=name)
         return answer
+
+    async def forget(self, name: str, request: CompletionRequest, asked: list[Any]) -> None:
+        """Takes answers that were of no use out of the cache, so that the next run asks again."""
+        forget: Any = getattr(self.run.executor.cache, "forget", None)
+        for request.messages in asked if forget is not None else ():
+            await self.threaded(forget, name, self.run.provider(name, self.siblings.workflow), request)
 
     async def embed(self, settings: Mapping[str, Any], texts: list[str]) -> tuple[list[Any], str, int]:
         """(vectors, model, tokens) of texts, in as many calls as the provider's limit asks for, in order."""
@@ -7307,37 +7332,43 @@ class _StepRun:
             request: Any) -> Any:
         """A call in a slot, past the provider's gate: the wait there holds no slot. Where starts are counted or paced,
         one call at a time is between gate and slot: those behind are not to start all at once when slots come free."""
-        slots, state, answer = self.run.slots, gate.breaker and gate.breaker.state, None  # type: _Places, Any, Any
+        slots, state = self.run.slots, gate.breaker and gate.breaker.state
         entrance = None if gate.is_open and reserve is None else slots.entrances.setdefault(gate, _Places(1))
-        if entrance is not None:
-            await entrance.enter()
-        try:
-            permit = await gate.enter(name, tokens, self.node.retry.max_delay_seconds)
-            try:
-                bound = functools.partial(self.working, gate.is_direct(provider, call), call, request)
-                if entrance is None:
-                    answer = await bound(call=(name, request))
-                    return answer
-                await slots.enter()
-                try:
-                    entrance.leave()
-                    entrance = None
-                    if reserve is not None:
-                        reserve()
-                    answer = await bound(call=(name, request), in_slot=True)
-                    return answer
-                finally:
-                    slots.leave()
-            except BaseException as error:
-                answer = error
-                raise
-            finally:
-                gate.leave(tokens, answer, permit, self.expired)
-                if gate.breaker is not None and gate.breaker.state != state:
-                    self.run.emit("circuit", self.id, provider=name, state=gate.breaker.state)
-        finally:
+        work, answer = functools.partial(self.working, gate.is_direct(provider, call), call, request), None
+        while True:
             if entrance is not None:
-                entrance.leave()
+                await entrance.enter()
+            inside = entrance is not None
+            try:
+                permit = await gate.enter(name, tokens, self.node.retry.max_delay_seconds)
+                try:
+                    if entrance is None:
+                        answer = await work(call=(name, request, gate, permit))
+                        return answer
+                    await slots.enter()
+                    try:
+                        entrance.leave()
+                        inside = False
+                        if gate.is_stale(permit):
+                            raise _NotYet
+                        if reserve is not None:
+                            reserve()
+                        answer = await work(call=(name, request, gate, permit), in_slot=True)
+                        return answer
+                    finally:
+                        slots.leave()
+                except BaseException as error:
+                    answer = error
+                    raise
+                finally:
+                    gate.leave(tokens, answer, permit, self.expired)
+                    if gate.breaker is not None and gate.breaker.state != state:
+                        self.run.emit("circuit", self.id, provider=name, state=gate.breaker.state)
+            except _NotYet:
+                continue
+            finally:
+                if inside and entrance is not None:
+                    entrance.leave()
 
     def count(self, request: Any, answer: Any) -> None:
         """Adds what an answer says that it used, and what that cost."""
@@ -7456,7 +7487,7 @@ class _Clock:
             step.announced = attempt
             step.run.emit("step_running", step.id, step_type=step.node.type, attempt=attempt)
         if self.call is not None:
-            name, request = self.call
+            name, request = self.call[:2]
             step.run.emit("provider_call", step.id, provider=name, model=request.model, attempt=attempt)
 
     def __enter__(self) -> _Clock:
@@ -7515,16 +7546,28 @@ class _Gate:
             raise
         return permit
 
-    def leave(self, tokens: int, outcome: Any, permit: int, expired: bool = False) -> None:
-        """Tells how the call ended: its answer, or its error."""
-        if not self.is_open:
-            self.limit.leave()
-            self.limit.settle(tokens, tokens if isinstance(outcome, BaseException) else sum(_used_tokens(outcome)))
+    def is_stale(self, permit: int) -> bool:
+        """Whether what was let through may not be called now: there is a pause, or the circuit breaker has changed."""
+        paused = self.limit.resumes > 0 and self.limit.blocked_seconds() > 0
+        return paused or (self.breaker is not None and self.breaker.changes != permit)
+
+    def hear(self, outcome: Any) -> bool:
+        """Whether the provider asked for slower calls; if it said for how long, all who share it wait."""
         limited = isinstance(outcome, RateLimitError)
         if limited and outcome.retry_after:
             self.limit.pause(outcome.retry_after)
+        return limited
+
+    def leave(self, tokens: int, outcome: Any, permit: int, expired: bool = False) -> None:
+        """Tells how the call ended: its answer, or its error."""
+        unmade = isinstance(outcome, _NotYet)
+        if not self.is_open:
+            used = 0 if unmade else tokens if isinstance(outcome, BaseException) else sum(_used_tokens(outcome))
+            self.limit.leave()
+            self.limit.settle(tokens, used)
+        limited = self.hear(outcome)
         if self.breaker is not None:
-            failed = isinstance(outcome, Exception) or expired
+            failed = (isinstance(outcome, Exception) and not unmade) or expired
             refused = isinstance(outcome, ProviderError) and (limited or not outcome.retryable)  # it does work
             unknown = isinstance(outcome, BaseException) and not failed
             self.breaker.record(None if unknown else not failed or refused, permit)
@@ -8856,6 +8899,11 @@ class ResponseCache(_Database):
             while self.max_bytes is not None and execute(total).fetchone()[0] > self.max_bytes:
                 execute("DELETE FROM answers WHERE hash = (SELECT hash FROM answers ORDER BY used_at LIMIT 1)")
 
+    def forget(self, name: str, provider: Any, request: Any) -> None:
+        """Drops what is kept for a request."""
+        with self._forgiving(), self._transaction() as execute:
+            execute("DELETE FROM answers WHERE hash = ?", (_digest(_request_document(name, request, provider)),))
+
     @contextlib.contextmanager
     def _forgiving(self) -> Iterator[None]:
         try:
@@ -9298,7 +9346,7 @@ def _run_batch(options: argparse.Namespace, workflow: Workflow, inputs: Any, sto
     if options.path is not None:
         raise OrchestratorError("--print shows a value of one result; --batch gives the results of all lines")
     executor = _make_executor(options, workflow, _LATER, store, opened, None)
-    batch = _Batch(options, workflow)
+    batch = _Batch(options, workflow, inputs)
     with _signals(executor) as received, contextlib.closing(batch):
         asyncio.run(batch.run(executor, inputs, received))
     return 128 + received[0] if received else _EXIT_FAILED if batch.failed else _EXIT_COMPLETED
@@ -9543,12 +9591,14 @@ class _Batch:
 
     WINDOW = 1000  # lines that may have ended before the oldest that has not
 
-    def __init__(self, options: argparse.Namespace, workflow: Workflow) -> None:
+    def __init__(self, options: argparse.Namespace, workflow: Workflow, common: Mapping[str, Any]) -> None:
         self.options, self.started, self.shown = options, time.monotonic(), 0.0
         self.next = self.lines = self.done = self.failed = self.total = 0  # the next line to write out; counts of lines
         self.early: dict[int, str] = {}  # results that came before their turn
         self.fault: OrchestratorError | None = None  # the bad line that ends the batch
-        digest = hashlib.sha256(workflow.to_yaml().encode())
+        plugins = [os.path.abspath(path) for path in options.plugin or ()]
+        made_of = [workflow.to_yaml(), common, options.offline, plugins, options.replay]
+        digest = hashlib.sha256(_to_json(made_of).encode("utf-8", "surrogatepass"))
         try:
             with open(options.batch, "rb") as lines:
                 for line in lines:

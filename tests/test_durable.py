@@ -636,3 +636,24 @@ def test_a_cache_that_may_keep_nothing_keeps_nothing(tmp_path: Path, most: int) 
         for _ in range(2):
             assert WorkflowExecutor(workflow, providers={"p": lambda request: calls.append(1) or "y"}, cache=cache).run()
     assert len(calls) == 2
+
+
+def test_answers_that_broke_their_schema_are_not_kept_when_the_step_fails(tmp_path: Path) -> None:
+    answers = iter(["bad", "worse", "7"])
+    step = Step(id="a", type="llm", provider="p", model="m", prompt="x", schema={"type": "integer"}, schema_retries=1)
+    with ResponseCache(tmp_path / "cache.db") as cache:
+        runner = WorkflowExecutor(Workflow("t", [step]), providers={"p": lambda request: next(answers)}, cache=cache)
+        assert runner.run().status == "failed"
+        assert [runner.run()["a"].outputs["output"] for _ in range(2)] == [7, 7]
+
+
+def test_a_batch_goes_on_only_with_what_it_was_begun_with(program: Program) -> None:
+    text = "name: t\ninputs: {t: {}, n: {default: 0}}\nsteps:\n  - {id: a, type: action, action: log, message: '{{inputs.t}}'}\n"
+    workflow, lines = program.write("wf.yaml", text), program.write("in.jsonl", '{"t": 1}\n[]\n{"t": 2}\n')
+    command = ["run", workflow, "--batch", lines, "--out", "out.jsonl", "-q"]
+    assert program.run(*command).returncode == 2  # the second line ends it
+    for other in (["--set", "n=9"], ["--offline"]):
+        done = program.run(*command, *other)
+        assert done.returncode == 2 and "of another batch" in done.stderr
+    done = program.run(*command, "--keep-going")
+    assert [json.loads(line)["line"] for line in (program.folder / "out.jsonl").read_text().splitlines()] == [1, 2, 3]

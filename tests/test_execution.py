@@ -1042,3 +1042,49 @@ def test_text_of_an_attempt_that_timed_out_is_not_shown_in_the_next() -> None:
     step = llm("a", stream=True, timeout_seconds=0.5, retry={"max_attempts": 2, "initial_delay": 1})
     assert run(step, provider=provider, on_event=listen).status == "completed"
     assert said == ["a1", "a2", "b2"]
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("limited", [{}, {"rate_limit": {"requests_per_minute": 100_000}}])
+@pytest.mark.parametrize("budget", [None, {"max_calls": 100}])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_calls_that_wait_for_a_slot_keep_to_a_pause_that_comes_meanwhile(
+    concurrency: int, limited: dict[str, Any], budget: Any, is_async: bool
+) -> None:
+    moments: list[float] = []
+    paused = [0.0, 0.0]
+
+    def provider(request: CompletionRequest) -> str:
+        moments.append(time.monotonic())
+        if len(moments) == 1:
+            time.sleep(0.05)
+            paused[:] = time.monotonic(), time.monotonic() + 0.5
+            raise RateLimitError("slow down", provider="p", status=429, retry_after=0.5)
+        time.sleep(0.05)
+        return "x"
+
+    async def coroutine(request: CompletionRequest) -> str:
+        return provider(request)
+
+    steps = [llm(f"s{n}", retry={"max_attempts": 2}) for n in range(12)]
+    options = {"budget": budget} if budget else {}
+    providers = {"p": {"type": "openai", **limited}}
+    made = {"p": coroutine if is_async else provider}
+    result = run(*steps, provider=made, concurrency=concurrency, providers=providers, **options)
+    assert (result.status, result.usage["calls"], len(moments)) == ("completed", 13, 13)
+    assert not [moment for moment in moments if paused[0] + 0.02 < moment < paused[1] - 0.02]
+
+
+def test_no_call_that_waits_for_a_slot_passes_a_circuit_that_opens_meanwhile() -> None:
+    calls: list[int] = []
+
+    def provider(request: CompletionRequest) -> str:
+        calls.append(1)
+        raise ProviderError("down", provider="p", status=500, retryable=True)
+
+    breaker = {"failure_rate": 0.5, "window": 4, "min_calls": 2, "open_seconds": 60}
+    steps = [llm("a", for_each=list(range(10)), retry={"max_attempts": 1}, continue_on_error=True)]
+    result = run(
+        *steps, provider={"p": provider}, concurrency=1, providers={"p": {"type": "openai", "circuit_breaker": breaker}}
+    )
+    assert (len(calls), result.usage["calls"]) == (2, 2)
