@@ -109,8 +109,8 @@ class ParseError(OrchestratorError):
     """YAML or JSON text that cannot be read. `line` and `column` count from 1; str() shows the line and a caret."""
     def __init__(self, reason: str, text: str = "", position: int = 0, source: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.source, self.line = reason, source, text.count("\n", 0, position) + 1
-        start = text.rfind("\n", 0, position) + 1
+        self.reason, self.source, self.position = reason, source, position
+        self.line, start = text.count("\n", 0, position) + 1, text.rfind("\n", 0, position) + 1
         self.column, self.source_line = position - start + 1, text[start:].split("\n", 1)[0]
 
     def __str__(self) -> str:
@@ -2579,21 +2579,14 @@ def _exact_place(lines: list[str], place: tuple[int, int], template: str, positi
     starts = known.get(template)
     if starts is None:
         starts = known[template] = [0, *(match.end() for match in re.finditer("\n", template))]
-    line, column = place
-    row = bisect_right(starts, position) - 1
-    start = starts[row]
-    if (place, template, row) not in known:
-        wanted, found = template[start : starts[row + 1] - 1 if row + 1 < len(starts) else None], place
-        for index, first in ((line - 1 + row, 0 if row else column - 1), (line + row, 0)):
-            at = lines[index].find(wanted, first) if wanted.strip() and index < len(lines) else -1
-            if at >= 0:
-                found = index + 1, at + 1
-                break
-        else:
-            found = None  # type: ignore[assignment]
-        known[place, template, row] = found
-    found = known[place, template, row]
-    return (found[0], found[1] + position - start) if found else place
+    (line, column), row = place, bisect_right(starts, position) - 1
+    start, key = starts[row], (place, template, row)
+    if key not in known:
+        wanted = template[start : starts[row + 1] - 1 if row + 1 < len(starts) else None]
+        tried = ((line - 1 + row, 0 if row else column - 1), (line + row, 0)) if wanted.strip() else ()
+        found = ((index, lines[index].find(wanted, first)) for index, first in tried if index < len(lines))
+        known[key] = next(((index + 1, at + 1) for index, at in found if at >= 0), None)
+    return (known[key][0], known[key][1] + position - start) if known[key] else place
 
 def _read_file(path: str | os.PathLike[str]) -> bytes:
     """A file's bytes; OrchestratorError in the operating system's words if there are none to be had."""
@@ -2684,6 +2677,13 @@ class _Graph:
             yield node
             for graph in node.graphs():
                 yield from graph.walk()
+
+def _part_of_scope(template: Template, context: Any) -> Any:
+    """The value of a template that may be all that templates see, or all steps: that would come to hold itself."""
+    value = template.evaluate(context)
+    if value is context or value is context.get("steps"):
+        raise TemplateError(f"{template.source.strip()} is more than a value: name a part of it")
+    return value
 
 _STEP_FACTS = ("output", "status", "error")  # what steps.ID has besides its outputs
 _ITEM_NAMES, _LOOP_NAMES = frozenset(("item", "index", "key")), frozenset(("iteration", "previous"))
@@ -2883,8 +2883,8 @@ class _Plan:
             if template is None:
                 return None
             self.note(node, template, key, path)
-            if re.fullmatch(r"\s*(\{\{\{?|<<)~?\s*(this|\.|@root)\s*~?(\}?\}\}|>>)\s*", value):
-                self.problem(path, f"{key}: {value.strip()} is all that templates can see; name a part of it")
+            if template.is_expression and re.search(r"this|@root|(?<![\w\]])\.(?![\w\[/.])", value):
+                return functools.partial(_part_of_scope, template)
             return template.evaluate  # type: ignore[no-any-return]
         if not isinstance(value, (dict, list)) or not _holds_tag(value):
             return None
@@ -4222,7 +4222,8 @@ class _RestClient:
             document = _load_json(response.body)
         except ParseError as error:
             reason = f"answered something that is not JSON ({error.reason}): {self.excerpt(response.text)}"
-            cut = response.text.lstrip()[:1] in ("{", "[") and _is_cut_off(response.text)
+            at_end = error.position >= len(response.text.rstrip()) or "Unterminated string" in error.reason
+            cut = at_end and response.text.lstrip()[:1] in ("{", "[")  # what there is of it is right
             raise BadResponseError(reason, provider=self.name, status=response.status, retryable=cut) from None
         self.check(response.headers, document)
         return document
@@ -4246,16 +4247,6 @@ class _RestClient:
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return "".join(mark if mark.isprintable() else " " for mark in text[:limit])
-
-def _is_cut_off(text: str) -> bool:
-    """Whether JSON text ends in the middle: what there is of it is right."""
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        return error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-    except (ValueError, RecursionError):
-        pass
-    return False
 
 _EVENT_LINE_END = re.compile(b"\r\n|\n|\r")
 
@@ -6203,14 +6194,15 @@ def _structured_answer(text: str, schema: Any) -> tuple[Any, list[str]]:
         if not found:
             return value, []
         faults = faults or found
-    place = f"line {refusal.line}, column {refusal.column}" if refusal else ""
-    return None, faults or [f"it cannot be read as JSON: {place}: {refusal.reason}"]
+    if not faults:
+        faults = [f"it cannot be read as JSON: line {refusal.line}, column {refusal.column}: {refusal.reason}"]
+    return None, faults
 
 def _json_candidates(text: str) -> Iterator[str]:
     """Never a part of what stands in brackets: of JSON that is broken or cut off, a part would be a wrong answer."""
     yield text
     yield from re.findall(r"```[\w-]*\n(.*?)```", text, re.DOTALL)
-    marks, start = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL), 0
+    marks, start = re.compile(r'"[^"\\]*(?:\\.?[^"\\]*)*(?:"|\Z)|[\[\]{}]', re.DOTALL), 0
     while opening := re.compile(r"[\[{]").search(text, start):
         depth = 0
         for mark in marks.finditer(text, opening.start()):
@@ -6222,6 +6214,11 @@ def _json_candidates(text: str) -> Iterator[str]:
         else:  # it is never closed
             return
 
+def _is_multiple(value: float, step: float) -> bool:
+    """Exactly, of the decimal numbers as they are written: 0.3 is a multiple of 0.1."""
+    from fractions import Fraction
+    return abs(value) != math.inf and Fraction(str(value)) % Fraction(str(step)) == 0
+
 _SCHEMA_TYPES: dict[str, Callable[[Any], bool]] = {**_INPUT_TYPES, "null": lambda value: value is None}
 _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
     # keyword -> (what the value must be, the types that the keyword speaks of, whether the value is so)
@@ -6231,7 +6228,7 @@ _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
     "maximum": ("at most {}", (int, float), lambda value, bound: value <= bound),
     "exclusiveMinimum": ("more than {}", (int, float), lambda value, bound: value > bound),
     "exclusiveMaximum": ("less than {}", (int, float), lambda value, bound: value < bound),
-    "multipleOf": ("a multiple of {}", (int, float), lambda value, step: _is_multiple(value, step)),
+    "multipleOf": ("a multiple of {}", (int, float), _is_multiple),
     "minLength": ("at least {} characters long", str, lambda value, bound: len(value) >= bound),
     "maxLength": ("at most {} characters long", str, lambda value, bound: len(value) <= bound),
     "pattern": ("text that matches {}", str, lambda value, one: bool(_guarded_search(_compile_regex(one), value))),
@@ -6242,12 +6239,6 @@ _SCHEMA_CHECKS: dict[str, tuple[str, Any, Callable[[Any, Any], bool]]] = {
     "minProperties": ("a map of at least {} keys", Mapping, lambda value, bound: len(value) >= bound),
     "maxProperties": ("a map of at most {} keys", Mapping, lambda value, bound: len(value) <= bound),
 }
-
-def _is_multiple(value: float, step: float) -> bool:
-    """Exactly, of the decimal numbers as they are written: 0.3 is a multiple of 0.1."""
-    from fractions import Fraction
-    return abs(value) != math.inf and Fraction(str(value)) % Fraction(str(step)) == 0
-
 _UNCHECKED = frozenset((
     "if", "then", "else", "patternProperties", "propertyNames", "contains", "minContains", "maxContains", "prefixItems",
     "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
@@ -7278,8 +7269,10 @@ class _StepRun:
     async def forget(self, name: str, request: CompletionRequest, asked: list[Any]) -> None:
         """Takes answers that were of no use out of the cache, so that the next run asks again."""
         forget: Any = getattr(self.run.executor.cache, "forget", None)
-        for request.messages in asked if forget is not None else ():
-            await self.threaded(forget, name, self.run.provider(name, self.siblings.workflow), request)
+        provider = self.run.provider(name, self.siblings.workflow)
+        for messages in asked if forget is not None else ():
+            request.messages = messages
+            await self.threaded(forget, name, provider, request)
 
     async def embed(self, settings: Mapping[str, Any], texts: list[str]) -> tuple[list[Any], str, int]:
         """(vectors, model, tokens) of texts, in as many calls as the provider's limit asks for, in order."""
@@ -7330,45 +7323,48 @@ class _StepRun:
 
     async def gated(self, gate: _Gate, tokens: int, reserve: Any, name: str, provider: Any, call: Any,
             request: Any) -> Any:
-        """A call in a slot, past the provider's gate: the wait there holds no slot. Where starts are counted or paced,
-        one call at a time is between gate and slot: those behind are not to start all at once when slots come free."""
-        slots, state = self.run.slots, gate.breaker and gate.breaker.state
-        entrance = None if gate.is_open and reserve is None else slots.entrances.setdefault(gate, _Places(1))
-        work, answer = functools.partial(self.working, gate.is_direct(provider, call), call, request), None
+        """A call in a slot, past the provider's gate: the wait there holds no slot."""
+        state, paced = gate.breaker and gate.breaker.state, not gate.is_open or reserve is not None
         while True:
-            if entrance is not None:
-                await entrance.enter()
-            inside = entrance is not None
+            permit, answer = await self.let_in(gate, name, tokens, paced), None
             try:
-                permit = await gate.enter(name, tokens, self.node.retry.max_delay_seconds)
-                try:
-                    if entrance is None:
-                        answer = await work(call=(name, request, gate, permit))
-                        return answer
-                    await slots.enter()
-                    try:
-                        entrance.leave()
-                        inside = False
-                        if gate.is_stale(permit):
-                            raise _NotYet
-                        if reserve is not None:
-                            reserve()
-                        answer = await work(call=(name, request, gate, permit), in_slot=True)
-                        return answer
-                    finally:
-                        slots.leave()
-                except BaseException as error:
-                    answer = error
-                    raise
-                finally:
-                    gate.leave(tokens, answer, permit, self.expired)
-                    if gate.breaker is not None and gate.breaker.state != state:
-                        self.run.emit("circuit", self.id, provider=name, state=gate.breaker.state)
-            except _NotYet:
-                continue
+                if paced and gate.is_stale(permit):
+                    raise _NotYet
+                if reserve is not None:
+                    reserve()
+                about = (name, request, gate, permit)
+                answer = await self.working(gate.is_direct(provider, call), call, request, call=about, in_slot=paced)
+                return answer
+            except _NotYet as error:
+                answer = error
+            except BaseException as error:
+                answer = error
+                raise
             finally:
-                if inside and entrance is not None:
-                    entrance.leave()
+                if paced:
+                    self.run.slots.leave()
+                gate.leave(tokens, answer, permit, self.expired)
+                if gate.breaker is not None and gate.breaker.state != state:
+                    self.run.emit("circuit", self.id, provider=name, state=gate.breaker.state)
+
+    async def let_in(self, gate: _Gate, name: str, tokens: int, paced: bool) -> int:
+        """Waits for a gate, whose permit it returns. Where starts are counted or paced, it waits for a slot too, and
+        one call at a time is in between: those behind are not to start all at once when slots come free."""
+        slots, patience = self.run.slots, self.node.retry.max_delay_seconds
+        if not paced:
+            return await gate.enter(name, tokens, patience)
+        entrance = slots.entrances.setdefault(gate, _Places(1))
+        await entrance.enter()
+        try:
+            permit = await gate.enter(name, tokens, patience)
+            try:
+                await slots.enter()
+            except BaseException as error:
+                gate.leave(tokens, error, permit, self.expired)
+                raise
+            return permit
+        finally:
+            entrance.leave()
 
     def count(self, request: Any, answer: Any) -> None:
         """Adds what an answer says that it used, and what that cost."""
@@ -7560,7 +7556,7 @@ class _Gate:
 
     def leave(self, tokens: int, outcome: Any, permit: int, expired: bool = False) -> None:
         """Tells how the call ended: its answer, or its error."""
-        unmade = isinstance(outcome, _NotYet)
+        unmade = isinstance(outcome, (_NotYet, BudgetExceededError))
         if not self.is_open:
             used = 0 if unmade else tokens if isinstance(outcome, BaseException) else sum(_used_tokens(outcome))
             self.limit.leave()

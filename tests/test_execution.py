@@ -1088,3 +1088,12 @@ def test_no_call_that_waits_for_a_slot_passes_a_circuit_that_opens_meanwhile() -
         *steps, provider={"p": provider}, concurrency=1, providers={"p": {"type": "openai", "circuit_breaker": breaker}}
     )
     assert (len(calls), result.usage["calls"]) == (2, 2)
+
+
+def test_a_call_that_the_budget_forbids_is_no_failure_of_its_provider() -> None:
+    breaker = {"failure_rate": 0.5, "window": 4, "min_calls": 1, "open_seconds": 60}
+    result = run(
+        *[llm(f"s{n}", continue_on_error=True) for n in range(5)], provider={"p": lambda request: "x"}, concurrency=1,
+        providers={"p": {"type": "openai", "circuit_breaker": breaker}}, budget={"max_calls": 1},
+    )  # fmt: skip
+    assert [step.error["type"] for step in result.values() if step.error] == ["BudgetExceededError"] * 4

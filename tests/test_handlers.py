@@ -6,6 +6,7 @@ import http.server
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -573,3 +574,21 @@ def test_a_large_number_is_a_number(number: float) -> None:
     assert schema_faults(number, {"type": "number"}) == []
     declared = Workflow("t", [Step(id="a", type="action", action="log")], inputs={"n": {"type": "number"}})
     assert WorkflowExecutor(declared, {"n": number}).run().status == "completed"
+
+
+@pytest.mark.parametrize("template", ["{{this}}", "{{.}}", "{{@root}}", "<<this>>", "{{default this 1}}", "{{lookup this 'steps'}}"])
+def test_all_that_templates_see_is_no_value(template: str) -> None:
+    value, error = transform("template", {}, template=template)
+    assert value is None and "name a part of it" in error
+
+
+def test_a_part_of_what_templates_see_is_a_value() -> None:
+    for template in ("{{this.a}}", "{{default this.a 1}}", "{{lookup this 'a'}}", "{{lookup . 'a'}}", "{{@root.a}}", "{{./a}}"):
+        assert transform("template", {"a": {"x": 1}}, template=template) == ({"x": 1}, None)
+
+
+@pytest.mark.parametrize("answer", ['{"' + '\\"' * 200_000, "{" * 200_000, "[1]" * 100_000, "```\n" * 50_000, '{"a":"' + "\\" * 200_001])
+def test_looking_for_json_in_an_answer_takes_linear_time(answer: str) -> None:
+    started = time.monotonic()
+    assert structured_answer(answer, {"type": "object"})[0] is None
+    assert time.monotonic() - started < 10  # quadratic: minutes

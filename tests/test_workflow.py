@@ -585,10 +585,3 @@ def test_checking_a_workflow_imports_neither_asyncio_nor_what_only_mistakes_need
     command = [sys.executable, "-S", "-c", code]
     done = subprocess.run(command, cwd=program.folder, env=program.environment(), capture_output=True, check=True)
     assert done.stdout.strip() == b"[]"
-
-
-@pytest.mark.parametrize("template", ["{{this}}", " {{ . }} ", "{{@root}}", "<<this>>"])
-def test_everything_is_no_value(template: str) -> None:
-    step = {"id": "a", "type": "transform", "function": "template", "template": template}
-    with pytest.raises(ValidationError, match="name a part of it"):
-        Workflow.from_dict({"name": "t", "steps": [step]}).validate()
